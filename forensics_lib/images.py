@@ -1,0 +1,109 @@
+"""The only place that opens image files: one policy, the same in training and inference.
+
+- Pixels are taken as they are stored: EXIF orientation is not applied, since traces and masks live on the stored grid.
+- Every mode becomes 8-bit RGB: alpha is dropped, palettes are looked up, CMYK is converted, 16-bit values keep their
+  upper byte, the first frame of an animation counts.
+- A truncated file is an error, never a half-grey image; so is one of more than ``MAX_PIXELS`` pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 250_000_000
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".heic"})
+
+Image.MAX_IMAGE_PIXELS = None  # the check below replaces Pillow's, which only warns between one and two times its limit
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as an image; the message names the file and the cause."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself without decoding its pixels."""
+
+    width: int
+    height: int
+    format: str  # as Pillow names it: JPEG, PNG, WEBP, ...
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
+    name = "image bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken metadata: the pixels decide
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+                yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image that Pillow can read") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file, or a broken link") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
+        raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def read_header(source: Path | bytes) -> Header:
+    """Size and format of an image, without decoding it.  Raises ``ImageError``."""
+    with _opened(source) as image:
+        return Header(image.width, image.height, image.format or "")
+
+
+def read_image(source: Path | bytes) -> np.ndarray:
+    """An image as ``(H, W, 3)`` uint8 RGB, by the policy above.  Raises ``ImageError``."""
+    with _opened(source) as image:
+        return np.array(_to_rgb(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # looks the palette up without blending
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """16-bit integers keep the upper byte; floats in [0, 1] are scaled, others are clipped to [0, 255]."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, posinf=255, neginf=0)
+        return (values * 255 if values.max(initial=0) <= 1 else values).clip(0, 255).astype(np.uint8)
+    return (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A ground-truth mask as ``(H, W)`` bool, True where the image was manipulated.
+
+    Grey values of at least half the range count as manipulated; files with nothing above 1 hold 0 and 1.  ``size`` is
+    the image's (height, width).  Raises ``ImageError`` where the sizes differ or nothing is marked.
+    """
+    grey = read_image(path).max(axis=2)
+    if grey.shape != size:
+        raise ImageError(f"{path}: mask of {grey.shape[1]} x {grey.shape[0]} for an image of {size[1]} x {size[0]} pixels")
+    mask = grey > (127 if grey.max(initial=0) > 1 else 0)
+    if not mask.any():
+        raise ImageError(f"{path}: the mask marks nothing, but its image is listed as manipulated")
+    return mask
+
+
+def pad_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pad ``(H, W, ...)`` at its lower and right side by reflection to at least ``height`` x ``width``."""
+    missing = [(0, max(0, height - image.shape[0])), (0, max(0, width - image.shape[1]))]
+    if not any(after for _, after in missing):
+        return image
+    return np.pad(image, missing + [(0, 0)] * (image.ndim - 2), mode="symmetric")

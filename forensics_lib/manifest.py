@@ -1,0 +1,91 @@
+"""One table for all images of a run: what each is, and what its file says of itself."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from forensics_lib.images import ImageError, read_header
+from forensics_lib.layouts import COLUMNS, LayoutError, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.progress import progress
+from forensics_lib.runs import Run
+
+FILE_COLUMNS = ["width", "height", "format", "bytes", "error"]
+
+
+def build_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
+    """The labelled images of a task, one row each: ``layouts.COLUMNS`` and ``FILE_COLUMNS``.
+
+    Files that cannot be opened, and manipulated images without a mask, stay in the table with the reason in ``error``;
+    ``usable`` leaves them out.  Raises ``LayoutError`` where a split lacks a class.
+    """
+    if task == "A":
+        rows = read_task_a(run.data / "dataset")
+        if run.params.run_type == "open":
+            rows += read_task_a(run.data / "dataset_open")
+    else:
+        rows = read_tgif(run.data / "dataset_taskB" / "TGIF")
+        rows += read_task_b_validation(run.data / "dataset_taskB" / "validation")
+    table = _with_file_facts(pd.DataFrame(rows, columns=COLUMNS), jobs)
+    if task == "B":
+        table["error"] = table["error"].where(table["error"].notna(), table.apply(_mask_problem, axis=1))
+    _check_classes(table, task)
+    return table
+
+
+def build_test_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
+    """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``."""
+    return _with_file_facts(pd.DataFrame(read_test(run.test_folder(task)), columns=COLUMNS), jobs)
+
+
+def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of a split without an error, numbered from 0."""
+    return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
+
+
+def problems(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are left out, with the reason."""
+    return manifest.loc[manifest["error"].notna(), ["split", "path", "error"]].reset_index(drop=True)
+
+
+def overview(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Image counts by split, source, method and class."""
+    names = manifest.assign(
+        label=manifest["label"].map({0: "authentic", 1: "synthetic or manipulated"}), method=manifest["method"].fillna("-")
+    )
+    return names.groupby(["split", "source", "method", "label"]).size().rename("images").reset_index()
+
+
+def _with_file_facts(table: pd.DataFrame, jobs: int) -> pd.DataFrame:
+    """Add size, format and bytes from the files' headers, read by ``jobs`` threads."""
+    with ThreadPoolExecutor(jobs) as pool:
+        facts = list(progress(pool.map(_file_facts, table["path"]), "reading headers", total=len(table)))
+    return table.join(pd.DataFrame(facts, columns=FILE_COLUMNS))
+
+
+def _file_facts(path: str) -> tuple[int | None, int | None, str | None, int | None, str | None]:
+    try:
+        header = read_header(Path(path))
+        return header.width, header.height, header.format, os.path.getsize(path), None
+    except (ImageError, OSError) as error:
+        return None, None, None, None, str(error)
+
+
+def _mask_problem(row: pd.Series) -> str | None:
+    if row["label"] == 0:
+        return None
+    if not row["mask_path"]:
+        return f"{row['path']}: the name fits none of TGIF's, so its mask is not known"
+    return None if os.path.isfile(row["mask_path"]) else f"{row['path']}: its mask {row['mask_path']} is missing"
+
+
+def _check_classes(table: pd.DataFrame, task: str) -> None:
+    for split in ("train", "val"):
+        found = usable(table, split)["label"].value_counts()
+        for label, name in enumerate(("authentic (0)", "synthetic or manipulated (1)")):
+            if not found.get(label, 0):
+                bad = int((table["split"].eq(split) & table["label"].eq(label)).sum())
+                raise LayoutError(f"Task {task}: no usable {name} images in {split} ({bad} found that cannot be used)")

@@ -1,0 +1,276 @@
+"""``CombinedModel``: a timm backbone with a classification branch and, for Task B, a segmentation branch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import group_parameters
+from torch import nn
+
+from forensics_lib.files import whole
+from forensics_lib.params import Params
+
+CHECKPOINT_FORMAT = 1
+STRIDE = 32  # images are padded to multiples of this before they go in
+
+# Three high-pass kernels of the spatial rich model (Fridrich and Kodovsky, IEEE TIFS 2012), the ones that Zhou et al.
+# (CVPR 2018) chose for manipulation detection: second order, square 5x5, and horizontal second derivative.
+_SRM = (
+    ([[0, 0, 0, 0, 0], [0, -1, 2, -1, 0], [0, 2, -4, 2, 0], [0, -1, 2, -1, 0], [0, 0, 0, 0, 0]], 4),
+    ([[-1, 2, -2, 2, -1], [2, -6, 8, -6, 2], [-2, 8, -12, 8, -2], [2, -6, 8, -6, 2], [-1, 2, -2, 2, -1]], 12),
+    ([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, -2, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 2),
+)
+RESIDUAL_SCALE = 20.0  # residuals of photographs lie around a few grey levels; this brings them near unit variance
+RESIDUAL_LIMIT = 3.0
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+class Output(NamedTuple):
+    """What the model says of a batch of N images."""
+
+    logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
+    mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
+
+
+class NoiseResidual(nn.Module):
+    """RGB ``(N, 3, H, W)`` in [0, 1] to SRM residuals ``(N, 9, H, W)`` in [-3, 3]; not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernels = torch.tensor([[[value / scale for value in row] for row in kernel] for kernel, scale in _SRM])
+        self.register_buffer("weight", kernels[:, None].repeat(3, 1, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
+        residual = F.conv2d(padded, self.weight.to(x.dtype), groups=3)
+        return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, group normalisation (so that batch size does not matter), GELU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
+        nn.GroupNorm(8, channels_out),
+        nn.GELU(),
+    )
+
+
+class SegmentationBranch(nn.Module):
+    """Backbone stages and noise residuals to mask logits at input resolution.
+
+    A feature pyramid (Lin et al., CVPR 2017) brings all stages to the finest one's stride, where they are fused as in
+    UPerNet (Xiao et al., ECCV 2018).  ConvNeXt's finest stage has stride 4, so a shallow branch on SRM residuals adds
+    what is finer, and the result is refined at stride 2.
+    """
+
+    def __init__(self, stage_channels: list[int], channels: int) -> None:
+        super().__init__()
+        fine = max(8, channels // 4 // 8 * 8)
+        self.lateral = nn.ModuleList(_conv(stage, channels, 1) for stage in stage_channels)
+        self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
+        self.fuse = _conv(channels * len(stage_channels), channels)
+        self.residual = NoiseResidual()
+        self.shallow = nn.Sequential(_conv(9, fine), _conv(fine, fine, stride=2), _conv(fine, fine))
+        self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
+        nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
+
+    def forward(self, image: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
+        levels = [lateral(stage) for lateral, stage in zip(self.lateral, stages, strict=True)]
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + _resize_like(levels[i], levels[i - 1])
+        smooth = [_resize_like(layer(level), levels[0]) for layer, level in zip(self.smooth, levels, strict=True)]
+        fine = self.shallow(self.residual(image))
+        merged = torch.cat([_resize_like(self.fuse(torch.cat(smooth, 1)), fine), fine], 1)
+        return _resize_like(self.refine(merged), image)
+
+
+def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class CombinedModel(nn.Module):
+    """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 32, to ``Output``.
+
+    Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (mean, and
+    mean of the strongest twentieth of the pixels) also goes to the classifier, so that both agree.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        backbone: str,
+        *,
+        frontend: str = "rgb",
+        decoder_channels: int = 128,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        pretrained: bool = False,
+        pretrained_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "task": task,
+            "backbone": backbone,
+            "frontend": frontend,
+            "decoder_channels": decoder_channels,
+            "drop_path": drop_path,
+            "dropout": dropout,
+        }
+        channels = 3 if frontend == "rgb" else 12
+        self.backbone = _create_backbone(backbone, channels, drop_path, pretrained, pretrained_file)
+        statistics = timm.data.resolve_data_config({}, model=self.backbone)
+        self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
+        self.residual = NoiseResidual() if frontend == "srm" else None
+        stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info]
+        self.segmentation = SegmentationBranch(stage_channels, decoder_channels) if task == "B" else None
+        evidence = 2 if task == "B" else 0
+        features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        self.norm = nn.LayerNorm(features)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features + evidence, 2))
+
+    def forward(self, images: torch.Tensor) -> Output:
+        height, width = images.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            up = [-(-side // STRIDE) * STRIDE for side in (height, width)]
+            raise ValueError(f"images of {height} x {width}: sides must be multiples of {STRIDE}; {up[0]} x {up[1]} would work")
+        x = (images - self.mean) / self.std
+        if self.residual is not None:
+            x = torch.cat([x, self.residual(images)], 1)
+        final, stages = self.backbone.forward_intermediates(x)
+        features = self.norm(self.backbone.forward_head(final, pre_logits=True))
+        mask_logits = None
+        if self.segmentation is not None:
+            mask_logits = self.segmentation(images, stages)
+            features = torch.cat([features, _mask_evidence(mask_logits)], 1)
+        return Output(self.classifier(features), mask_logits)
+
+    def train(self, mode: bool = True) -> CombinedModel:
+        """As usual, but whatever has no trainable parameter left stays in evaluation mode: frozen means frozen."""
+        super().train(mode)
+        if mode:
+            for module in self.backbone.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                    module.eval()
+        return self
+
+    def freeze_backbone(self, trainable_stages: int | str = 0) -> None:
+        """Freeze the backbone but for its last stages (by timm's own coarse grouping), or nothing for ``"all"``."""
+        groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
+        layer_of = {name: int(layer) for name, layer in groups.items()}
+        last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
+        first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(trainable_stages != 0 and layer_of[name] >= first)
+
+
+def _mask_evidence(mask_logits: torch.Tensor) -> torch.Tensor:
+    """``(N, 1, H, W)`` logits to ``(N, 2)``: mean probability, and mean of the strongest twentieth of a coarse map."""
+    coarse = F.avg_pool2d(mask_logits.float().sigmoid(), 8).flatten(1)
+    top = coarse.topk(max(1, coarse.shape[1] // 20), 1).values
+    return torch.stack([coarse.mean(1), top.mean(1)], 1)
+
+
+def _create_backbone(name: str, channels: int, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
+    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be had."""
+    if not timm.is_model(name.split(".")[0]):
+        close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
+        raise ValueError(f"backbone: timm has no model {name!r}; some it has: {', '.join(close) or 'see timm.list_models()'}")
+    if file and not Path(file).is_file():
+        raise FileNotFoundError(f"pretrained_file: no file {file}; give a .pth or .safetensors file of {name}")
+    overlay = {"file": file} if file else None
+    if pretrained:
+        print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
+    options = {"pretrained": pretrained, "num_classes": 0, "in_chans": channels, "pretrained_cfg_overlay": overlay}
+    try:
+        backbone = _without_unknown_drop_path(name, options, drop_path)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise OSError(_no_weights_message(name, file, error)) from error
+    if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
+        raise ValueError(f"backbone: timm's {name} gives no intermediate features; choose another, such as convnext_base")
+    return backbone
+
+
+def _without_unknown_drop_path(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
+    try:
+        return timm.create_model(name, drop_path_rate=drop_path, **options)
+    except TypeError:  # a model without stochastic depth
+        return timm.create_model(name, **options)
+
+
+def _no_weights_message(name: str, file: str | None, error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if file:
+        return f"the weights in {file} do not load into {name}: {error}"
+    cache = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
+    return (
+        f"cannot load the pretrained weights of {name}: no network, and they are not in the cache {cache}.\n"
+        f"Either bring them as a file and set pretrained_file: /path/to/{name}.safetensors,\n"
+        f"or train from scratch with pretrained: false.\n"
+        f"({type(error).__name__}: {str(error).splitlines()[0]})"
+    )
+
+
+def build_model(params: Params, task: str) -> CombinedModel:
+    """The model that a run trains for a task."""
+    return CombinedModel(
+        task,
+        params.backbone,
+        frontend=params.frontend,
+        decoder_channels=params.decoder_channels,
+        drop_path=params.drop_path,
+        dropout=params.dropout,
+        pretrained=params.pretrained,
+        pretrained_file=params.pretrained_file,
+    )
+
+
+def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
+    """Write weights with what rebuilds the model; ``facts`` (thresholds, metrics) are plain values, no objects."""
+    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
+    with whole(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this project (format {CHECKPOINT_FORMAT} expected)")
+    return content
+
+
+def load_model(path: Path, task: str) -> tuple[CombinedModel, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
+
+    Raises ``CheckpointError`` where it belongs to another task or its weights do not fit.
+    """
+    content = read_checkpoint(path)
+    config = content["config"]
+    if config["task"] != task:
+        raise CheckpointError(f"{path} was trained for Task {config['task']}, not for Task {task}")
+    model = CombinedModel(**config)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}") from None
+    return model.eval(), content

@@ -1,0 +1,187 @@
+"""The parameters of a run: one validated model, loaded from one YAML file.
+
+Unknown keys, wrong types and contradictions fail with the key, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from forensics_lib.files import project_root
+
+PROBABILITY = {"ge": 0.0, "le": 1.0}
+
+
+class ParamsError(ValueError):
+    """The parameters are not valid; the message names each key, what was found and what is allowed."""
+
+
+class Params(BaseModel):
+    """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # The run
+    run_name: str = Field("constrained", description="name of the run; its files in outputs/ begin with it")
+    run_type: Literal["constrained", "open"] = Field(
+        "constrained", description="constrained: official data only; open: dataset_open as well"
+    )
+    tasks: list[Literal["A", "B"]] = Field(["A", "B"], description="A: real or synthetic; B: manipulated regions")
+    team: str = Field("teamname", description="team name, first part of the archive names")
+    edition: Literal[2025, 2026] = Field(2025, description="challenge year: Task A as zip (2025) or plain CSV (2026)")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+
+    # Data
+    data_root: str = Field("data", description="folder with dataset, dataset_open, dataset_taskB and test")
+    sample: bool = Field(False, description="use the built-in sample instead of data_root")
+    test_folder_a: str | None = Field(None, description="Task A test images; null: <data_root>/test/taskA")
+    test_folder_b: str | None = Field(None, description="Task B test images; null: <data_root>/test/taskB")
+
+    # Model
+    backbone: str = Field("convnext_base", description="any timm model name")
+    pretrained: bool = Field(True, description="start from pretrained weights")
+    pretrained_file: str | None = Field(None, description="local weight file to use instead of timm's download")
+    frontend: Literal["rgb", "srm"] = Field("rgb", description="network input: RGB, or RGB and SRM noise residuals")
+    decoder_channels: int = Field(128, ge=8, multiple_of=8, description="Task B decoder width, channels")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
+    mask_weight: float = Field(1.0, ge=0, description="Task B loss = cross-entropy + mask_weight x mask loss")
+
+    # Training
+    crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")
+    batch_size: int = Field(64, ge=1, description="crops in a batch")
+    epochs_head: int = Field(2, ge=0, description="step 1, backbone frozen, epochs")
+    epochs_finetune: int = Field(6, ge=0, description="step 2, last backbone stages trained too, epochs")
+    finetune_stages: int | Literal["all"] = Field(1, description="how many of the last backbone stages step 2 trains, or all")
+    lr_head: float = Field(1e-3, gt=0, description="peak learning rate of step 1")
+    lr_finetune: float = Field(1e-4, gt=0, description="peak learning rate of step 2")
+    warmup: float = Field(0.1, **PROBABILITY, description="share of each step's updates in which the rate rises")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
+    degrade: float = Field(0.3, **PROBABILITY, description="probability of each training degradation (JPEG, WebP, ...)")
+    val_limit: int = Field(2000, ge=2, description="validation images scored after each epoch (all at the end)")
+
+    # Inference
+    crops_per_image: int = Field(5, ge=1, description="Task A: native crops scored per image: centre, then most textured")
+    tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
+    tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
+
+    # Machine
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine computes it fast")
+    workers: int | Literal["auto"] = Field("auto", description="processes that load images; auto: one per core, at most 16")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are not allowed here")
+        return value
+
+    @field_validator("run_name", "team")
+    @classmethod
+    def _file_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith((".", "-")):
+            raise ValueError("must be a file name part: letters, digits, '-', '_' and '.', not starting with '.' or '-'")
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct_tasks(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("must be [A], [B] or [A, B]")
+        return sorted(value)
+
+    @field_validator("finetune_stages", "workers")
+    @classmethod
+    def _not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be 0 or more")
+        return value
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Params:
+        if self.pretrained_file and not self.pretrained:
+            raise ValueError("pretrained_file is given but pretrained is false: set pretrained: true, or remove the file")
+        if self.epochs_head + self.epochs_finetune == 0:
+            raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
+        if self.tile_overlap > self.tile_size // 2:
+            raise ValueError(f"tile_overlap {self.tile_overlap} is over half of tile_size {self.tile_size}: lower it")
+        return self
+
+
+def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Params:
+    """Load a YAML file of parameters and set ``overrides`` on top.
+
+    A relative ``path`` is looked for from the project's folder, then from the working directory.
+    Raises ``ParamsError`` with every problem found, ``FileNotFoundError`` where there is no such file.
+    """
+    file = find_params(path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{file} is not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{file} must hold lines 'key: value'; found {type(values).__name__}")
+    return make_params(values | (overrides or {}), origin=str(path))
+
+
+def find_params(path: str | Path) -> Path:
+    """The file that ``path`` names, from the project's folder or the working directory."""
+    places = [project_root() / Path(path).expanduser(), Path.cwd() / path]
+    for place in places:
+        if place.is_file():
+            return place
+    shipped = ", ".join(f"params/{p.name}" for p in sorted((project_root() / "params").glob("*.yaml")))
+    raise FileNotFoundError(f"no parameter file {path} (looked at {places[0]}); shipped: {shipped}")
+
+
+def make_params(values: dict[str, Any], origin: str) -> Params:
+    """Validate ``values``; ``origin`` says in the error where they come from."""
+    try:
+        return Params(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        raise ParamsError(f"{origin}: {len(problems)} problem(s)\n  " + "\n  ".join(dict.fromkeys(problems))) from None
+
+
+def _problem(item: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors: key, what was found, what is allowed."""
+    key = str(item["loc"][0]) if item["loc"] else ""
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, Params.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(Params.model_fields)}"
+        return f"{key}: unknown key (value {item['input']!r}); {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}: found {item['input']!r}; {message[0].lower() + message[1:]} ({Params.model_fields[key].description})"
+
+
+def notebook_parameters() -> dict[str, Any]:
+    """The parameters set in the running notebook's ``# Parameters`` cells: its own, then papermill's injected one.
+
+    Only names assigned in those cells count, so that variables of other cells are never taken for parameters.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("notebook_parameters() works in a notebook; elsewhere call load_params(path)")
+    cells = [source for source in shell.user_ns.get("In", []) if source.lstrip().startswith("# Parameters")]
+    names = {name for source in cells for name in assigned_names(source)}
+    return {name: shell.user_ns[name] for name in sorted(names) if name in shell.user_ns}
+
+
+def assigned_names(source: str) -> list[str]:
+    """The names that a cell's source assigns at its top level, in order."""
+    names = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names

@@ -1,0 +1,217 @@
+"""A run: its parameters, the data it uses, and the names of everything that it writes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forensics_lib.files import from_home, home, project_root, update_json
+from forensics_lib.params import Params, load_params, notebook_parameters
+from forensics_lib.sample import build_sample
+
+PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
+
+
+class MissingDataError(FileNotFoundError):
+    """Some of the data that the run needs is not where it should be."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parameters of a run and where its files are."""
+
+    params: Params
+    data: Path  # the data root in use: the user's, or the sample's
+
+    @property
+    def name(self) -> str:
+        return self.params.run_name
+
+    @property
+    def sample(self) -> bool:
+        return self.params.sample
+
+    @property
+    def folder(self) -> Path:
+        """``outputs/<run_name>``: everything but the files whose names the challenge's users fixed."""
+        return home() / "outputs" / self.name
+
+    def output(self, task: str, ending: str) -> Path:
+        """``outputs/<run_name>_<ending>``, with ``_taskB_`` in the name for Task B."""
+        infix = "_taskB" if task == "B" else ""
+        return home() / "outputs" / f"{self.name}{infix}_{ending}"
+
+    def classifier_model(self, task: str) -> Path:
+        return self.output(task, "classifier_model.pth")
+
+    def finetuned_model(self, task: str) -> Path:
+        return self.output(task, "finetuned_model.pth")
+
+    def val_probs(self, task: str) -> Path:
+        return self.output(task, "val_probs.csv")
+
+    def test_probs(self, task: str) -> Path:
+        return self.output(task, "test_probs.csv")
+
+    @property
+    def masks(self) -> Path:
+        return self.folder / "masks"
+
+    @property
+    def thresholds(self) -> Path:
+        return self.folder / "thresholds.json"
+
+    @property
+    def submission(self) -> Path:
+        return home() / "submission"
+
+    def test_folder(self, task: str) -> Path:
+        """The folder of unlabelled test images of a task."""
+        chosen = self.params.test_folder_a if task == "A" else self.params.test_folder_b
+        return from_home(chosen) if chosen and not self.sample else self.data / "test" / f"task{task}"
+
+    def needed(self, task: str) -> dict[str, Path]:
+        """What the run reads for a task: a short description to a folder."""
+        if task == "B":
+            return {
+                "Task B training (TGIF)": self.data / "dataset_taskB" / "TGIF",
+                "Task B validation": self.data / "dataset_taskB" / "validation",
+                "Task B test images": self.test_folder("B"),
+            }
+        folders = {
+            "Task A training": self.data / "dataset" / "train",
+            "Task A validation": self.data / "dataset" / "val",
+            "Task A test images": self.test_folder("A"),
+        }
+        if self.params.run_type == "open":
+            folders["Task A open data"] = self.data / "dataset_open"
+        return folders
+
+    def missing(self) -> dict[str, Path]:
+        """The folders that the run's tasks need and that are not there."""
+        return {what: path for task in self.params.tasks for what, path in self.needed(task).items() if not path.is_dir()}
+
+    def describe(self) -> pd.DataFrame:
+        """Print what this run is, and return its parameters as a table."""
+        if self.sample:
+            print(SAMPLE_BANNER)
+        print(f"run {self.name}: {self.params.run_type}, tasks {', '.join(self.params.tasks)}")
+        rows = [(k, v, Params.model_fields[k].description) for k, v in self.params.model_dump().items()]
+        return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
+
+    def has_task(self, task: str) -> bool:
+        """Whether the run includes ``task``; says so where it does not."""
+        if task not in self.params.tasks:
+            print(f"Task {task} is not in this run (tasks: {', '.join(self.params.tasks)}): nothing to do here.")
+        return task in self.params.tasks
+
+    def record(self, **values: Any) -> None:
+        """Set keys in ``run.json``, the run's provenance."""
+        update_json(self.folder / "run.json", **values)
+
+
+SAMPLE_BANNER = """\
++----------------------------------------------------------------------------+
+|  BUILT-IN SAMPLE DATA. These results say nothing about real generators:    |
+|  they show that everything works. 'sample' is in every name that is made.  |
++----------------------------------------------------------------------------+"""
+
+
+def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -> Run:
+    """Load the parameters and find the data.
+
+    Where ``data/`` holds nothing of what the run needs, the run goes on with the built-in sample and the parameters of
+    ``params/sample.yaml``, and ``sample`` becomes part of its name.  A data root that was named on purpose, or that
+    holds only a part, is an error instead.  Raises ``MissingDataError`` and ``params.ParamsError``.
+    """
+    overrides = dict(overrides or {})
+    params = load_params(params_file, overrides)
+    run = Run(params, from_home(params.data_root))
+    missing = {} if params.sample else run.missing()
+    if missing:
+        _check_fallback(run, missing)
+        run = Run(_sample_params(params, overrides), run.data)
+        print(fallback_message(missing, run))
+    if run.sample:
+        run = Run(_named_sample(run.params), build_sample(home() / "data" / "sample"))
+    _record_provenance(run, str(params_file))
+    return run
+
+
+def open_notebook_run() -> Run:
+    """The run of a notebook: ``params_file`` and any parameter set in its ``# Parameters`` cells."""
+    parameters = notebook_parameters()
+    return open_run(parameters.pop("params_file"), parameters)
+
+
+def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
+    """The sample may only stand in for an empty default data folder."""
+    wanted = sum(len(run.needed(task)) for task in run.params.tasks)
+    if run.params.data_root == Params.model_fields["data_root"].default and len(missing) == wanted:
+        return
+    listing = "\n".join(f"  {what}: {path}" for what, path in missing.items())
+    raise MissingDataError(
+        f"the data root {run.data} lacks\n{listing}\n"
+        "Put the data there (data/README.md says what goes where), name another root (DATA=/path/to/data), "
+        "drop a task (tasks: [A]), or set sample: true for the built-in sample."
+    )
+
+
+def _sample_params(params: Params, overrides: dict[str, Any]) -> Params:
+    """The sample's parameters under the identity of the run that they stand in for."""
+    keep = params.model_dump(include={"run_name", "run_type", "tasks", "team", "edition", "seed", "device"})
+    return load_params("params/sample.yaml", keep | overrides | {"sample": True})
+
+
+def _named_sample(params: Params) -> Params:
+    if "sample" in params.run_name:
+        return params
+    return params.model_copy(update={"run_name": f"{params.run_name}_sample"})
+
+
+def fallback_message(missing: dict[str, Path], run: Run) -> str:
+    """The block that says that the official data is not there and the sample is used."""
+    listing = "\n".join(f"  {what:26} {path}" for what, path in missing.items())
+    return (
+        f"{'=' * 78}\nOFFICIAL DATA NOT FOUND. Looked for\n{listing}\n"
+        f"Going on with the BUILT-IN SAMPLE and the small model of params/sample.yaml.\n"
+        "To use your data: data/README.md says what goes where; another place: DATA=/path/to/data\n"
+        f"{'=' * 78}"
+    )
+
+
+def _record_provenance(run: Run, params_file: str) -> None:
+    run.record(
+        run=run.name,
+        sample=run.sample,
+        params=run.params.model_dump(),
+        params_file=params_file,
+        data=str(run.data),
+        python=sys.version.split()[0],
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        versions={package: version(package) for package in PACKAGES},
+        git=_git_state(),
+        updated=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and whether tracked files were changed; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(project_root()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
