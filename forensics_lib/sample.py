@@ -142,7 +142,7 @@ def _write_task_a(root: Path, name: str, rng: np.random.Generator, model: Autoen
     for index in range(TASK_A_COUNTS[split]):
         real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
         fake = _enlarged(model, real) if split.startswith("open") else regenerate(model, real)
-        quality, subsampling = int(rng.integers(88, 97)), int(rng.choice([0, 2]))
+        quality, subsampling = int(rng.integers(75, 96)), int(rng.choice([0, 2]))
         for label, image in enumerate((real, fake)):
             path = _task_a_path(root, split, name, label, index, rng)
             _save(path, image, quality=quality, subsampling=subsampling)

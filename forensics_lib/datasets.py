@@ -1,0 +1,177 @@
+"""Images from a manifest to tensors: random native crops for training, whole images or chosen crops for inference.
+
+A file that fails does not stop an epoch: its sample carries the error, ``collate`` drops it, and the caller counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from forensics_lib.degradations import degrade
+from forensics_lib.images import ImageError, pad_to, read_image, read_mask
+
+FOCUS = 0.7  # share of the crops of manipulated images that are placed around a manipulated pixel
+
+
+class TrainingCrops(Dataset):
+    """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
+
+    Every random choice follows from (seed, epoch, index), so results do not depend on workers or order.  With
+    ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel counts as authentic.
+    """
+
+    def __init__(self, manifest: pd.DataFrame, crop_size: int, *, masks: bool, probability: float, seed: int) -> None:
+        self.rows = manifest[["path", "label", "mask_path", "kind"]].to_dict("records")
+        self.crop_size, self.masks, self.probability, self.seed = crop_size, masks, probability, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        try:
+            image = read_image(Path(row["path"]))
+            mask = self._mask(row, image.shape[:2])
+        except ImageError as error:
+            return {"index": index, "error": str(error)}
+        image, mask = _crop(image, mask, self.crop_size * 2, rng)  # enough for the strongest shrinking, cheap to degrade
+        image, mask = _crop(*degrade(image, mask, self.probability, rng), self.crop_size, rng)
+        if rng.random() < 0.5:
+            image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
+        sample = {"index": index, "label": int(row["label"]), "image": _to_tensor(image)}
+        if mask is not None:
+            sample["mask"] = torch.from_numpy(np.ascontiguousarray(mask))[None]
+            if row["kind"] == "sp":
+                sample["label"] = int(mask.any())
+        return sample
+
+    def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
+        if not self.masks:
+            return None
+        return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
+
+
+def _crop(
+    image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A random ``size`` square, padded by reflection where the image is smaller; often around a masked pixel."""
+    image = pad_to(image, size, size)
+    limits = image.shape[0] - size, image.shape[1] - size
+    top, left = (int(rng.integers(limit + 1)) for limit in limits)
+    if mask is not None:
+        mask = pad_to(mask, size, size)
+        if rng.random() < FOCUS and mask.any():
+            marked = np.flatnonzero(mask)
+            y, x = divmod(int(marked[rng.integers(len(marked))]), mask.shape[1])
+            top, left = (
+                int(np.clip(centre - rng.integers(size // 4, 3 * size // 4 + 1), 0, limit))
+                for centre, limit in zip((y, x), limits, strict=True)
+            )
+        mask = mask[top : top + size, left : left + size]
+    return image[top : top + size, left : left + size], mask
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    """``(H, W, 3)`` uint8 to ``(3, H, W)`` uint8."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the samples that could be read; ``errors`` lists (index, message) of the others."""
+    good = [sample for sample in samples if "error" not in sample]
+    batch: dict[str, Any] = {"errors": [(sample["index"], sample["error"]) for sample in samples if "error" in sample]}
+    batch["index"] = [sample["index"] for sample in good]
+    if good:
+        batch["label"] = torch.tensor([sample["label"] for sample in good])
+        for key in ("image", "mask"):
+            if key in good[0]:
+                batch[key] = torch.stack([sample[key] for sample in good])
+    return batch
+
+
+def epoch_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
+
+    A class that is short repeats; of one that is plentiful each epoch takes another random part.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    half = -(-len(labels) // 2)
+    parts = []
+    for label in (0, 1):
+        members = np.flatnonzero(labels == label)
+        rounds = [rng.permutation(members) for _ in range(-(-half // len(members)))]
+        parts.append(np.concatenate(rounds)[:half])
+    return rng.permutation(np.concatenate(parts))[: len(labels)]
+
+
+def training_loader(dataset: TrainingCrops, order: np.ndarray, batch_size: int, workers: int) -> DataLoader:
+    """Batches of ``dataset`` in the given order; a last batch of one image is kept."""
+    return DataLoader(dataset, batch_size, sampler=order.tolist(), num_workers=workers, collate_fn=collate)
+
+
+class InferenceImages(Dataset):
+    """Whole images for inference: index, ``(H, W, 3)`` uint8 image or error, and the mask where rows have one."""
+
+    def __init__(self, manifest: pd.DataFrame, *, crop_size: int | None = None, crops: int = 1) -> None:
+        self.paths = manifest["path"].tolist()
+        self.crop_size, self.crops = crop_size, crops
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)``."""
+        try:
+            image = read_image(Path(self.paths[index]))
+        except ImageError as error:
+            return {"index": index, "error": str(error)}
+        if self.crop_size is None:
+            return {"index": index, "image": image}
+        return {"index": index, "crops": torch.stack([_to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}
+
+
+def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:
+    """The samples one by one in order, loaded ahead by ``workers`` processes."""
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+    """The centre crop and up to ``count - 1`` more, the most textured of a half-overlapping grid.
+
+    Texture is the mean absolute difference of neighbouring pixels of the green channel.  Smaller images are padded by
+    reflection; one that has room for a single crop gives one.
+    """
+    image = pad_to(image, size, size)
+    height, width = image.shape[:2]
+    places = [((height - size) // 2, (width - size) // 2)]
+    if count > 1 and (height > size or width > size):
+        grid = [(y, x) for y in _grid(height, size) for x in _grid(width, size)]
+        texture = _texture(image, size, grid)
+        ranked = [grid[i] for i in np.argsort(-texture, kind="stable")]
+        places += [place for place in ranked if place != places[0]][: count - 1]
+    return [image[y : y + size, x : x + size] for y, x in places]
+
+
+def _grid(length: int, size: int) -> list[int]:
+    steps = max(1, -(-(length - size) // (size // 2)))
+    return sorted({round(i * (length - size) / steps) for i in range(steps + 1)})
+
+
+def _texture(image: np.ndarray, size: int, places: list[tuple[int, int]]) -> np.ndarray:
+    """Mean absolute neighbour difference of each ``size`` square, by a summed-area table."""
+    green = image[..., 1].astype(np.int16)
+    energy = np.zeros((green.shape[0] + 1, green.shape[1] + 1), np.int64)
+    energy[2:, 1:] += np.abs(np.diff(green, axis=0))
+    energy[1:, 2:] += np.abs(np.diff(green, axis=1))
+    table = energy.cumsum(0).cumsum(1)
+    y, x = np.array(places).T
+    return (table[y + size, x + size] - table[y, x + size] - table[y + size, x] + table[y, x]) / size**2

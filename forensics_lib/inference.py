@@ -1,0 +1,154 @@
+"""Trained models on images: probabilities from several native crops, masks from overlapping tiles at the image's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from forensics_lib.datasets import InferenceImages, stream
+from forensics_lib.files import whole
+from forensics_lib.images import pad_to
+from forensics_lib.machine import Machine
+from forensics_lib.metrics import round_probs
+from forensics_lib.model import STRIDE, CombinedModel
+from forensics_lib.params import Params
+from forensics_lib.progress import progress
+
+FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the submission all the same
+MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
+
+
+@torch.inference_mode()
+def predict_probabilities(model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine) -> pd.DataFrame:
+    """Task A: the probability of being synthetic for each row's ``path``; columns ``prob`` and ``error``, in row order.
+
+    Each image gives up to ``crops_per_image`` native crops; its probability is the sigmoid of their mean logit margin.
+    Crops of several images share a batch.  An unreadable image has prob NaN and its error.
+    """
+    model = model.to(machine.device, memory_format=torch.channels_last).eval()
+    margins: dict[int, list[float]] = {index: [] for index in range(len(rows))}
+    errors: dict[int, str] = {}
+    pending: list[tuple[int, torch.Tensor]] = []
+    dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image)
+
+    def flush(size: int) -> None:
+        batch, pending[:] = pending[:size], pending[size:]
+        with machine.autocast():
+            logits = model(machine.to_device(torch.stack([crop for _, crop in batch]))).logits.float()
+        for (index, _), margin in zip(batch, (logits[:, 1] - logits[:, 0]).tolist(), strict=True):
+            margins[index].append(margin)
+
+    for sample in progress(stream(dataset, machine.workers), "probabilities", total=len(rows)):
+        if "error" in sample:
+            errors[sample["index"]] = sample["error"]
+            continue
+        pending += [(sample["index"], crop) for crop in sample["crops"]]
+        while len(pending) >= params.batch_size:
+            flush(params.batch_size)
+    if pending:
+        flush(len(pending))
+    means = np.array([np.mean(values) if values else np.nan for values in margins.values()])
+    return pd.DataFrame({"prob": _sigmoid(means), "error": pd.Series(errors, index=range(len(rows)), dtype=object)})
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -60, 60)))
+
+
+@dataclass
+class MaskPrediction:
+    """Task B's answer for one image; ``mask`` (H, W) float16 in [0, 1], or ``error`` where it could not be read."""
+
+    index: int
+    prob: float
+    mask: np.ndarray | None
+    error: str | None = None
+
+
+def predict_masks(model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine) -> Iterator[MaskPrediction]:
+    """Task B: probability and full-size mask of each row's ``path``, one after the other in row order."""
+    model = model.to(machine.device, memory_format=torch.channels_last).eval()
+    for sample in progress(stream(InferenceImages(rows), machine.workers), "masks", total=len(rows)):
+        if "error" in sample:
+            yield MaskPrediction(sample["index"], float("nan"), None, sample["error"])
+        else:
+            prob, mask = predict_mask(model, np.asarray(sample["image"]), params, machine)
+            yield MaskPrediction(sample["index"], prob, mask)
+
+
+@torch.inference_mode()
+def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machine: Machine) -> tuple[float, np.ndarray]:
+    """Probability of being manipulated, and mask ``(H, W)`` float16 in [0, 1], of one ``(H, W, 3)`` uint8 image.
+
+    An image of at most ``tile_size`` on both sides goes through whole.  A larger one is cut into overlapping tiles whose
+    masks are blended with weights that fall off linearly in the overlap; its probability is the highest of its tiles.
+    """
+    height, width = image.shape[:2]
+    padded = pad_to(image, *(-(-side // STRIDE) * STRIDE for side in (height, width)))
+    tile = params.tile_size
+    tile_h, tile_w = (min(tile, side) for side in padded.shape[:2])
+    tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in padded.shape[:2])
+    weight_y, weight_x = _weights(tile_h, params.tile_overlap), _weights(tile_w, params.tile_overlap)
+    total = np.zeros(padded.shape[:2], np.float32)
+    places = [(top, left) for top in tops for left in lefts]
+    per_batch = max(1, params.batch_size * params.crop_size**2 // (tile_h * tile_w))
+    best = 0.0
+    for start in range(0, len(places), per_batch):
+        batch = places[start : start + per_batch]
+        tiles = np.stack([padded[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
+        with machine.autocast():
+            output = model(machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles))))
+        best = max(best, output.logits.float().softmax(1)[:, 1].max().item())
+        probs = output.mask_logits.float().sigmoid()[:, 0].cpu().numpy()
+        for (y, x), prob in zip(batch, probs, strict=True):
+            total[y : y + tile_h, x : x + tile_w] += prob * (weight_y[:, None] * weight_x)
+    total /= _weight_sum(tops, weight_y, padded.shape[0])[:, None]
+    total /= _weight_sum(lefts, weight_x, padded.shape[1])
+    return best, total[:height, :width].clip(0, 1).astype(np.float16)
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles of a side begin: evenly spaced, overlapping by at least ``overlap``, the last ends at ``length``."""
+    if length <= tile:
+        return [0]
+    count = -(-(length - overlap) // (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _weights(length: int, overlap: int) -> np.ndarray:
+    """1 inside, falling linearly to nearly 0 over ``overlap`` pixels at both ends; ``(length,)`` float32."""
+    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 1
+    return np.minimum(distance / (min(overlap, length // 2) + 1), 1).astype(np.float32)
+
+
+def _weight_sum(starts: list[int], weights: np.ndarray, length: int) -> np.ndarray:
+    total = np.zeros(length, np.float32)
+    for start in starts:
+        total[start : start + len(weights)] += weights
+    return total
+
+
+def save_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a mask as compressed npz, whole or not at all."""
+    with whole(path) as temporary:
+        np.savez_compressed(temporary, **{MASK_KEY: mask.astype(np.float16)})
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """The mask that ``save_mask`` wrote, ``(H, W)`` float16."""
+    with np.load(path, allow_pickle=False) as content:
+        return content[MASK_KEY]
+
+
+def write_probs(path: Path, rows: pd.DataFrame, probs: np.ndarray, **further: object) -> pd.DataFrame:
+    """Write ``image_id,prob`` and further columns as CSV, whole or not at all; ``image_id`` is the file's name."""
+    names = [Path(p).name for p in rows["path"]]
+    table = pd.DataFrame({"image_id": names, "prob": round_probs(probs), **further})
+    with whole(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f")
+    return table

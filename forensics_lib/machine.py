@@ -1,0 +1,49 @@
+"""What this machine computes with: device, precision and loader processes, chosen once and printed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from forensics_lib.params import Params
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes."""
+
+    device: torch.device
+    bf16: bool
+    workers: int
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision around a forward pass, or nothing where it is not used."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def to_device(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``(N, 3, H, W)`` to floats in [0, 1] on the device, channels last."""
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.float() / 255
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return f"{self.device.type} ({name}), {'bf16' if self.bf16 else 'fp32'}, {self.workers} loader processes"
+
+
+def choose_machine(params: Params) -> Machine:
+    """Resolve the ``auto`` settings.  Raises ``ValueError`` where a GPU is asked for and there is none."""
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
+    device = torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+    bf16 = params.precision == "bf16" or (params.precision == "auto" and _computes_bf16_fast(device))
+    workers = min(os.cpu_count() or 1, 16) if params.workers == "auto" else params.workers
+    return Machine(device, bf16, workers)
+
+
+def _computes_bf16_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

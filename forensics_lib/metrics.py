@@ -1,0 +1,167 @@
+"""What the challenge ranks and what explains it: image-level scores, and pixel-level scores by fixed-bin histograms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedKFold
+
+DECIMALS = 6  # probabilities and thresholds are written, and compared, with this many
+BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
+
+
+def round_probs(probs: np.ndarray) -> np.ndarray:
+    """Probabilities as they are written to files, so that labels agree with what a reader computes."""
+    return np.round(np.asarray(probs, np.float64), DECIMALS)
+
+
+def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
+    """The threshold with the highest F1 (label 1 where prob >= threshold), half-way to the next lower probability.
+
+    ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises ``ValueError`` without a positive.
+    """
+    labels, probs = np.asarray(labels), round_probs(probs)
+    if not labels.any():
+        raise ValueError("no positive label: an F1 threshold needs at least one")
+    order = np.argsort(-probs, kind="stable")
+    ranked = probs[order]
+    f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
+    f1[:-1][ranked[1:] == ranked[:-1]] = -1  # equal probabilities cannot be parted
+    best = int(f1.argmax())
+    below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
+    return min(math.ceil((ranked[best] + below) / 2 * 10**DECIMALS) / 10**DECIMALS, float(ranked[best]))
+
+
+def counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[int, int, int, int]:
+    """True positives, false positives, false negatives, true negatives."""
+    labels, predicted = np.asarray(labels).astype(bool), np.asarray(predicted).astype(bool)
+    return (
+        int((labels & predicted).sum()),
+        int((~labels & predicted).sum()),
+        int((labels & ~predicted).sum()),
+        int((~labels & ~predicted).sum()),
+    )
+
+
+def f1_score(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """F1 of binary predictions; 0 where nothing is positive and nothing predicted so."""
+    tp, fp, fn, _ = counts(labels, predicted)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+
+
+def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
+    """AUC, AP and EER of ``probs``, and F1, accuracies, precision, recall and false-positive rate at ``threshold``.
+
+    AUC, AP and EER are NaN where one class is missing.
+    """
+    labels, probs = np.asarray(labels), round_probs(probs)
+    tp, fp, fn, tn = counts(labels, probs >= threshold)
+    recall, specificity = tp / max(tp + fn, 1), tn / max(tn + fp, 1)
+    both = 0 < labels.sum() < len(labels)
+    return {
+        "auc": float(roc_auc_score(labels, probs)) if both else math.nan,
+        "ap": float(average_precision_score(labels, probs)) if both else math.nan,
+        "f1": f1_score(labels, probs >= threshold),
+        "accuracy": (tp + tn) / max(len(labels), 1),
+        "balanced_accuracy": (recall + specificity) / 2,
+        "precision": tp / max(tp + fp, 1),
+        "recall": recall,
+        "fpr": 1 - specificity if tn + fp else math.nan,
+        "eer": equal_error_rate(labels, probs) if both else math.nan,
+        "threshold": threshold,
+    }
+
+
+def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:
+    """The rate at which false positives and false negatives are equally frequent, between the curve's points."""
+    fpr, tpr, _ = roc_curve(labels, probs)
+    gap = fpr - (1 - tpr)  # rises from -1 to 1
+    return float(np.interp(0.0, gap, fpr))
+
+
+def crossfit_f1(labels: np.ndarray, probs: np.ndarray, folds: int = 5, seed: int = 0) -> float:
+    """F1 with each fold's threshold chosen on the other folds: what a threshold gives on images it was not chosen on."""
+    labels, probs = np.asarray(labels), round_probs(probs)
+    folds = min(folds, int(np.bincount(labels, minlength=2).min()))
+    if folds < 2:
+        return math.nan
+    predicted = np.zeros(len(labels), bool)
+    for rest, fold in StratifiedKFold(folds, shuffle=True, random_state=seed).split(probs, labels):
+        predicted[fold] = probs[fold] >= best_f1_threshold(labels[rest], probs[rest])
+    return f1_score(labels, predicted)
+
+
+def bootstrap_interval(
+    score: Callable[[np.ndarray, np.ndarray], float], labels: np.ndarray, probs: np.ndarray, rounds: int = 300, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of ``score(labels, probs)`` over images drawn with replacement within each class."""
+    labels, probs = np.asarray(labels), np.asarray(probs)
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(labels == label) for label in (0, 1)]
+    values = []
+    for _ in range(rounds):
+        drawn = np.concatenate([rng.choice(group, len(group)) for group in members if len(group)])
+        values.append(score(labels[drawn], probs[drawn]))
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
+
+
+# ---- Pixels ----------------------------------------------------------------------------------------------------------
+
+
+def pixel_histogram(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Pixel counts ``(2, 256)`` by truth (authentic, manipulated) and probability bin.
+
+    ``mask`` (H, W) in [0, 1], ``truth`` (H, W) bool.  Probabilities are rounded to float16 first, as they are written.
+    """
+    bins = np.minimum((mask.astype(np.float16).astype(np.float32) * BINS).astype(np.int64), BINS - 1)
+    return np.bincount((bins + BINS * truth).ravel(), minlength=2 * BINS).reshape(2, BINS)
+
+
+def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IoU, F1 and flagged share ``(N, 256)`` of N images' histograms ``(N, 2, 256)`` at the thresholds 0, 1/256, ...
+
+    Where neither truth nor prediction marks a pixel, IoU and F1 are 1.
+    """
+    flagged = histograms[:, :, ::-1].cumsum(2)[:, :, ::-1].astype(float)
+    fp, tp = flagged[:, 0], flagged[:, 1]
+    positives = histograms[:, 1].sum(1, keepdims=True)
+    union, both = positives + fp, positives + fp + tp
+    iou = np.divide(tp, union, out=np.ones_like(tp), where=union > 0)
+    f1 = np.divide(2 * tp, both, out=np.ones_like(tp), where=both > 0)
+    return iou, f1, (fp + tp) / histograms.sum((1, 2))[:, None]
+
+
+def best_iou_threshold(histograms: np.ndarray) -> float:
+    """The threshold (a multiple of 1/256, at least 1/256) with the highest mean IoU over manipulated images."""
+    manipulated = histograms[:, 1].sum(1) > 0
+    if not manipulated.any():
+        raise ValueError("no manipulated image: a localization threshold needs at least one")
+    return (int(pixel_curves(histograms[manipulated])[0].mean(0)[1:].argmax()) + 1) / BINS
+
+
+def pixel_table(histograms: np.ndarray, loc_threshold: float) -> pd.DataFrame:
+    """IoU, F1 and flagged share of each image at ``loc_threshold`` (a multiple of 1/256)."""
+    column = round(loc_threshold * BINS)
+    iou, f1, flagged = (curve[:, column] for curve in pixel_curves(histograms))
+    return pd.DataFrame({"iou": iou, "pixel_f1": f1, "flagged": flagged, "truth": histograms[:, 1].sum(1) > 0})
+
+
+def localization_metrics(histograms: np.ndarray, loc_threshold: float) -> dict[str, float]:
+    """Mean pixel scores at ``loc_threshold``, named by their convention.
+
+    ``iou_manipulated``: over manipulated images; ``iou_all``: over all, with empty against empty as 1;
+    ``flagged_authentic``: share of authentic images with more than 1% of their pixels at or above the threshold.
+    """
+    table = pixel_table(histograms, loc_threshold)
+    manipulated, authentic = table[table["truth"]], table[~table["truth"]]
+    return {
+        "iou_manipulated": float(manipulated["iou"].mean()),
+        "pixel_f1_manipulated": float(manipulated["pixel_f1"].mean()),
+        "iou_all": float(table["iou"].mean()),
+        "flagged_authentic": float((authentic["flagged"] > 0.01).mean()),
+        "loc_threshold": loc_threshold,
+    }

@@ -1,0 +1,359 @@
+"""One training loop for both tasks: step 1 trains the head on a frozen backbone, step 2 the last backbone stages too.
+
+After every epoch the whole state is saved, so that a stopped run goes on from there; the best epoch by validation
+becomes the step's model.  ``metrics.jsonl`` receives one line per epoch while it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+
+from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
+from forensics_lib.files import whole
+from forensics_lib.images import ImageError, read_mask
+from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.machine import Machine, choose_machine
+from forensics_lib.manifest import usable
+from forensics_lib.metrics import image_metrics, pixel_curves, pixel_histogram
+from forensics_lib.model import CombinedModel, build_model, load_model, read_checkpoint, save_checkpoint
+from forensics_lib.params import Params
+from forensics_lib.progress import progress
+from forensics_lib.runs import Run
+
+CLIP_NORM = 1.0  # gradients are scaled down to this norm
+NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
+    "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
+}  # fmt: skip
+
+
+@dataclass
+class Predictions:
+    """What a model says of the labelled rows of a manifest; rows that failed have NaN."""
+
+    probs: np.ndarray  # (N,)
+    errors: dict[int, str]
+    histograms: np.ndarray | None = None  # (N, 2, 256) pixel counts, Task B
+
+    def good(self) -> np.ndarray:
+        return np.isfinite(self.probs)
+
+
+@dataclass
+class Fit:
+    """The state of one training that outlives an epoch."""
+
+    run: Run
+    task: str
+    model: CombinedModel
+    machine: Machine
+    train: pd.DataFrame
+    val: pd.DataFrame
+    errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
+
+    @property
+    def params(self) -> Params:
+        return self.run.params
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.folder / "checkpoints"
+
+    @property
+    def state_file(self) -> Path:
+        return self.checkpoints / f"task{self.task}_state.pt"
+
+    def best_file(self, step: str) -> Path:
+        return self.checkpoints / f"task{self.task}_{step}_best.pth"
+
+
+def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Train a task's model by both steps and write ``_classifier_model.pth`` and ``_finetuned_model.pth``.
+
+    Returns the epochs' metrics.  Finished work with the same parameters, data and code version is taken up, not done
+    again.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite.
+    """
+    machine = choose_machine(run.params)
+    print(f"Task {task} training on {machine}")
+    torch.manual_seed(run.params.seed)
+    train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
+    print(f"{len(train_rows)} training and {len(val_rows)} validation images")
+    fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
+    state = _resumable(run, task, fingerprint)
+    model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
+    fit = Fit(run, task, model, machine, train_rows, _sampled(val_rows, run.params.val_limit, run.params.seed))
+    if not state:
+        metrics_file(run, task).unlink(missing_ok=True)
+        for path in (run.classifier_model(task), run.finetuned_model(task)):
+            path.unlink(missing_ok=True)  # of another training: nothing may take it for this one's
+    started = time.monotonic()
+    for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
+        _run_step(fit, step, epochs, state, fingerprint)
+    run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
+    if fit.errors:
+        print(f"{len(fit.errors)} training image(s) could not be read and were left out:")
+        print("\n".join(f"  {reason}" for reason in list(fit.errors.values())[:10]))
+        run.record(**{f"task{task}_unreadable_in_training": sorted(fit.errors)})
+    return read_metrics(run, task)
+
+
+def metrics_file(run: Run, task: str) -> Path:
+    return run.folder / f"task{task}_metrics.jsonl"
+
+
+def read_metrics(run: Run, task: str) -> pd.DataFrame:
+    """The epochs so far, one row each."""
+    lines = metrics_file(run, task).read_text(encoding="utf-8").splitlines()
+    return pd.DataFrame([json.loads(line) for line in lines])
+
+
+def _fingerprint(params: Params, task: str, rows: pd.DataFrame) -> str:
+    """Changes when a parameter that training depends on, or a file of the data, changes."""
+    values = {k: v for k, v in params.model_dump().items() if k not in NOT_TRAINING}
+    digest = hashlib.sha256(json.dumps([task, values], sort_keys=True).encode())
+    digest.update(rows[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False).encode())
+    return digest.hexdigest()[:16]
+
+
+def _resumable(run: Run, task: str, fingerprint: str) -> dict[str, Any] | None:
+    path = run.folder / "checkpoints" / f"task{task}_state.pt"
+    if not path.is_file():
+        return None
+    state = read_checkpoint(path)
+    if state["fingerprint"] != fingerprint:
+        print("parameters or data changed since the last training of this name: starting anew")
+        return None
+    print(f"taking up the training of this name after step {state['step']}, epoch {state['epoch']}")
+    return state
+
+
+def _without_pretrained(params: Params) -> Params:
+    return params.model_copy(update={"pretrained": False, "pretrained_file": None})
+
+
+def _sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    """At most ``limit`` rows, the same share of each class and source."""
+    if len(rows) <= limit:
+        return rows
+    parts = rows.groupby(["label", "source"], group_keys=False)
+    return parts.sample(frac=limit / len(rows), random_state=seed).sort_index().reset_index(drop=True)
+
+
+# ---- Steps and epochs ------------------------------------------------------------------------------------------------
+
+
+def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fingerprint: str) -> None:
+    """Train one step from where ``state`` left it, then publish its best epoch as the step's model."""
+    target = fit.run.classifier_model(fit.task) if step == "head" else fit.run.finetuned_model(fit.task)
+    past = state is not None and (state["step"], step) == ("finetune", "head")
+    mine = state if state is not None and state["step"] == step else None
+    if past or (mine and mine["epoch"] >= epochs):
+        _publish(fit, step, target)
+        return
+    if step == "finetune" and not mine:
+        fit.model.load_state_dict(read_checkpoint(fit.best_file("head"))["model"])
+    fit.model.freeze_backbone(0 if step == "head" else fit.params.finetune_stages)
+    optimizer = _optimizer(fit.model, fit.params.lr_head if step == "head" else fit.params.lr_finetune, fit.params)
+    if mine:
+        fit.model.load_state_dict(mine["model"])
+        optimizer.load_state_dict(mine["optimizer"])
+    best = mine["best"] if mine else _first_best(fit, step)
+    updates = -(-len(fit.train) // fit.params.batch_size)
+    schedule = _schedule(optimizer, epochs * updates, fit.params.warmup)
+    for epoch in range(mine["epoch"] if mine else 0, epochs):
+        line = _train_epoch(fit, step, epoch, optimizer, schedule, updates)
+        line |= _validate(fit)
+        _append_metrics(fit, line)
+        if line["score"] > best:
+            best = line["score"]
+            save_checkpoint(fit.best_file(step), fit.model, score=best, epoch=epoch + 1, step=step)
+        content = {"optimizer": optimizer.state_dict(), "best": best, "epoch": epoch + 1, "step": step}
+        save_checkpoint(fit.state_file, fit.model, fingerprint=fingerprint, **content)
+        print(_epoch_line(line, epochs), flush=True)
+    _publish(fit, step, target)
+
+
+def _first_best(fit: Fit, step: str) -> float:
+    """The score a step has to beat: none for step 1, step 1's best for step 2, whose model it starts from."""
+    if step == "head":
+        save_checkpoint(fit.best_file("head"), fit.model, score=-1.0, epoch=0, step="head")
+        return -1.0
+    best = read_checkpoint(fit.best_file("head"))
+    score = float(best["score"])
+    save_checkpoint(fit.best_file("finetune"), fit.model, score=score, epoch=0, step="finetune")
+    return score
+
+
+def _publish(fit: Fit, step: str, target: Path) -> None:
+    """Give the step's best checkpoint its public name, with what inference needs to know."""
+    best = read_checkpoint(fit.best_file(step))
+    fit.model.load_state_dict(best["model"])
+    keep = ("crop_size", "crops_per_image", "tile_size", "tile_overlap")
+    params = {key: getattr(fit.params, key) for key in keep}
+    facts = {"step": step, "epoch": best["epoch"], "score": best["score"], "inference": params, "run": fit.run.name}
+    save_checkpoint(target, fit.model, sample=fit.run.sample, **facts)
+
+
+def _optimizer(model: CombinedModel, rate: float, params: Params) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups_weight_decay(model, params.weight_decay), lr=rate)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, updates: int, warmup: float) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine down to a hundredth of the peak; stepped by the number of updates."""
+    rise = max(1, round(updates * warmup))
+    peak = optimizer.defaults["lr"]
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(updates, rise + 1),
+        lr_min=peak / 100,
+        warmup_t=rise,
+        warmup_lr_init=peak / 100,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+
+
+def _train_epoch(
+    fit: Fit, step: str, epoch: int, optimizer: torch.optim.Optimizer, schedule: CosineLRScheduler, updates: int
+) -> dict[str, Any]:
+    """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
+    seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
+    torch.manual_seed(seed)  # dropout and stochastic depth
+    dataset = TrainingCrops(
+        fit.train, fit.params.crop_size, masks=fit.task == "B", probability=fit.params.degrade, seed=seed
+    )
+    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch)
+    loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
+    fit.model.to(memory_format=torch.channels_last).train()
+    started, losses, seen = time.monotonic(), [], 0
+    bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
+    for number, batch in enumerate(bar):
+        fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
+        if not batch["index"]:
+            continue
+        schedule.step_update(epoch * updates + number)
+        loss = _loss(fit, batch)
+        if not torch.isfinite(loss):
+            files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
+            raise FloatingPointError(f"the loss is {loss.item()} in {step} epoch {epoch + 1}; lower the rate, or look at\n  {files}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(fit.model.parameters(), CLIP_NORM)
+        optimizer.step()
+        losses.append(loss.item())
+        seen += len(batch["index"])
+        bar.note(f"loss {np.mean(losses[-20:]):.3f}")
+    if not losses:
+        raise ImageError(f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}")
+    seconds = time.monotonic() - started
+    return {
+        "task": fit.task,
+        "step": step,
+        "epoch": epoch + 1,
+        "train_loss": float(np.mean(losses)),
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_second": round(seen / seconds, 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _loss(fit: Fit, batch: dict[str, Any]) -> torch.Tensor:
+    """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
+    with fit.machine.autocast():
+        output = fit.model(fit.machine.to_device(batch["image"]))
+    loss = F.cross_entropy(output.logits.float(), batch["label"].to(fit.machine.device))
+    if output.mask_logits is not None:
+        loss = loss + fit.params.mask_weight * mask_loss(output.mask_logits.float(), batch["mask"].to(fit.machine.device))
+    return loss
+
+
+def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy plus Dice (Milletari et al., 3DV 2016); ``(N, 1, H, W)`` logits and bool masks to a scalar.
+
+    Dice is taken over images that have manipulated pixels: on authentic ones cross-entropy alone keeps the mask empty.
+    """
+    target = masks.float()
+    loss = F.binary_cross_entropy_with_logits(logits, target)
+    marked = masks.flatten(1).any(1)
+    if marked.any():
+        probs, target = logits[marked].sigmoid().flatten(1), target[marked].flatten(1)
+        overlap = 2 * (probs * target).sum(1) / (probs.sum(1) + target.sum(1)).clamp_min(1e-6)
+        loss = loss + (1 - overlap).mean()
+    return loss
+
+
+# ---- Validation ------------------------------------------------------------------------------------------------------
+
+
+def predict(model: CombinedModel, task: str, rows: pd.DataFrame, params: Params, machine: Machine) -> Predictions:
+    """Predict the labelled ``rows``, and for Task B count their pixels against the truth."""
+    if task == "A":
+        table = predict_probabilities(model, rows, params, machine)
+        return Predictions(table["prob"].to_numpy(), table["error"].dropna().to_dict())
+    probs, errors = np.full(len(rows), np.nan), {}
+    histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    for prediction in predict_masks(model, rows, params, machine):
+        row = rows.iloc[prediction.index]
+        try:
+            if prediction.error:
+                raise ImageError(prediction.error)
+            truth = truth_mask(row, prediction.mask.shape)
+        except ImageError as error:
+            errors[prediction.index] = str(error)
+            continue
+        histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
+        probs[prediction.index] = prediction.prob
+    return Predictions(probs, errors, histograms)
+
+
+def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
+    """The true mask ``(H, W)`` bool of a labelled row: empty for an authentic image."""
+    return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
+
+
+def _validate(fit: Fit) -> dict[str, float]:
+    """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU)."""
+    result = predict(fit.model, fit.task, fit.val, fit.params, fit.machine)
+    good = result.good()
+    scores = image_metrics(fit.val["label"].to_numpy(int)[good], result.probs[good], 0.5)
+    values = {"val_auc": scores["auc"], "score": scores["auc"]}
+    if result.histograms is not None:
+        manipulated = result.histograms[good & (fit.val["label"] == 1)]
+        values["val_iou"] = float(pixel_curves(manipulated)[0].mean(0)[1:].max())
+        values["score"] = (values["val_auc"] + values["val_iou"]) / 2
+    return values
+
+
+def _append_metrics(fit: Fit, line: dict[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``; one that a stopped run wrote for the same epoch is replaced."""
+    path = metrics_file(fit.run, fit.task)
+    old = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    kept = [item for item in old if (item["step"], item["epoch"]) != (line["step"], line["epoch"])]
+    with whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(item) + "\n" for item in [*kept, line]), encoding="utf-8")
+
+
+def _epoch_line(line: dict[str, Any], epochs: int) -> str:
+    iou = f", IoU {line['val_iou']:.3f}" if "val_iou" in line else ""
+    return (
+        f"{line['step']} {line['epoch']}/{epochs}: loss {line['train_loss']:.3f}, validation AUC {line['val_auc']:.3f}{iou}"
+        f" ({line['seconds']:.0f} s, {line['images_per_second']:.0f} images/s)"
+    )
+
+
+def final_model(run: Run, task: str) -> CombinedModel:
+    """The fine-tuned model of a task of this run."""
+    return load_model(run.finetuned_model(task), task)[0]
+
+
