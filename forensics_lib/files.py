@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 
 def project_root() -> Path:
     """The checkout's folder: notebooks run from anywhere, so paths start here and not at the working directory."""
@@ -36,7 +38,7 @@ def whole(path: Path) -> Iterator[Path]:
     temporary.chmod(0o666 & ~_umask())
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,6 +53,12 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write ``table`` as CSV without its index, floats with six decimals, whole or not at all."""
+    with whole(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f")
 
 
 def write_json(path: Path, value: Any) -> None:

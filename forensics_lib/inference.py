@@ -14,7 +14,6 @@ from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
 from forensics_lib.images import pad_to
 from forensics_lib.machine import Machine
-from forensics_lib.metrics import round_probs
 from forensics_lib.model import STRIDE, CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
@@ -143,12 +142,3 @@ def load_mask(path: Path) -> np.ndarray:
     """The mask that ``save_mask`` wrote, ``(H, W)`` float16."""
     with np.load(path, allow_pickle=False) as content:
         return content[MASK_KEY]
-
-
-def write_probs(path: Path, rows: pd.DataFrame, probs: np.ndarray, **further: object) -> pd.DataFrame:
-    """Write ``image_id,prob`` and further columns as CSV, whole or not at all; ``image_id`` is the file's name."""
-    names = [Path(p).name for p in rows["path"]]
-    table = pd.DataFrame({"image_id": names, "prob": round_probs(probs), **further})
-    with whole(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f")
-    return table

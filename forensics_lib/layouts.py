@@ -20,12 +20,14 @@ COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 TGIF_KINDS = {"sd2-sp": "sp", "ps-sp": "sp", "sd2-fr": "fr", "sdxl-fr": "fr"}
-# An image's name without what follows its mask's name, per method
+# Per method: the pattern of an image's name, and the name of its mask
+_SPLICED, _REGENERATED = "{id}_mask_{m}.png_ps_mask.png", "{id}_mask_{m}_%d.png"
+_STEM = r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png"
 TGIF_NAMES = {
-    "sd2-sp": (re.compile(r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png_ps_mask\.png_sd2_\d+\.png"), "{id}_mask_{m}.png_ps_mask.png"),
-    "ps-sp": (re.compile(r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png_ps_\d+\.png"), "{id}_mask_{m}.png_ps_mask.png"),
-    "sd2-fr": (re.compile(r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png_sd2-512_\d+\.png"), "{id}_mask_{m}_512.png"),
-    "sdxl-fr": (re.compile(r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png_sdxl-1024_\d+\.png"), "{id}_mask_{m}_1024.png"),
+    "sd2-sp": (re.compile(_STEM + r"_ps_mask\.png_sd2_\d+\.png"), _SPLICED),
+    "ps-sp": (re.compile(_STEM + r"_ps_\d+\.png"), _SPLICED),
+    "sd2-fr": (re.compile(_STEM + r"_sd2-512_\d+\.png"), _REGENERATED % 512),
+    "sdxl-fr": (re.compile(_STEM + r"_sdxl-1024_\d+\.png"), _REGENERATED % 1024),
 }
 TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_512|_1024)?\.png")
 

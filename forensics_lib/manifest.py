@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def _with_file_facts(table: pd.DataFrame, jobs: int) -> pd.DataFrame:
 def _file_facts(path: str) -> tuple[int | None, int | None, str | None, int | None, str | None]:
     try:
         header = read_header(Path(path))
-        return header.width, header.height, header.format, os.path.getsize(path), None
+        return header.width, header.height, header.format, Path(path).stat().st_size, None
     except (ImageError, OSError) as error:
         return None, None, None, None, str(error)
 
@@ -79,7 +78,7 @@ def _mask_problem(row: pd.Series) -> str | None:
         return None
     if not row["mask_path"]:
         return f"{row['path']}: the name fits none of TGIF's, so its mask is not known"
-    return None if os.path.isfile(row["mask_path"]) else f"{row['path']}: its mask {row['mask_path']} is missing"
+    return None if Path(row["mask_path"]).is_file() else f"{row['path']}: its mask {row['mask_path']} is missing"
 
 
 def _check_classes(table: pd.DataFrame, task: str) -> None:

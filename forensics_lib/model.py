@@ -246,6 +246,13 @@ def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
         torch.save(content, temporary)
 
 
+def add_to_checkpoint(path: Path, **facts: Any) -> None:
+    """Set plain values in a checkpoint that is already there."""
+    content = read_checkpoint(path) | facts
+    with whole(path) as temporary:
+        torch.save(content, temporary)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
     if not path.is_file():
@@ -272,5 +279,7 @@ def load_model(path: Path, task: str) -> tuple[CombinedModel, dict[str, Any]]:
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}") from None
+        raise CheckpointError(
+            f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}"
+        ) from None
     return model.eval(), content

@@ -1,11 +1,12 @@
 """One progress display for everything that takes more than two seconds.
 
-A bar where a person watches a terminal; one line every few seconds where output goes to a file, a pipe or a notebook
-cell, since an animated bar leaves a dead widget in a saved notebook.
+A bar where a person watches, in a terminal or in JupyterLab (as text, which leaves no dead widget in a saved notebook);
+one line every few seconds where output goes to a file or a pipe, or where ``FORENSICS_HEADLESS`` is set.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,8 @@ class progress(Generic[T]):
             self.bar.set_postfix_str(text, refresh=False)
 
     def __iter__(self) -> Iterator[T]:
-        if sys.stderr.isatty():
-            self.bar = tqdm(self.items, self.title, self.total, leave=False, dynamic_ncols=True)
+        if _interactive():
+            self.bar = tqdm(self.items, self.title, self.total, leave=False, file=sys.stdout)
             yield from self.bar
         else:
             yield from self._lines()
@@ -50,3 +51,10 @@ class progress(Generic[T]):
                 text = f", {self.text}" if self.text else ""
                 print(f"{self.title}: {done}/{self.total}, {left:.0f} s left{text}", flush=True)
             yield item
+
+
+def _interactive() -> bool:
+    """Whether somebody watches: a terminal, or a notebook that is not executed headlessly."""
+    if os.environ.get("FORENSICS_HEADLESS"):
+        return False
+    return sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")

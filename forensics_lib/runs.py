@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,11 @@ class Run:
         rows = [(k, v, Params.model_fields[k].description) for k, v in self.params.model_dump().items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
 
-    def has_task(self, task: str) -> bool:
-        """Whether the run includes ``task``; says so where it does not."""
+    def require_task(self, task: str) -> None:
+        """End a notebook here, as a success, where its task is not in the run (papermill takes exit status 0 so)."""
         if task not in self.params.tasks:
-            print(f"Task {task} is not in this run (tasks: {', '.join(self.params.tasks)}): nothing to do here.")
-        return task in self.params.tasks
+            print(f"Task {task} is not in this run (tasks: {', '.join(self.params.tasks)}): nothing to do in this notebook.")
+            raise SystemExit(0)
 
     def record(self, **values: Any) -> None:
         """Set keys in ``run.json``, the run's provenance."""
@@ -200,7 +200,7 @@ def _record_provenance(run: Run, params_file: str) -> None:
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         versions={package: version(package) for package in PACKAGES},
         git=_git_state(),
-        updated=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        updated=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

@@ -12,7 +12,6 @@ It shows that everything works and what it looks like.  It says nothing about ho
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -114,13 +113,13 @@ def _move_into_place(building: Path, root: Path) -> None:
         if any(root.iterdir()) and not (root / MARKER).is_file():
             raise FileExistsError(f"{root} holds files that are not a sample; move them away, then run 'make sample'")
         shutil.rmtree(root)
-    os.replace(building, root)
+    building.replace(root)
 
 
 def _build(root: Path) -> None:
     model = load_autoencoder()
     jobs: list[Callable[[], None]] = []
-    for index, (name, photo) in enumerate(PHOTOS.items()):
+    for index, name in enumerate(PHOTOS):
         jobs.append(lambda n=name, i=index: _write_task_a(root, n, np.random.default_rng([1, i]), model))
     for split, source in TGIF_SPLITS.items():
         jobs.append(lambda s=split, p=source: _write_tgif(root, s, p, model))
@@ -142,7 +141,7 @@ def _write_task_a(root: Path, name: str, rng: np.random.Generator, model: Autoen
     for index in range(TASK_A_COUNTS[split]):
         real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
         fake = _enlarged(model, real) if split.startswith("open") else regenerate(model, real)
-        quality, subsampling = int(rng.integers(75, 96)), int(rng.choice([0, 2]))
+        quality, subsampling = int(rng.integers(82, 97)), int(rng.choice([0, 2]))
         for label, image in enumerate((real, fake)):
             path = _task_a_path(root, split, name, label, index, rng)
             _save(path, image, quality=quality, subsampling=subsampling)

@@ -230,9 +230,7 @@ def _train_epoch(
     """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
     torch.manual_seed(seed)  # dropout and stochastic depth
-    dataset = TrainingCrops(
-        fit.train, fit.params.crop_size, masks=fit.task == "B", probability=fit.params.degrade, seed=seed
-    )
+    dataset = TrainingCrops(fit.train, fit.params.crop_size, masks=fit.task == "B", probability=fit.params.degrade, seed=seed)
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch)
     loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
@@ -246,7 +244,9 @@ def _train_epoch(
         loss = _loss(fit, batch)
         if not torch.isfinite(loss):
             files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
-            raise FloatingPointError(f"the loss is {loss.item()} in {step} epoch {epoch + 1}; lower the rate, or look at\n  {files}")
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in {step} epoch {epoch + 1}; lower the rate, or look at\n  {files}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fit.model.parameters(), CLIP_NORM)
@@ -255,7 +255,9 @@ def _train_epoch(
         seen += len(batch["index"])
         bar.note(f"loss {np.mean(losses[-20:]):.3f}")
     if not losses:
-        raise ImageError(f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}")
+        raise ImageError(
+            f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}"
+        )
     seconds = time.monotonic() - started
     return {
         "task": fit.task,
@@ -355,5 +357,3 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 def final_model(run: Run, task: str) -> CombinedModel:
     """The fine-tuned model of a task of this run."""
     return load_model(run.finetuned_model(task), task)[0]
-
-

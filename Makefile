@@ -1,0 +1,88 @@
+# Finding AI-generated images and manipulated regions: every task of the project.
+
+# What a user may set on the command line:
+PYTHON ?= python3
+ENV ?= venv# venv: build and use .venv; active: use the active conda or virtual environment
+TORCH ?= torch==2.14.1 torchvision==0.29.1# installed before the rest; any pair in pyproject.toml's ranges
+PARAMS ?= params/sample.yaml# for 'make run'
+DATA ?=# data root instead of the parameter file's
+SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
+FROM ?=# notebook to begin with, such as FROM=03
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+ifeq ($(strip $(ENV)),active)
+BIN :=
+STAMP := .venv-active.stamp
+else ifeq ($(strip $(ENV)),venv)
+BIN := .venv/bin/
+STAMP := .venv/.ready
+else
+$(error ENV is '$(ENV)'; allowed are venv and active)
+endif
+
+PY := $(BIN)python
+RUN = $(PY) -m forensics_lib run $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
+	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
+SCRATCH := $(CURDIR)/outputs/.test
+
+.PHONY: help setup run run-constrained run-open sample test lab lint format notebooks clean clean-env
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@echo
+	@echo "Settings: DATA=/path/to/data  PARAMS=params/own.yaml  SET=\"key=value ...\"  FROM=03  ENV=active"
+
+setup: $(STAMP) ## Build the environment (done by every other target when needed)
+
+$(STAMP): pyproject.toml
+ifeq ($(strip $(ENV)),venv)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3."; exit 1; }
+	@echo "Building the environment in .venv (several minutes the first time)"
+	$(PYTHON) -m venv .venv
+endif
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: setup ## Execute the notebooks with PARAMS (default: the built-in sample)
+	@$(call RUN,$(PARAMS))
+
+run-constrained: setup ## Constrained run: official data only, Tasks A and B, to archives in submission/
+	@$(call RUN,params/constrained.yaml)
+
+run-open: setup ## Open run: any data, Task A, to an archive in submission/
+	@$(call RUN,params/open.yaml)
+
+sample: setup ## Make the built-in sample data in data/sample
+	@$(PY) -m forensics_lib sample
+
+test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
+	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH)
+	$(PY) -m pytest tests
+	FORENSICS_HOME=$(SCRATCH) FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=1200 --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+lab: setup ## Open JupyterLab in the notebooks' folder
+	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb
+
+lint: setup ## Check style, and that the notebooks are clean
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+
+format: setup ## Format code and notebooks
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+notebooks: setup ## Execute the notebooks on the sample and keep the outputs that nbval compares
+	$(PY) tests/refresh_notebooks.py
+
+clean: ## Remove outputs, submissions and the sample data
+	rm -rf outputs submission data/sample data/.sample-* .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-env: ## Remove the environment
+	rm -rf .venv .venv-active.stamp *.egg-info

@@ -1,0 +1,216 @@
+"""The figures of a run, in one style.  Each function returns a figure; ``save_figure`` keeps it with the run.
+
+Colours are from the Okabe-Ito palette, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
+
+from forensics_lib.evaluation import Evaluation, MaskExample
+from forensics_lib.files import whole
+from forensics_lib.images import ImageError, read_image, read_mask
+from forensics_lib.inference import load_mask
+from forensics_lib.manifest import usable
+from forensics_lib.metrics import counts
+from forensics_lib.runs import Run
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
+CLASS_COLOURS = {0: BLUE, 1: ORANGE}
+CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
+STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+SHOWN_SIDE = 224  # pixels of an image that a gallery shows, at native resolution
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    plt.close(figure)  # a notebook shows the returned figure once
+    return figure, axes
+
+
+def save_figure(run: Run, figure: Figure, name: str) -> Figure:
+    """Keep a figure as ``figures/<name>.png`` of the run; returns it, so that a cell ends with this call."""
+    if run.sample:
+        figure.suptitle(f"{figure.get_suptitle()}  [sample data]".strip(), fontsize=10)
+    with whole(run.folder / "figures" / f"{name}.png") as temporary:
+        figure.savefig(temporary, dpi=110)
+    return figure
+
+
+def _hide_axes(axes: np.ndarray) -> None:
+    for axis in axes.flat:
+        axis.set_axis_off()
+
+
+def _centre(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
+    top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
+    return image[top : top + side, left : left + side]
+
+
+def class_samples(manifest: pd.DataFrame, task: str, count: int = 6, seed: int = 0) -> Figure:
+    """Native-resolution centres of random training images, a row per class."""
+    figure, axes = _figure(2, count, 1.6 * count, 3.7)
+    _hide_axes(axes)
+    train = usable(manifest, "train")
+    for label, row in enumerate(axes):
+        members = train[train["label"] == label]
+        for axis, (_, item) in zip(row, members.sample(min(count, len(members)), random_state=seed).iterrows(), strict=False):
+            try:
+                axis.imshow(_centre(read_image(Path(item["path"]))), interpolation="nearest")
+                axis.set_title(item["method"] or item["source"], fontsize=8)
+            except ImageError:
+                axis.set_title("unreadable", fontsize=8)
+        row[0].set_title(f"{CLASS_NAMES[task][label]}: {row[0].get_title()}", fontsize=8)
+    figure.suptitle(f"Training images of Task {task}, native resolution", fontsize=10)
+    return figure
+
+
+def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Figure:
+    """Manipulated training images with the outline of their true masks, in turn from each method."""
+    train = usable(manifest, "train")
+    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed)
+    turn = shuffled.groupby("method").cumcount()
+    figure, axes = _figure(1, count, 1.7 * count, 2.2)
+    _hide_axes(axes)
+    for axis, (_, item) in zip(
+        axes.flat, shuffled.assign(turn=turn).sort_values("turn", kind="stable").iterrows(), strict=False
+    ):
+        try:
+            image = read_image(Path(item["path"]))
+            mask = read_mask(Path(item["mask_path"]), image.shape[:2])
+        except ImageError:
+            continue
+        axis.imshow(image)
+        axis.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
+        axis.set_title(f"{item['method']} ({item['kind']})", fontsize=8)
+    figure.suptitle("Manipulated images; the line encloses what was changed", fontsize=10)
+    return figure
+
+
+def size_distribution(manifest: pd.DataFrame, task: str) -> Figure:
+    """Megapixels and bytes per pixel of both classes: a difference here is a shortcut that a model may learn."""
+    good = manifest[manifest["error"].isna()]
+    pixels = good["width"] * good["height"]
+    figure, axes = _figure(1, 2, 8, 2.6)
+    for axis, values, title in zip(
+        axes.flat, (pixels / 1e6, good["bytes"] / pixels), ("megapixels", "bytes per pixel"), strict=True
+    ):
+        bins = np.linspace(0, float(values.quantile(0.99)), 30)
+        for label, colour in CLASS_COLOURS.items():
+            chosen = values[good["label"] == label]
+            axis.hist(chosen, bins, density=True, histtype="step", color=colour, lw=1.6, label=CLASS_NAMES[task][label])
+        axis.set(xlabel=title, ylabel="density")
+    axes[0, 0].legend()
+    figure.suptitle(f"Task {task}: file facts by class", fontsize=10)
+    return figure
+
+
+def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
+    """Training loss and validation scores over the epochs of both steps."""
+    figure, axes = _figure(1, 2, 8, 2.8)
+    epochs = np.arange(1, len(metrics) + 1)
+    axes[0, 0].plot(epochs, metrics["train_loss"], color=BLUE, marker=".")
+    axes[0, 0].set(xlabel="epoch", ylabel="training loss")
+    axes[0, 1].plot(epochs, metrics["val_auc"], color=BLUE, marker=".", label="AUC")
+    if "val_iou" in metrics:
+        axes[0, 1].plot(epochs, metrics["val_iou"], color=ORANGE, marker=".", label="mean IoU, manipulated")
+    axes[0, 1].set(xlabel="epoch", ylabel="validation", ylim=(0, 1.02))
+    axes[0, 1].legend(loc="lower right")
+    for axis in axes.flat:
+        axis.axvline((metrics["step"] == "head").sum() + 0.5, color=GREY, lw=1, ls=":")
+    figure.suptitle(f"Task {task}: learning (dotted line: step 2 begins)", fontsize=10)
+    return figure
+
+
+def score_curves(evaluation: Evaluation, task: str) -> Figure:
+    """ROC, precision-recall, and the distribution of probabilities with the threshold."""
+    table, threshold = evaluation.table, evaluation.thresholds["threshold"]
+    figure, axes = _figure(1, 3, 10, 3)
+    roc, pr, hist = axes.flat
+    RocCurveDisplay.from_predictions(table["label"], table["prob"], ax=roc, curve_kwargs={"color": BLUE})
+    PrecisionRecallDisplay.from_predictions(table["label"], table["prob"], ax=pr, color=BLUE)
+    roc.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
+    roc.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    pr.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.05))
+    for axis, text in ((roc, f"AUC {evaluation.metrics['auc']:.3f}"), (pr, f"AP {evaluation.metrics['ap']:.3f}")):
+        if axis.get_legend():
+            axis.get_legend().remove()
+        axis.text(0.95, 0.08, text, ha="right", transform=axis.transAxes)
+    for label, colour in CLASS_COLOURS.items():
+        chosen = table.loc[table["label"] == label, "prob"]
+        hist.hist(chosen, np.linspace(0, 1, 26), color=colour, alpha=0.6, label=CLASS_NAMES[task][label])
+    hist.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
+    hist.set(title="probabilities", xlabel="probability", ylabel="images")
+    hist.legend()
+    figure.suptitle(f"Task {task}: validation", fontsize=10)
+    return figure
+
+
+def confusion(evaluation: Evaluation, task: str) -> Figure:
+    """The confusion matrix at the chosen threshold, as counts."""
+    called = evaluation.table["prob"] >= evaluation.thresholds["threshold"]
+    tp, fp, fn, tn = counts(evaluation.table["label"].to_numpy(), called.to_numpy())
+    matrix = np.array([[tn, fp], [fn, tp]])
+    figure, axes = _figure(1, 1, 3.4, 3)
+    axis, names = axes[0, 0], CLASS_NAMES[task]
+    axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    for (y, x), value in np.ndenumerate(matrix):
+        dark = value > matrix[y].sum() / 2
+        axis.text(x, y, str(value), ha="center", va="center", color="white" if dark else "black", fontsize=12)
+    axis.set(xticks=[0, 1], yticks=[0, 1], xticklabels=names, yticklabels=names, xlabel="called", ylabel="is")
+    figure.suptitle(f"Task {task}: threshold {evaluation.thresholds['threshold']:.3f}", fontsize=10)
+    return figure
+
+
+def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
+    """A column per image: the image, its truth, the predicted probability, and hits and errors at ``loc_threshold``.
+
+    Images without a known truth show what is flagged instead.
+    """
+    known = examples[0].truth is not None
+    rows = 4 if known else 3
+    figure, axes = _figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
+    _hide_axes(axes)
+    for column, example in zip(axes.T, examples, strict=True):
+        panels = [example.image, *([example.truth] if known else []), example.mask, _overlay(example, loc_threshold)]
+        for axis, panel in zip(column, panels, strict=True):
+            axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}), interpolation="nearest")
+        column[0].set_title(example.title, fontsize=7)
+    names = ["image", *(["truth"] if known else []), "probability", "decision"]
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        axis.text(-0.06, 0.5, name, rotation=90, va="center", ha="right", transform=axis.transAxes, fontsize=9)
+    labels = {GREEN: "found", RED: "falsely flagged", BLUE: "missed"} if known else {RED: "flagged"}
+    figure.legend(handles=[Patch(color=c, label=n) for c, n in labels.items()], loc="outside lower center", ncols=3)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _overlay(example: MaskExample, loc_threshold: float) -> np.ndarray:
+    """The image in grey with found, falsely flagged and missed pixels in colour; ``(H, W, 3)`` in [0, 1]."""
+    grey = np.repeat(example.image.mean(2, keepdims=True) / 255, 3, 2) * 0.6 + 0.3
+    flagged = example.mask >= loc_threshold
+    truth = np.zeros_like(flagged) if example.truth is None else example.truth
+    for where, colour in ((flagged & truth, GREEN), (flagged & ~truth, RED), (~flagged & truth, BLUE)):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        grey[where] = 0.35 * grey[where] + 0.65 * rgb
+    return grey
+
+
+def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: int = 6) -> Figure:
+    """Test images with the masks that were written for them, from the highest probability to the lowest."""
+    readable = results[results["error"].isna()].sort_values("prob", ascending=False, kind="stable")
+    examples = []
+    for _, row in readable.iloc[np.unique(np.linspace(0, len(readable) - 1, count).round().astype(int))].iterrows():
+        mask = load_mask(run.masks / f"{Path(row['path']).stem}.npz")
+        examples.append(
+            MaskExample(f"{row['image_id'][:14]}\nprob {row['prob']:.2f}", read_image(Path(row["path"])), mask, None)
+        )
+    return mask_gallery(examples, loc_threshold, "Test images and their submitted masks")

@@ -1,0 +1,119 @@
+"""``report.html``: one self-contained page with what a run did and found; it works offline and runs no script."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forensics_lib.files import read_json, write_text
+from forensics_lib.runs import Run
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1a1a1a;background:#fff}
+h1,h2{line-height:1.2} h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
+table{border-collapse:collapse;font-size:.9rem} td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
+td+td,th+th{font-variant-numeric:tabular-nums} .wide{overflow-x:auto} img{max-width:100%;height:auto}
+.sample{background:#fff3cd;border:2px solid #8a6d00;padding:.8rem;font-weight:600} figure{margin:1rem 0}
+figcaption{font-size:.9rem;color:#444} @media print{h2{break-after:avoid} figure{break-inside:avoid}}
+"""
+_RANKED = {  # metric key: what the reader sees, in the order of importance
+    "f1": "F1 at the threshold",
+    "f1_low": "F1, lower end of the 95% interval",
+    "f1_high": "F1, upper end of the 95% interval",
+    "f1_crossfit": "F1 with thresholds chosen on other folds",
+    "f1_at_half": "F1 at 0.5",
+    "auc": "AUC",
+    "ap": "average precision",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "fpr": "false-positive rate on authentic images",
+    "eer": "equal error rate",
+    "threshold": "threshold",
+    "iou_manipulated": "mean IoU over manipulated images",
+    "pixel_f1_manipulated": "mean pixel F1 over manipulated images",
+    "iou_all": "mean IoU over all images (empty against empty = 1)",
+    "flagged_authentic": "authentic images with over 1% of pixels flagged",
+    "loc_threshold": "localization threshold",
+}
+_TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
+_CAPTIONS = {
+    "samples": "Training images, native resolution",
+    "regions": "Manipulated training images with the outline of what was changed",
+    "files": "File facts by class",
+    "learning": "Loss and validation scores over the epochs",
+    "validation": "ROC, precision and recall, probabilities on validation images",
+    "confusion": "Confusion matrix at the threshold",
+    "masks": "Predicted masks beside image and truth, from best to worst",
+    "test": "What the test images got",
+}
+
+
+def build_report(run: Run) -> Path:
+    """Write ``outputs/<run_name>/report.html`` from the run's files; returns its path."""
+    facts = read_json(run.folder / "run.json")
+    parts = [f"<h1>Run {escape(run.name)}</h1>", f"<p>{escape(_sentence(run, facts))}</p>"]
+    if run.sample:
+        parts.insert(0, '<p class="sample">BUILT-IN SAMPLE DATA. These results say nothing about real generators.</p>')
+    for task in run.params.tasks:
+        parts += _task_section(run, task, facts)
+    parts += ["<h2>Provenance</h2>", _table(_provenance(facts)), "<h2>Parameters</h2>", _table(facts.get("params", {}))]
+    path = run.folder / "report.html"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run.name)}</title>'
+    view = '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    write_text(path, f"{head}{view}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
+    return path
+
+
+def _sentence(run: Run, facts: dict[str, Any]) -> str:
+    tasks = " and ".join(run.params.tasks)
+    return f"A {run.params.run_type} run of Task {tasks} with {run.params.backbone}, {facts.get('updated', '')}."
+
+
+def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
+    validation, held_out = facts.get(f"task{task}_validation", {}), facts.get(f"task{task}_held_out", {})
+    table = pd.DataFrame({"validation": validation, **({"held out": held_out} if held_out else {})})
+    table = table.reindex([key for key in _RANKED if key in validation]).rename(index=_RANKED)
+    note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
+    parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
+    parts += [_figure(path) for path in sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)]
+    for key, title in (
+        (f"task{task}_left_out", "Labelled images left out: unreadable, or without their mask"),
+        (f"task{task}_unreadable_in_training", "Training images that could not be read"),
+        (f"task{task}_unreadable_test", "Test images that could not be read and got the fallback"),
+    ):
+        if facts.get(key):
+            names = "".join(f"<li>{escape(str(name))}</li>" for name in facts[key][:50])
+            parts.append(f"<h3>{title}: {len(facts[key])}</h3><ul>{names}</ul>")
+    return parts
+
+
+def _figure_order(path: Path) -> int:
+    kind = path.stem.split("_", 1)[1]
+    return list(_CAPTIONS).index(kind) if kind in _CAPTIONS else len(_CAPTIONS)
+
+
+def _figure(path: Path) -> str:
+    caption = escape(_CAPTIONS.get(path.stem.split("_", 1)[1], path.stem))
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _frame(table: pd.DataFrame) -> str:
+    return f'<div class="wide">{table.to_html(float_format="%.3f", border=0, na_rep="-")}</div>'
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in values.items())
+    return f'<div class="wide"><table>{rows}</table></div>'
+
+
+def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
+    keys = ("params_file", "data", "git", "python", "versions", "machine", "updated")
+    wanted = {key: facts.get(key) for key in keys}
+    return wanted | {key: value for key, value in facts.items() if key.endswith(("_seconds", "_machine", "_submission"))}
