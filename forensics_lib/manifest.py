@@ -76,7 +76,7 @@ def _file_facts(path: str) -> tuple[int | None, int | None, str | None, int | No
 def _mask_problem(row: pd.Series) -> str | None:
     if row["label"] == 0:
         return None
-    if not row["mask_path"]:
+    if pd.isna(row["mask_path"]):
         return f"{row['path']}: the name fits none of TGIF's, so its mask is not known"
     return None if Path(row["mask_path"]).is_file() else f"{row['path']}: its mask {row['mask_path']} is missing"
 

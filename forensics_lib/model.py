@@ -194,7 +194,9 @@ def _create_backbone(name: str, channels: int, drop_path: float, pretrained: boo
         print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
     options = {"pretrained": pretrained, "num_classes": 0, "in_chans": channels, "pretrained_cfg_overlay": overlay}
     try:
-        backbone = _without_unknown_drop_path(name, options, drop_path)
+        backbone = _seeded_backbone(name, options, drop_path)
+        if file:
+            _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -204,11 +206,22 @@ def _create_backbone(name: str, channels: int, drop_path: float, pretrained: boo
     return backbone
 
 
-def _without_unknown_drop_path(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
-    try:
-        return timm.create_model(name, drop_path_rate=drop_path, **options)
-    except TypeError:  # a model without stochastic depth
-        return timm.create_model(name, **options)
+def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
+    """A timm model whose initial weights are the same for the same state of torch's generator."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return timm.create_model(name, drop_path_rate=drop_path, **options)
+        except TypeError:  # a model without stochastic depth
+            return timm.create_model(name, **options)
+
+
+def _check_loaded(backbone: nn.Module, fresh: nn.Module) -> None:
+    """timm only warns where a file holds none of a model's weights: weights that are still the initial ones tell."""
+    initial = dict(fresh.named_parameters())
+    weights = [(name, p) for name, p in backbone.named_parameters() if p.ndim > 1]
+    missing = [name for name, p in weights if torch.equal(p, initial[name])]
+    if missing:
+        raise RuntimeError(f"{len(missing)} of {len(weights)} weights are not in the file, such as {missing[0]}")
 
 
 def _no_weights_message(name: str, file: str | None, error: Exception) -> str:

@@ -48,7 +48,7 @@ class Params(BaseModel):
     pretrained: bool = Field(True, description="start from pretrained weights")
     pretrained_file: str | None = Field(None, description="local weight file to use instead of timm's download")
     frontend: Literal["rgb", "srm"] = Field("rgb", description="network input: RGB, or RGB and SRM noise residuals")
-    decoder_channels: int = Field(128, ge=8, multiple_of=8, description="Task B decoder width, channels")
+    decoder_channels: int = Field(128, ge=16, multiple_of=16, description="Task B decoder width, channels")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
     mask_weight: float = Field(1.0, ge=0, description="Task B loss = cross-entropy + mask_weight x mask loss")

@@ -65,7 +65,7 @@ def class_samples(manifest: pd.DataFrame, task: str, count: int = 6, seed: int =
         for axis, (_, item) in zip(row, members.sample(min(count, len(members)), random_state=seed).iterrows(), strict=False):
             try:
                 axis.imshow(_centre(read_image(Path(item["path"]))), interpolation="nearest")
-                axis.set_title(item["method"] or item["source"], fontsize=8)
+                axis.set_title(item["source"] if pd.isna(item["method"]) else item["method"], fontsize=8)
             except ImageError:
                 axis.set_title("unreadable", fontsize=8)
         row[0].set_title(f"{CLASS_NAMES[task][label]}: {row[0].get_title()}", fontsize=8)

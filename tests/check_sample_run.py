@@ -1,0 +1,31 @@
+"""Check a finished sample run: its archives are valid to an outsider, and its scores are above what the sample promises.
+
+Run after ``make run-constrained`` on a machine without the official data:  python tests/check_sample_run.py
+"""
+
+import sys
+
+from forensics_lib.files import home, read_json
+from forensics_lib.submission import validate_submission
+
+PROMISES = {"taskA_validation": ("auc", 0.90), "taskB_validation": ("iou_manipulated", 0.40)}
+ARCHIVES = {"teamname_constrained_sample.zip": "A", "teamname_localization_masks_sample.zip": "B"}
+
+
+def main() -> int:
+    """Print each finding; returns 1 where one is not as it should be."""
+    facts = read_json(home() / "outputs" / "constrained_sample" / "run.json")
+    failures = 0
+    for part, (metric, least) in PROMISES.items():
+        value = facts[part][metric]
+        failures += value < least
+        print(f"{part} {metric} {value:.3f} (at least {least})")
+    for name, task in ARCHIVES.items():
+        result = validate_submission(home() / "submission" / name, task, home() / "data" / "sample" / "test" / f"task{task}")
+        failures += not result.valid
+        print(result.report())
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Small made data in the official layout, and parameters that train on it in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from forensics_lib.params import Params
+from forensics_lib.runs import Run
+
+TINY = {
+    "run_name": "tiny",
+    "team": "team",
+    "backbone": "test_convnext",
+    "pretrained": False,
+    "decoder_channels": 16,
+    "drop_path": 0.0,
+    "crop_size": 32,
+    "batch_size": 4,
+    "epochs_head": 1,
+    "epochs_finetune": 1,
+    "finetune_stages": "all",
+    "crops_per_image": 2,
+    "tile_size": 64,
+    "tile_overlap": 16,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 0,
+}
+
+
+def picture(rng: np.random.Generator, height: int = 48, width: int = 56) -> np.ndarray:
+    """Noise with some structure, ``(H, W, 3)`` uint8."""
+    coarse = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
+    return (coarse * 0.7 + rng.integers(0, 77, (height, width, 3))).astype(np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def square_mask(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2, width // 4 : width // 2] = 255
+    return mask
+
+
+def make_tiny_data(root: Path, seed: int = 0) -> Path:
+    """A few images for every folder that a run needs."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 6), ("val", 4)):
+        for label in ("0_real", "1_fake"):
+            for i in range(count):
+                save(root / "dataset" / split / label / "src" / f"{label}{i}.png", picture(rng))
+    for i in range(4):
+        save(root / "test" / "taskA" / f"a{i}.jpg", picture(rng))
+        save(root / "test" / "taskB" / f"b{i}.jpg", picture(rng, 70, 90))
+    _make_tgif(root / "dataset_taskB" / "TGIF", rng)
+    _make_validation(root / "dataset_taskB" / "validation", rng)
+    return root
+
+
+def _make_tgif(root: Path, rng: np.random.Generator) -> None:
+    for number, split in enumerate(("training", "validation", "testing")):
+        for i in range(2):
+            stem = f"{100 * number + i}_mask_bbox"
+            save(root / "orig" / split / "cat" / f"{100 * number + i}_orig.png", picture(rng))
+            save(root / "sd2-sp" / split / "cat" / f"{stem}.png_ps_mask.png_sd2_0.png", picture(rng))
+            save(root / "masks" / split / "cat" / f"{stem}.png_ps_mask.png", square_mask(48, 56))
+            save(root / "sd2-fr" / split / "cat" / f"{stem}.png_sd2-512_0.png", picture(rng, 40, 40))
+            save(root / "masks" / split / "cat" / f"{stem}_512.png", square_mask(40, 40))
+
+
+def _make_validation(root: Path, rng: np.random.Generator) -> None:
+    rows = []
+    for i in range(2):
+        save(root / "coco" / "original" / f"{i:012d}.jpg", picture(rng))
+        name = f"coco_{i:012d}_brushnet_1"
+        save(root / "coco" / "brushnet" / "image" / f"{name}.jpg", picture(rng))
+        save(root / "coco" / "brushnet" / "mask" / f"{name}_mask.png", square_mask(48, 56))
+        parts = ("brushnet\\image\\" + name + ".jpg", "brushnet\\mask\\" + name + "_mask.png", f"original\\{i:012d}.jpg")
+        rows.append(["sagid\\val\\coco\\" + part for part in parts] + ["sp"])
+    table = pd.DataFrame(rows, columns=["img_path", "mask_path", "src_path", "type"])
+    table.to_csv(root / "taskB_val.csv", index=False, lineterminator="\r\n", encoding="utf-8-sig")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path) -> Path:
+    return make_tiny_data(tmp_path / "data")
+
+
+@pytest.fixture
+def tiny_run(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run on tiny data whose outputs go to a scratch folder."""
+    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
+    return Run(Params(**TINY, data_root=str(tiny_data)), tiny_data)

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+
+from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
+def test_stronger_compression_loses_more(codec, rng):
+    image = picture(rng)
+    errors = [np.abs(recompress(image, codec, quality).astype(int) - image).mean() for quality in (95, 60, 20)]
+    assert errors == sorted(errors)
+    assert errors[0] > 0
+
+
+def test_image_and_mask_are_scaled_together(rng):
+    image, mask = resize(picture(rng), np.eye(48, 56, dtype=bool), 0.5, Image.Resampling.BICUBIC)
+    assert image.shape == (24, 28, 3)
+    assert mask.shape == (24, 28)
+    assert mask.dtype == bool
+
+
+def test_scaling_never_loses_the_image(rng):
+    assert resize(picture(rng, 1, 1), None, 0.3, Image.Resampling.BILINEAR)[0].shape == (1, 1, 3)
+
+
+def test_blur_and_noise_do_what_they_say(rng):
+    image = picture(rng)
+    assert blur(image, 1.0).astype(float).std() < image.astype(float).std()
+    assert abs((add_noise(np.full((99, 99, 3), 128, np.uint8), 5, rng).astype(float) - 128).std() - 5) < 0.3
+
+
+def test_probability_zero_changes_nothing(rng):
+    image = picture(rng)
+    assert (degrade(image, None, 0.0, rng)[0] == image).all()
+
+
+def test_the_same_generator_state_gives_the_same_result(rng):
+    image = picture(rng)
+    results = [degrade(image, None, 1.0, np.random.default_rng(3))[0] for _ in range(2)]
+    assert np.array_equal(*results)

@@ -1,0 +1,140 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from forensics_lib.model import (
+    CheckpointError,
+    CombinedModel,
+    NoiseResidual,
+    add_to_checkpoint,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+
+def model(task="B", backbone="test_convnext", **options):
+    return CombinedModel(task, backbone, decoder_channels=16, **options)
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "tf_efficientnet_lite0", "resnet18", "test_vit"])
+@pytest.mark.parametrize("frontend", ["rgb", "srm"])
+def test_outputs_of_any_backbone(backbone, frontend):
+    output = model(backbone=backbone, frontend=frontend)(torch.rand(2, 3, 160, 160))
+    assert output.logits.shape == (2, 2)
+    assert output.mask_logits.shape == (2, 1, 160, 160)
+
+
+def test_task_a_builds_no_segmentation_branch():
+    network = model("A")
+    assert network.segmentation is None
+    assert network(torch.rand(1, 3, 64, 96)).mask_logits is None
+
+
+def test_a_size_that_does_not_fit_names_the_one_that_would():
+    with pytest.raises(ValueError, match="64 x 96 would work"):
+        model("A")(torch.rand(1, 3, 40, 70))
+
+
+def test_residuals_of_flat_images_are_zero_and_limited_elsewhere():
+    residual = NoiseResidual()
+    assert residual(torch.full((1, 3, 16, 16), 0.7)).abs().max() < 1e-4
+    noisy = residual(torch.rand(1, 3, 16, 16))
+    assert noisy.shape == (1, 9, 16, 16)
+    assert 0 < noisy.abs().max() <= 3
+
+
+def test_step_one_freezes_the_backbone_with_its_norms_and_dropout():
+    network = model("A", "resnet18")
+    network.freeze_backbone(0)
+    network.train()
+    assert not any(p.requires_grad for p in network.backbone.parameters())
+    assert not any(module.training for module in network.backbone.modules() if list(module.parameters()))
+    assert network.classifier.training
+    before = network.backbone.bn1.running_mean.clone()
+    network(torch.rand(4, 3, 64, 64))
+    assert torch.equal(before, network.backbone.bn1.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "last"), [("test_convnext", "stages.3."), ("resnet18", "layer4."), ("tf_efficientnet_lite0", "blocks.6.")]
+)
+def test_step_two_trains_the_last_stage_alone(backbone, last):
+    network = model("A", backbone)
+    network.freeze_backbone(1)
+    trained = [name for name, p in network.backbone.named_parameters() if p.requires_grad]
+    assert any(name.startswith(last) for name in trained)
+    assert all(name.startswith((last, "head", "norm", "conv_head", "bn2")) for name in trained)
+
+
+def test_all_stages():
+    network = model("A")
+    network.freeze_backbone("all")
+    assert all(p.requires_grad for p in network.backbone.parameters())
+
+
+def test_checkpoint_rebuilds_the_model(tmp_path: Path):
+    network = model(frontend="srm").eval()
+    save_checkpoint(tmp_path / "m.pth", network)
+    add_to_checkpoint(tmp_path / "m.pth", thresholds={"threshold": 0.25})
+    rebuilt, content = load_model(tmp_path / "m.pth", "B")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(network(x).mask_logits, rebuilt(x).mask_logits)
+    assert content["thresholds"] == {"threshold": 0.25}
+
+
+def test_checkpoint_of_another_task_is_refused(tmp_path: Path):
+    save_checkpoint(tmp_path / "m.pth", model("A"))
+    with pytest.raises(CheckpointError, match="trained for Task A, not for Task B"):
+        load_model(tmp_path / "m.pth", "B")
+
+
+class _Attack:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/forensics-attack"),))  # noqa: S108 (must not come to be)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
+    (tmp_path / "m.pth").write_bytes(pickle.dumps({"format": 1, "model": _Attack()}))
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "m.pth")
+    torch.save({"format": 1, "model": _Attack()}, tmp_path / "n.pth")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "n.pth")
+    assert not Path("/tmp/forensics-attack").exists()  # noqa: S108
+
+
+def test_unknown_backbone_suggests_others():
+    with pytest.raises(ValueError, match=r"no model 'convnext_bse'.*convnext"):
+        model(backbone="convnext_bse")
+
+
+def test_pretrained_without_network_names_model_cache_and_ways_out(monkeypatch):
+    import timm
+
+    def offline(*_, **__):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match="convnext_base") as caught:
+        model("A", "convnext_base", pretrained=True)
+    assert all(word in str(caught.value) for word in ("cache", "pretrained_file", "pretrained: false"))
+
+
+def test_pretrained_file_is_loaded(tmp_path: Path):
+    import timm
+
+    source = timm.create_model("test_convnext", num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    network = model("A", pretrained=True, pretrained_file=str(tmp_path / "w.pth"))
+    assert torch.equal(source.stem[0].weight, network.backbone.stem[0].weight)
+
+
+def test_pretrained_file_that_is_missing_or_of_another_model(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="pretrained_file"):
+        model("A", pretrained=True, pretrained_file=str(tmp_path / "none.pth"))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(OSError, match="do not load into test_convnext"):
+        model("A", pretrained=True, pretrained_file=str(tmp_path / "w.pth"))

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from forensics_lib.files import project_root
+from forensics_lib.params import Params, ParamsError, assigned_names, load_params, make_params
+
+SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
+NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_load_and_name_every_parameter(path):
+    assert load_params(path)
+    assert set(yaml.safe_load(path.read_text())) == set(Params.model_fields)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_parameter_has_a_line_that_says_what_it_does(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(len(line.partition(" # ")[2]) > 8 for line in lines)
+
+
+def test_constrained_file_holds_the_defaults():
+    assert load_params("params/constrained.yaml") == Params()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_parameters_are_known_and_default_to_the_sample(path):
+    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    assert cells[0].source.startswith("# Parameters")
+    names = assigned_names(cells[0].source)
+    assert names[0] == "params_file"
+    assert set(names[1:]) <= set(Params.model_fields)
+    scope: dict = {}
+    exec(cells[0].source, scope)  # noqa: S102 (our own cell)
+    assert load_params(scope["params_file"]).sample
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_yaml_injected_by_papermill_means_the_same_as_the_file(path):
+    injected = yaml.safe_load(path.read_text())  # papermill -f: every key over the notebook's own file
+    assert load_params("params/sample.yaml", injected) == load_params(path)
+
+
+def test_unknown_key_names_the_nearest_one():
+    with pytest.raises(ParamsError, match=r"batchsize: unknown key \(value 3\); did you mean 'batch_size'"):
+        make_params({"batchsize": 3}, "own.yaml")
+
+
+def test_wrong_value_names_key_found_and_allowed():
+    with pytest.raises(ParamsError, match="edition: found 2031; input should be 2025 or 2026"):
+        make_params({"edition": 2031}, "own.yaml")
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ParamsError, match="2 problem") as caught:
+        make_params({"crop_size": 100, "epochs_head": -1}, "own.yaml")
+    assert "crop_size" in str(caught.value)
+    assert "epochs_head" in str(caught.value)
+
+
+def test_number_written_as_text_is_coerced():
+    assert make_params({"lr_head": "1e-3"}, "own.yaml").lr_head == 0.001
+
+
+@pytest.mark.parametrize("value", [True, "fast", None, float("nan"), -1])
+def test_a_rate_must_be_a_positive_number(value):
+    with pytest.raises(ParamsError, match="lr_head"):
+        make_params({"lr_head": value}, "own.yaml")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pretrained": False, "pretrained_file": "w.pth"},
+        {"epochs_head": 0, "epochs_finetune": 0},
+        {"tile_size": 64, "tile_overlap": 60},
+        {"tasks": []},
+        {"tasks": ["A", "A"]},
+        {"run_name": "../elsewhere"},
+        {"finetune_stages": -1},
+    ],
+)
+def test_contradictions_fail(values):
+    with pytest.raises(ParamsError):
+        make_params(values, "own.yaml")
+
+
+def test_file_that_is_no_mapping(tmp_path: Path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ParamsError, match="key: value"):
+        load_params(path)
+
+
+def test_missing_file_lists_the_shipped_ones():
+    with pytest.raises(FileNotFoundError, match=r"params/constrained\.yaml"):
+        load_params("params/nothing.yaml")
+
+
+def test_assigned_names_sees_plain_and_typed_assignments():
+    assert assigned_names("# Parameters\na = 1\nb: int = 2\nc.d = 3\nprint(a)") == ["a", "b"]
