@@ -131,7 +131,7 @@ def main() -> None:
     from forensics_lib.sample import PHOTOS, load_photo
 
     parser = argparse.ArgumentParser(description="Train the sample's autoencoder and write its weights.")
-    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps (default 2500)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
     arguments = parser.parse_args()
     photos = [load_photo(name) for name, photo in PHOTOS.items() if photo.split == "train"]

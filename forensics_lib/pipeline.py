@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -46,6 +47,7 @@ def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEB
     """
     run = open_run(params_file, overrides)
     os.environ["FORENSICS_HEADLESS"] = "1"
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the notebooks take from the file
     began = time.monotonic()
     for notebook in NOTEBOOKS[NOTEBOOKS.index(start) :]:
         print(f"--- {notebook}  ({run.name}, {time.monotonic() - began:.0f} s so far)", flush=True)

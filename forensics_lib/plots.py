@@ -25,7 +25,7 @@ from forensics_lib.runs import Run
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 CLASS_COLOURS = {0: BLUE, 1: ORANGE}
 CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
-STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 SHOWN_SIDE = 224  # pixels of an image that a gallery shows, at native resolution
 
 
@@ -108,7 +108,7 @@ def size_distribution(manifest: pd.DataFrame, task: str) -> Figure:
             chosen = values[good["label"] == label]
             axis.hist(chosen, bins, density=True, histtype="step", color=colour, lw=1.6, label=CLASS_NAMES[task][label])
         axis.set(xlabel=title, ylabel="density")
-    axes[0, 0].legend()
+    axes[0, 0].legend(frameon=False)
     figure.suptitle(f"Task {task}: file facts by class", fontsize=10)
     return figure
 
@@ -123,7 +123,7 @@ def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
     if "val_iou" in metrics:
         axes[0, 1].plot(epochs, metrics["val_iou"], color=ORANGE, marker=".", label="mean IoU, manipulated")
     axes[0, 1].set(xlabel="epoch", ylabel="validation", ylim=(0, 1.02))
-    axes[0, 1].legend(loc="lower right")
+    axes[0, 1].legend(loc="lower right", frameon=False)
     for axis in axes.flat:
         axis.axvline((metrics["step"] == "head").sum() + 0.5, color=GREY, lw=1, ls=":")
     figure.suptitle(f"Task {task}: learning (dotted line: step 2 begins)", fontsize=10)
@@ -149,7 +149,7 @@ def score_curves(evaluation: Evaluation, task: str) -> Figure:
         hist.hist(chosen, np.linspace(0, 1, 26), color=colour, alpha=0.6, label=CLASS_NAMES[task][label])
     hist.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
     hist.set(title="probabilities", xlabel="probability", ylabel="images")
-    hist.legend()
+    hist.legend(frameon=False)
     figure.suptitle(f"Task {task}: validation", fontsize=10)
     return figure
 
@@ -188,7 +188,9 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.text(-0.06, 0.5, name, rotation=90, va="center", ha="right", transform=axis.transAxes, fontsize=9)
     labels = {GREEN: "found", RED: "falsely flagged", BLUE: "missed"} if known else {RED: "flagged"}
-    figure.legend(handles=[Patch(color=c, label=n) for c, n in labels.items()], loc="outside lower center", ncols=3)
+    figure.legend(
+        handles=[Patch(color=c, label=n) for c, n in labels.items()], loc="outside lower center", ncols=3, frameon=False
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 

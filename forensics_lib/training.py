@@ -159,7 +159,8 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     past = state is not None and (state["step"], step) == ("finetune", "head")
     mine = state if state is not None and state["step"] == step else None
     if past or (mine and mine["epoch"] >= epochs):
-        _publish(fit, step, target)
+        if not target.is_file():
+            _publish(fit, step, target)
         return
     if step == "finetune" and not mine:
         fit.model.load_state_dict(read_checkpoint(fit.best_file("head"))["model"])

@@ -1,0 +1,90 @@
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, picture, save
+
+from forensics_lib.inference import load_mask, predict_mask, predict_masks, predict_probabilities, save_mask, tile_starts
+from forensics_lib.machine import choose_machine
+from forensics_lib.model import CombinedModel, Output
+from forensics_lib.params import Params
+
+PARAMS = Params(**TINY)
+MACHINE = choose_machine(PARAMS)
+
+
+class Constant(torch.nn.Module):
+    """Answers 0.5 for every pixel and image."""
+
+    def forward(self, x):
+        return Output(torch.zeros(len(x), 2), torch.zeros(len(x), 1, *x.shape[-2:]))
+
+
+class Brightness(torch.nn.Module):
+    """A pixel's probability is its red value: what tiles cannot change."""
+
+    def forward(self, x):
+        return Output(torch.zeros(len(x), 2), torch.logit(x[:, :1].clamp(0.01, 0.99)))
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(10, 64, 16), (64, 64, 16), (65, 64, 16), (1000, 64, 16), (977, 64, 0)]
+)
+def test_tiles_cover_a_side_and_overlap(length, tile, overlap):
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] == max(length - tile, 0)
+    assert all(b - a <= tile - overlap for a, b in pairwise(starts))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (48, 56), (64, 64), (65, 64), (200, 150), (257, 31)])
+def test_a_constant_model_gives_a_constant_mask_of_the_images_size(shape, rng):
+    prob, mask = predict_mask(Constant(), picture(rng, *shape), PARAMS, MACHINE)
+    assert mask.shape == shape
+    assert mask.dtype == np.float16
+    assert prob == 0.5
+    assert (mask == 0.5).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (200, 150)])
+def test_tiles_put_every_pixel_in_its_place(shape, rng):
+    image = picture(rng, *shape)
+    mask = predict_mask(Brightness(), image, PARAMS, MACHINE)[1]
+    assert np.abs(mask - (image[..., 0] / 255).clip(0.01, 0.99)).max() < 2e-3
+
+
+def test_masks_are_written_and_read_back(tmp_path, rng):
+    mask = rng.random((7, 9)).astype(np.float16)
+    save_mask(tmp_path / "m.npz", mask)
+    assert np.array_equal(load_mask(tmp_path / "m.npz"), mask)
+    with np.load(tmp_path / "m.npz") as content:
+        assert content.files == ["arr_0"]
+
+
+@pytest.fixture
+def files(tmp_path, rng):
+    paths = [save(tmp_path / f"{i}.png", picture(rng, 40 + 9 * i, 50)) for i in range(5)]
+    paths[2].write_bytes(b"broken")
+    return pd.DataFrame({"path": [str(path) for path in paths]})
+
+
+def test_probabilities_do_not_depend_on_the_batch(files):
+    torch.manual_seed(0)
+    model = CombinedModel("A", "test_convnext").eval()
+    tables = [predict_probabilities(model, files, PARAMS.model_copy(update={"batch_size": n}), MACHINE) for n in (1, 3, 64)]
+    assert tables[0]["prob"].isna().tolist() == [False, False, True, False, False]
+    assert "2.png" in tables[0]["error"][2]
+    for table in tables[1:]:
+        np.testing.assert_allclose(table["prob"], tables[0]["prob"], atol=1e-6)
+
+
+def test_masks_keep_the_order_and_carry_errors(files):
+    torch.manual_seed(0)
+    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    predictions = list(predict_masks(model, files, PARAMS, MACHINE))
+    assert [p.index for p in predictions] == list(range(5))
+    assert predictions[2].mask is None
+    assert "2.png" in predictions[2].error
+    assert predictions[3].mask.shape == (67, 50)

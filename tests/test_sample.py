@@ -1,0 +1,100 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from forensics_lib import sample
+from forensics_lib.autoencoder import WEIGHTS, load_autoencoder, regenerate, train_autoencoder
+from forensics_lib.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.sample import PHOTOS, build_sample, load_photo
+
+
+def small(monkeypatch) -> None:
+    """One crop a photograph: enough to see everything that the sample is made of."""
+    monkeypatch.setattr(sample, "TASK_A_COUNTS", dict.fromkeys(sample.TASK_A_COUNTS, 1))
+    monkeypatch.setattr(sample, "TASK_B_COUNTS", dict.fromkeys(sample.TASK_B_COUNTS, 1))
+    monkeypatch.setattr(sample, "TASK_B_OFFICIAL", dict.fromkeys(sample.TASK_B_OFFICIAL, 1))
+
+
+def digest(root: Path) -> str:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_the_sample_is_in_the_official_layout_and_the_same_every_time(tmp_path, monkeypatch):
+    small(monkeypatch)
+    one, two = build_sample(tmp_path / "one"), build_sample(tmp_path / "two")
+    assert digest(one) == digest(two)
+    rows = read_tgif(one / "dataset_taskB" / "TGIF") + read_task_b_validation(one / "dataset_taskB" / "validation")
+    for row in rows:
+        if row["label"]:
+            with Image.open(row["path"]) as image, Image.open(row["mask_path"]) as mask:
+                assert image.size == mask.size
+                assert np.asarray(mask).max() == 255
+    task_a = read_task_a(one / "dataset") + read_task_a(one / "dataset_open")
+    assert {Path(row["path"]).suffix for row in task_a} == {".jpg"}, "both classes in one format"
+    assert len(read_test(one / "test" / "taskA")) == 6
+    assert len(read_test(one / "test" / "taskB")) == 3
+    splits = {}
+    for row in task_a:
+        splits.setdefault(Path(row["path"]).name.rsplit("_", 1)[0], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values()), "no photograph crosses a split"
+
+
+def test_a_finished_sample_is_kept_and_an_old_one_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "_build", lambda root: (root / sample.MARKER).write_text(json.dumps({"version": 1})))
+    root = build_sample(tmp_path / "s")
+    (root / "mine").touch()
+    build_sample(root)
+    assert (root / "mine").exists()
+    (root / sample.MARKER).write_text(json.dumps({"version": -1}))
+    build_sample(root)
+    assert not (root / "mine").exists()
+
+
+def test_a_stopped_build_leaves_nothing(tmp_path, monkeypatch):
+    def stops(root):
+        (root / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "_build", stops)
+    with pytest.raises(KeyboardInterrupt):
+        build_sample(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_are_not_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "_build", lambda root: None)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "holiday.jpg").touch()
+    with pytest.raises(FileExistsError, match="not a sample"):
+        build_sample(tmp_path / "s")
+    assert (tmp_path / "s" / "holiday.jpg").exists()
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_every_photograph_is_there(name):
+    assert load_photo(name).shape[2] == 3
+    assert PHOTOS[name].licence
+
+
+def test_the_autoencoder_regenerates_without_copying():
+    photo = load_photo("coffee")[:101, :130]
+    twin = regenerate(load_autoencoder(), photo)
+    error = np.abs(twin.astype(float) - photo).mean()
+    assert twin.shape == photo.shape
+    assert 0.5 < error < 12
+    assert WEIGHTS.stat().st_size < 3_000_000
+
+
+@pytest.mark.slow
+def test_the_weights_script_learns():
+    photos = [load_photo("coffee")]
+    errors = []
+    for steps in (2, 40):
+        twin = regenerate(train_autoencoder(photos, steps, batch=4), photos[0])
+        errors.append(np.abs(twin.astype(float) - photos[0]).mean())
+    assert errors[1] < errors[0] / 2

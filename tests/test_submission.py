@@ -1,0 +1,215 @@
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import picture, save
+
+from forensics_lib.files import update_json, write_csv
+from forensics_lib.inference import save_mask
+from forensics_lib.runs import Run
+from forensics_lib.submission import SubmissionError, archive_path, build_submission, scores_path, validate_submission
+
+SIZES = {"a.jpg": (20, 30), "b.png": (31, 17)}
+
+
+@pytest.fixture
+def finished(tiny_run: Run, rng) -> Run:
+    """A run with results for two test images per task, as inference leaves them."""
+    for task in ("A", "B"):
+        for old in tiny_run.test_folder(task).iterdir():
+            old.unlink()
+        for name, size in SIZES.items():
+            save(tiny_run.test_folder(task) / name, picture(rng, *size))
+        write_csv(tiny_run.test_probs(task), pd.DataFrame({"image_id": list(SIZES), "prob": [0.9, 0.2]}))
+    for name, size in SIZES.items():
+        save_mask(tiny_run.masks / f"{Path(name).stem}.npz", rng.random(size))
+    update_json(tiny_run.thresholds, A={"threshold": 0.5}, B={"threshold": 0.5, "loc_threshold": 0.25})
+    return tiny_run
+
+
+def with_params(run: Run, **values) -> Run:
+    return Run(run.params.model_copy(update=values), run.data)
+
+
+def rewritten(archive: Path, change) -> Path:
+    """A copy of an archive whose members (a dict of name to bytes) were passed through ``change``."""
+    with zipfile.ZipFile(archive) as source:
+        members = {info.filename: source.read(info) for info in source.infolist()}
+    members = change(members) or members
+    out = archive.with_name("changed.zip")
+    with zipfile.ZipFile(out, "w") as target:
+        for name, content in members.items():
+            target.writestr(name, content)
+    return out
+
+
+def npz(array: np.ndarray, **more) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, array, **more)
+    return buffer.getvalue()
+
+
+def test_constrained_archive(finished):
+    result = build_submission(finished, "A")
+    assert result.path.name == "team_constrained.zip"
+    with zipfile.ZipFile(result.path) as archive:
+        assert archive.namelist() == ["team_constrained.csv"]
+        text = archive.read("team_constrained.csv").decode()
+    assert text.splitlines() == [
+        "image_id,prob,label,threshold",
+        "a.jpg,0.900000,1,0.500000",
+        "b.png,0.200000,0,0.500000",
+    ]
+
+
+def test_localization_archive(finished):
+    result = build_submission(finished, "B")
+    assert result.path.name == "team_localization_masks.zip"
+    with zipfile.ZipFile(result.path) as archive:
+        assert archive.namelist() == ["scores.csv", "a.npz", "b.npz"]
+        text = archive.read("scores.csv").decode()
+        with np.load(io.BytesIO(archive.read("b.npz"))) as content:
+            assert content["arr_0"].shape == (31, 17)
+            assert content["arr_0"].dtype == np.float16
+    assert text.startswith("image_id,prob,label,threshold,loc_threshold\n")
+    assert scores_path(finished).name == "scores.csv"
+    assert scores_path(finished).read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "task", "name"),
+    [
+        ({}, "A", "team_constrained.zip"),
+        ({"run_type": "open"}, "A", "team_open.zip"),
+        ({"edition": 2026}, "A", "team_constrained.csv"),
+        ({"edition": 2026}, "B", "team_localization_masks.zip"),
+        ({"run_type": "open"}, "B", "team_localization_masks_open.zip"),
+        ({"sample": True}, "A", "team_constrained_sample.zip"),
+        ({"sample": True}, "B", "team_localization_masks_sample.zip"),
+    ],
+)
+def test_archive_names(tiny_run, changes, task, name):
+    assert archive_path(with_params(tiny_run, **changes), task).name == name
+
+
+def test_edition_2026_is_a_plain_csv(finished):
+    result = build_submission(with_params(finished, edition=2026), "A")
+    assert result.path.read_text().startswith("image_id,prob,label,threshold\n")
+    assert validate_submission(result.path, "A", finished.test_folder("A")).valid
+
+
+def test_the_same_results_give_the_same_bytes(finished):
+    first = build_submission(finished, "B").path.read_bytes()
+    assert build_submission(finished, "B").path.read_bytes() == first
+
+
+def test_a_faulty_archive_is_not_written(finished):
+    save_mask(finished.masks / "a.npz", np.zeros((5, 5)))
+    with pytest.raises(SubmissionError, match=r"a\.npz: shape \(5, 5\); its image has \(20, 30\)"):
+        build_submission(finished, "B")
+    assert not archive_path(finished, "B").exists()
+    assert list(finished.submission.iterdir()) == [], "nothing half-made is left"
+
+
+def edit(old: str, new: str):
+    def change(members):
+        name = next(name for name in members if name.endswith(".csv"))
+        text = members[name].decode()
+        assert old in text
+        members[name] = text.replace(old, new).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (edit("b.png,0.2", "c.png,0.2"), "row 3 (c.png): extra"),
+        (edit("b.png,0.2", "c.png,0.2"), "b.png is missing"),
+        (edit("b.png,0.2", "a.jpg,0.2"), "a.jpg stands in 2 rows"),
+        (edit("image_id,prob", "prob,image_id"), "header is prob,image_id"),
+        (edit("0.900000", "1.5"), "row 2 (a.jpg): prob is '1.5'"),
+        (edit("0.900000", "nan"), "prob is 'nan'"),
+        (edit("0.900000", "inf"), "prob is 'inf'"),
+        (edit("0.900000", "high"), "prob is 'high'"),
+        (edit("0.900000,1", "0.900000,0"), "label 0 contradicts prob 0.900000 and threshold 0.500000"),
+        (edit("0.900000,1", "0.900000,yes"), "label is 'yes'"),
+        (edit("0.200000,0,0.500000", "0.200000,0,0.600000"), "2 different values of threshold"),
+        (edit("0.900000,1,", "0.900000,1,,"), "fields; expected"),
+        (lambda members: members.update({"notes.txt": b"x"}), "notes.txt"),
+        (lambda members: members.update({"../evil.csv": b"x"}), "lies in a folder"),
+        (lambda members: members.clear(), "found none"),
+    ],
+)
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_faults_in_the_table_are_named(finished, task, change, fault):
+    archive = rewritten(build_submission(finished, task).path, change)
+    result = validate_submission(archive, task, finished.test_folder(task))
+    assert not result.valid
+    assert any(fault in found for found in result.faults), result.faults
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "a.npz: mask is missing"),
+        (npz(np.zeros((20, 30), np.float32)), "float32 array"),
+        (npz(np.zeros((20, 30, 1), np.float16)), "shape (20, 30, 1)"),
+        (npz(np.zeros((30, 20), np.float16)), "its image has (20, 30)"),
+        (npz(np.full((20, 30), 1.5, np.float16)), "values outside"),
+        (npz(np.full((20, 30), np.nan, np.float16)), "not finite"),
+        (npz(np.zeros((20, 30), np.float16), more=np.zeros(1)), "2 arrays"),
+        (npz(np.array([{}], dtype=object)), "not a readable npz"),
+        (b"rubbish", "not a readable npz"),
+    ],
+)
+def test_faults_in_masks_are_named(finished, content, fault):
+    def change(members):
+        if content is None:
+            del members["a.npz"]
+        else:
+            members["a.npz"] = content
+
+    archive = rewritten(build_submission(finished, "B").path, change)
+    faults = validate_submission(archive, "B", finished.test_folder("B")).faults
+    assert any(fault in found for found in faults), faults
+
+
+def test_extra_masks_and_duplicate_members(finished):
+    path = build_submission(finished, "B").path
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("extra.npz", npz(np.zeros((2, 2), np.float16)))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a.npz", npz(np.zeros((20, 30), np.float16)))
+    faults = validate_submission(path, "B", finished.test_folder("B")).faults
+    assert any("extra.npz: extra" in fault for fault in faults)
+    assert any("a.npz: 2 times" in fault for fault in faults)
+
+
+def test_a_file_that_is_no_zip(finished, tmp_path):
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"no zip")
+    assert "not a zip archive" in validate_submission(path, "A", finished.test_folder("A")).faults[0]
+
+
+def test_an_unreadable_test_image_is_a_note(finished):
+    (finished.test_folder("B") / "a.jpg").write_bytes(b"junk")
+    result = build_submission(finished, "B")
+    assert result.valid
+    assert "a.jpg cannot be read" in result.notes[0]
+
+
+def test_ids_that_look_like_numbers_or_nothing_stay_text(finished, rng):
+    for name in ("007.jpg", "NA.jpg"):
+        save(finished.test_folder("A") / name, picture(rng, 20, 20))
+    ids = ["007.jpg", "NA.jpg", *SIZES]
+    write_csv(finished.test_probs("A"), pd.DataFrame({"image_id": ids, "prob": 0.1}))
+    assert build_submission(finished, "A").rows == 4
+
+
+def test_missing_results_name_the_step_to_run(tiny_run):
+    with pytest.raises(FileNotFoundError, match="04_infer"):
+        build_submission(tiny_run, "A")
