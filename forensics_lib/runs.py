@@ -71,6 +71,10 @@ class Run:
         return self.folder / "thresholds.json"
 
     @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
     def submission(self) -> Path:
         return home() / "submission"
 

@@ -21,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
-from forensics_lib.files import whole
+from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import Machine, choose_machine
@@ -94,9 +94,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
     fit = Fit(run, task, model, machine, train_rows, _sampled(val_rows, run.params.val_limit, run.params.seed))
     if not state:
-        metrics_file(run, task).unlink(missing_ok=True)
-        for path in (run.classifier_model(task), run.finetuned_model(task)):
-            path.unlink(missing_ok=True)  # of another training: nothing may take it for this one's
+        _forget(run, task)
     started = time.monotonic()
     for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
         _run_step(fit, step, epochs, state, fingerprint)
@@ -108,14 +106,26 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     return read_metrics(run, task)
 
 
-def metrics_file(run: Run, task: str) -> Path:
-    return run.folder / f"task{task}_metrics.jsonl"
+def _forget(run: Run, task: str) -> None:
+    """Remove what another training of this name left, so that nothing is taken for this one's."""
+    for path in (run.classifier_model(task), run.finetuned_model(task), run.val_probs(task), run.test_probs(task)):
+        path.unlink(missing_ok=True)
+    write_json(run.thresholds, {key: value for key, value in read_json(run.thresholds).items() if key != task})
+    _write_metrics(run, [line for line in _metric_lines(run) if line["task"] != task])
 
 
 def read_metrics(run: Run, task: str) -> pd.DataFrame:
-    """The epochs so far, one row each."""
-    lines = metrics_file(run, task).read_text(encoding="utf-8").splitlines()
-    return pd.DataFrame([json.loads(line) for line in lines])
+    """The epochs of a task so far, one row each, from ``metrics.jsonl``."""
+    return pd.DataFrame([line for line in _metric_lines(run) if line["task"] == task])
+
+
+def _metric_lines(run: Run) -> list[dict[str, Any]]:
+    path = run.metrics
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _write_metrics(run: Run, lines: list[dict[str, Any]]) -> None:
+    write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _fingerprint(params: Params, task: str, rows: pd.DataFrame) -> str:
@@ -175,7 +185,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     for epoch in range(mine["epoch"] if mine else 0, epochs):
         line = _train_epoch(fit, step, epoch, optimizer, schedule, updates)
         line |= _validate(fit)
-        _append_metrics(fit, line)
+        _append_metrics(fit.run, line)
         if line["score"] > best:
             best = line["score"]
             save_checkpoint(fit.best_file(step), fit.model, score=best, epoch=epoch + 1, step=step)
@@ -338,13 +348,11 @@ def _validate(fit: Fit) -> dict[str, float]:
     return values
 
 
-def _append_metrics(fit: Fit, line: dict[str, Any]) -> None:
+def _append_metrics(run: Run, line: dict[str, Any]) -> None:
     """Add a line to ``metrics.jsonl``; one that a stopped run wrote for the same epoch is replaced."""
-    path = metrics_file(fit.run, fit.task)
-    old = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    kept = [item for item in old if (item["step"], item["epoch"]) != (line["step"], line["epoch"])]
-    with whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(item) + "\n" for item in [*kept, line]), encoding="utf-8")
+    same = ("task", "step", "epoch")
+    kept = [old for old in _metric_lines(run) if any(old[key] != line[key] for key in same)]
+    _write_metrics(run, [*kept, line])
 
 
 def _epoch_line(line: dict[str, Any], epochs: int) -> str:

@@ -57,8 +57,12 @@ def test_a_finished_training_is_not_done_again_unless_something_changed(tiny_run
     train(tiny_run, "A", manifest)
     assert "taking up" in capsys.readouterr().out
     assert tiny_run.finetuned_model("A").read_bytes() == before
-    train(changed(tiny_run, lr_head=0.5), "A", manifest)
+    evaluate(tiny_run, "A", manifest)
+    train(changed(tiny_run, lr_head=0.5, epochs_finetune=0), "A", manifest)
     assert "starting anew" in capsys.readouterr().out
+    assert not tiny_run.val_probs("A").exists(), "results of the old training must not outlive it"
+    with pytest.raises(FileNotFoundError):
+        stored_thresholds(tiny_run, "A")
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -168,6 +172,6 @@ def test_without_a_threshold_the_way_out_is_named(tiny_run):
 
 def test_metrics_are_lines_of_json_while_training_runs(tiny_run):
     train(tiny_run, "A", build_manifest(tiny_run, "A"))
-    lines = training.metrics_file(tiny_run, "A").read_text().splitlines()
+    lines = tiny_run.metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == ["head", "finetune"]
     assert np.isfinite([json.loads(line)["train_loss"] for line in lines]).all()
