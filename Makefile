@@ -3,7 +3,7 @@
 # What a user may set on the command line:
 PYTHON ?= python3
 ENV ?= venv# venv: build and use .venv; active: use the active conda or virtual environment
-TORCH ?= torch==2.14.1 torchvision==0.29.1# installed before the rest; any pair in pyproject.toml's ranges
+TORCH ?= torch==2.14.1 torchvision==0.29.1# what a new .venv gets; any pair in pyproject.toml's ranges
 PARAMS ?= params/sample.yaml# for 'make run'
 DATA ?=# data root instead of the parameter file's
 SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
@@ -43,8 +43,8 @@ ifeq ($(strip $(ENV)),venv)
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3."; exit 1; }
 	@echo "Building the environment in .venv (several minutes the first time)"
 	$(PYTHON) -m venv .venv
-endif
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+endif
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 

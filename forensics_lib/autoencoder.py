@@ -101,7 +101,7 @@ def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = Autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], float)
     bar = progress(range(steps), "autoencoder")
@@ -112,6 +112,7 @@ def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch
         loss = F.l1_loss(y, x) + F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
@@ -131,7 +132,7 @@ def main() -> None:
     from forensics_lib.sample import PHOTOS, load_photo
 
     parser = argparse.ArgumentParser(description="Train the sample's autoencoder and write its weights.")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps (default 1600)")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
     arguments = parser.parse_args()
     photos = [load_photo(name) for name, photo in PHOTOS.items() if photo.split == "train"]

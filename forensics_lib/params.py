@@ -63,6 +63,7 @@ class Params(BaseModel):
     lr_finetune: float = Field(1e-4, gt=0, description="peak learning rate of step 2")
     warmup: float = Field(0.1, **PROBABILITY, description="share of each step's updates in which the rate rises")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
+    ema: float = Field(0.9998, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
     degrade: float = Field(0.3, **PROBABILITY, description="probability of each training degradation (JPEG, WebP, ...)")
     val_limit: int = Field(2000, ge=2, description="validation images scored after each epoch (all at the end)")
 

@@ -51,19 +51,19 @@ class Photo:
 PHOTOS: dict[str, Photo] = {
     "astronaut": Photo(_SKIMAGE / "astronaut.png", "train", "public domain, NASA"),
     "brick": Photo(_SKIMAGE / "brick.png", "train", "CC0, CC0Textures"),
+    "chelsea": Photo(_SKIMAGE / "chelsea.png", "train", "CC0, Stefan van der Walt"),
     "china": Photo(_SKLEARN / "china.jpg", "train", "CC BY 2.0, danielbuechele"),
     "gravel": Photo(_SKIMAGE / "gravel.png", "train", "CC0, CC0Textures"),
     "grace_hopper": Photo(_MATPLOTLIB / "grace_hopper.jpg", "train", "public domain, US Navy"),
-    "moon": Photo(_SKIMAGE / "moon.png", "train", "public domain, NASA"),
     "rocket": Photo(_SKIMAGE / "rocket.jpg", "train", "public domain, SpaceX"),
     "camera": Photo(_SKIMAGE / "camera.png", "val", "CC0, Lav Varshney"),
     "coffee": Photo(_SKIMAGE / "coffee.png", "val", "CC0, Rachel Michetti"),
     "flower": Photo(_SKLEARN / "flower.jpg", "val", "CC BY 2.0, vultilion"),
     "grass": Photo(_SKIMAGE / "grass.png", "val", "CC0, linolafett"),
-    "chelsea": Photo(_SKIMAGE / "chelsea.png", "test", "CC0, Stefan van der Walt"),
     "coins": Photo(_SKIMAGE / "coins.png", "test", "no known restrictions, Brooklyn Museum"),
     "hubble": Photo(_SKIMAGE / "hubble_deep_field.jpg", "test", "public domain, NASA"),
-    "tissue": Photo(_SKIMAGE / "ihc.png", "open_train", "no known restrictions, CMMI"),
+    "tissue": Photo(_SKIMAGE / "ihc.png", "test", "no known restrictions, CMMI"),
+    "moon": Photo(_SKIMAGE / "moon.png", "open_train", "public domain, NASA"),
     "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.5),
 }
 TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops a photograph

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
@@ -65,6 +66,11 @@ class Fit:
     @property
     def params(self) -> Params:
         return self.run.params
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates in an epoch."""
+        return -(-len(self.train) // self.params.batch_size)
 
     @property
     def checkpoints(self) -> Path:
@@ -179,18 +185,22 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     if mine:
         fit.model.load_state_dict(mine["model"])
         optimizer.load_state_dict(mine["optimizer"])
+    average = ModelEmaV3(fit.model, decay=fit.params.ema, use_warmup=True) if fit.params.ema else None
+    if mine and average:
+        average.module.load_state_dict(mine["average"])
     best = mine["best"] if mine else _first_best(fit, step)
-    updates = -(-len(fit.train) // fit.params.batch_size)
-    schedule = _schedule(optimizer, epochs * updates, fit.params.warmup)
+    schedule = _schedule(optimizer, epochs * fit.updates, fit.params.warmup)
     for epoch in range(mine["epoch"] if mine else 0, epochs):
-        line = _train_epoch(fit, step, epoch, optimizer, schedule, updates)
-        line |= _validate(fit)
+        line = _train_epoch(fit, step, epoch, optimizer, schedule, average)
+        judged = average.module if average else fit.model
+        line |= _validate(fit, judged)
         _append_metrics(fit.run, line)
         if line["score"] > best:
             best = line["score"]
-            save_checkpoint(fit.best_file(step), fit.model, score=best, epoch=epoch + 1, step=step)
-        content = {"optimizer": optimizer.state_dict(), "best": best, "epoch": epoch + 1, "step": step}
-        save_checkpoint(fit.state_file, fit.model, fingerprint=fingerprint, **content)
+            save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
+        content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
+        content |= {"best": best, "epoch": epoch + 1, "step": step, "fingerprint": fingerprint}
+        save_checkpoint(fit.state_file, fit.model, **content)
         print(_epoch_line(line, epochs), flush=True)
     _publish(fit, step, target)
 
@@ -236,7 +246,12 @@ def _schedule(optimizer: torch.optim.Optimizer, updates: int, warmup: float) -> 
 
 
 def _train_epoch(
-    fit: Fit, step: str, epoch: int, optimizer: torch.optim.Optimizer, schedule: CosineLRScheduler, updates: int
+    fit: Fit,
+    step: str,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: CosineLRScheduler,
+    average: ModelEmaV3 | None,
 ) -> dict[str, Any]:
     """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
@@ -251,7 +266,8 @@ def _train_epoch(
         fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
         if not batch["index"]:
             continue
-        schedule.step_update(epoch * updates + number)
+        update = epoch * fit.updates + number
+        schedule.step_update(update)
         loss = _loss(fit, batch)
         if not torch.isfinite(loss):
             files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
@@ -262,6 +278,8 @@ def _train_epoch(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fit.model.parameters(), CLIP_NORM)
         optimizer.step()
+        if average:
+            average.update(fit.model, update)
         losses.append(loss.item())
         seen += len(batch["index"])
         bar.note(f"loss {np.mean(losses[-20:]):.3f}")
@@ -335,11 +353,14 @@ def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
     return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
 
 
-def _validate(fit: Fit) -> dict[str, float]:
+def _validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
     """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU)."""
-    result = predict(fit.model, fit.task, fit.val, fit.params, fit.machine)
+    result = predict(model, fit.task, fit.val, fit.params, fit.machine)
     good = result.good()
     scores = image_metrics(fit.val["label"].to_numpy(int)[good], result.probs[good], 0.5)
+    if not np.isfinite(scores["auc"]):
+        reasons = "; ".join(list(result.errors.values())[:3])
+        raise ImageError(f"validation needs readable images of both classes; {len(result.errors)} could not be read: {reasons}")
     values = {"val_auc": scores["auc"], "score": scores["auc"]}
     if result.histograms is not None:
         manipulated = result.histograms[good & (fit.val["label"] == 1)]

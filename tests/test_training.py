@@ -9,6 +9,7 @@ from conftest import picture, save
 from forensics_lib import training
 from forensics_lib.evaluation import evaluate, evaluate_held_out, infer, mask_examples, mask_names, stored_thresholds
 from forensics_lib.files import read_json
+from forensics_lib.images import ImageError
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
 from forensics_lib.manifest import build_manifest
@@ -104,6 +105,13 @@ def test_corrupt_training_and_validation_images_are_counted(tiny_run, capsys):
     facts = read_json(tiny_run.folder / "run.json")
     assert "1_fake0.png" in facts["taskA_unreadable_in_training"][0]
     assert "1_fake0.png" in facts["taskA_left_out"][0]
+
+
+def test_validation_without_a_readable_class_is_an_error(tiny_run):
+    for path in (tiny_run.data / "dataset" / "val" / "1_fake" / "src").iterdir():
+        path.write_bytes(path.read_bytes()[:2000])  # headers that read, pixels that do not
+    with pytest.raises(ImageError, match=r"both classes; 4 could not be read: .*1_fake0\.png"):
+        train(tiny_run, "A", build_manifest(tiny_run, "A"))
 
 
 def test_a_loss_that_is_not_finite_names_the_files(tiny_run, monkeypatch):
