@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def build_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
         rows = read_task_a(run.data / "dataset")
         if run.params.run_type == "open":
             rows += read_task_a(run.data / "dataset_open")
+        elif (run.data / "dataset_open").is_dir():
+            print(f"constrained run: {run.data / 'dataset_open'} is there and is not used")
     else:
         rows = read_tgif(run.data / "dataset_taskB" / "TGIF")
         rows += read_task_b_validation(run.data / "dataset_taskB" / "validation")
@@ -43,6 +46,12 @@ def build_test_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
 def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
     """The rows of a split without an error, numbered from 0."""
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
+
+
+def data_fingerprint(manifest: pd.DataFrame) -> str:
+    """Changes with the images' paths, sizes in bytes, labels, masks or splits."""
+    facts = manifest[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def problems(manifest: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.evaluation import Evaluation, MaskExample
 from forensics_lib.files import whole
@@ -135,20 +135,20 @@ def score_curves(evaluation: Evaluation, task: str) -> Figure:
     table, threshold = evaluation.table, evaluation.thresholds["threshold"]
     figure, axes = _figure(1, 3, 10, 3)
     roc, pr, hist = axes.flat
-    RocCurveDisplay.from_predictions(table["label"], table["prob"], ax=roc, curve_kwargs={"color": BLUE})
-    PrecisionRecallDisplay.from_predictions(table["label"], table["prob"], ax=pr, color=BLUE)
+    fpr, tpr, _ = roc_curve(table["label"], table["prob"])
+    precision, recall, _ = precision_recall_curve(table["label"], table["prob"])
+    roc.plot(fpr, tpr, color=BLUE)
     roc.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     roc.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    pr.step(recall, precision, where="post", color=BLUE)
     pr.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.05))
     for axis, text in ((roc, f"AUC {evaluation.metrics['auc']:.3f}"), (pr, f"AP {evaluation.metrics['ap']:.3f}")):
-        if axis.get_legend():
-            axis.get_legend().remove()
         axis.text(0.95, 0.08, text, ha="right", transform=axis.transAxes)
     for label, colour in CLASS_COLOURS.items():
         chosen = table.loc[table["label"] == label, "prob"]
         hist.hist(chosen, np.linspace(0, 1, 26), color=colour, alpha=0.6, label=CLASS_NAMES[task][label])
     hist.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
-    hist.set(title="probabilities", xlabel="probability", ylabel="images")
+    hist.set(title="probabilities", xlabel="probability", ylabel="images", ylim=(0, hist.get_ylim()[1] * 1.4))  # legend
     hist.legend(frameon=False)
     figure.suptitle(f"Task {task}: validation", fontsize=10)
     return figure

@@ -202,6 +202,8 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
             result.faults.append(f"{name} row {number} ({row[0]}): extra, no such test image")
     result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
     result.faults += [f"{name}: {image} is missing" for image in images if image not in seen]
+    if list(seen) != sorted(seen):
+        result.notes.append(f"{name}: rows are not sorted by image_id")
     for column in range(3, len(header)):
         values = {row[column] for row in rows[1:] if len(row) == len(header)}
         if len(values) > 1:

@@ -26,7 +26,7 @@ from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import Machine, choose_machine
-from forensics_lib.manifest import usable
+from forensics_lib.manifest import data_fingerprint, usable
 from forensics_lib.metrics import image_metrics, pixel_curves, pixel_histogram
 from forensics_lib.model import CombinedModel, build_model, load_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
@@ -104,6 +104,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     started = time.monotonic()
     for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
         _run_step(fit, step, epochs, state, fingerprint)
+    run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
     if fit.errors:
         print(f"{len(fit.errors)} training image(s) could not be read and were left out:")
@@ -137,9 +138,7 @@ def _write_metrics(run: Run, lines: list[dict[str, Any]]) -> None:
 def _fingerprint(params: Params, task: str, rows: pd.DataFrame) -> str:
     """Changes when a parameter that training depends on, or a file of the data, changes."""
     values = {k: v for k, v in params.model_dump().items() if k not in NOT_TRAINING}
-    digest = hashlib.sha256(json.dumps([task, values], sort_keys=True).encode())
-    digest.update(rows[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(json.dumps([task, values, data_fingerprint(rows)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _resumable(run: Run, task: str, fingerprint: str) -> dict[str, Any] | None:

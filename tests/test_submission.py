@@ -178,6 +178,14 @@ def test_faults_in_masks_are_named(finished, content, fault):
     assert any(fault in found for found in faults), faults
 
 
+def test_unsorted_rows_are_a_note(finished, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("image_id,prob,label,threshold\nb.png,0.1,0,0.5\na.jpg,0.9,1,0.5\n")
+    result = validate_submission(path, "A", finished.test_folder("A"))
+    assert result.valid
+    assert "not sorted" in result.notes[0]
+
+
 def test_extra_masks_and_duplicate_members(finished):
     path = build_submission(finished, "B").path
     with zipfile.ZipFile(path, "a") as archive:
