@@ -37,7 +37,10 @@ class LayoutError(ValueError):
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below ``folder`` in sorted order, through links, each real folder once (so link loops end)."""
+    """All files below ``folder`` in sorted order, through links, each real folder once (so link loops end).
+
+    Hidden folders and those that macOS adds to archives are passed over.
+    """
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -45,7 +48,7 @@ def walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield from (Path(place) / name for name in sorted(files))
 
 

@@ -22,6 +22,30 @@ class ParamsError(ValueError):
     """The parameters are not valid; the message names each key, what was found and what is allowed."""
 
 
+LAYOUTS = Literal[
+    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table",
+    "tgif", "task_b_validation", "sagi_d",
+]  # fmt: skip
+
+
+class DataSet(BaseModel):
+    """One data set where it lies, as an entry of the ``data`` parameter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    root: str = Field(description="folder of the data set, or a CSV file")
+    layout: LAYOUTS | None = Field(None, description="how it is laid out; null: recognised by what lies in it")
+    split: Literal["train", "val", "test"] | None = Field(None, description="its split, where the layout tells none")
+    coco_root: str | None = Field(None, description="corvi_ldm: the folder of COCO's train2017 images")
+    lsun_root: str | None = Field(None, description="corvi_ldm: CNNDetection's train folder")
+
+    @model_validator(mode="after")
+    def _validation_data_stays_validation_data(self) -> DataSet:
+        if self.layout == "itw_sm" and self.split == "train":
+            raise ValueError("ITW-SM is the validation set and must not be trained on: leave its split out")
+        return self
+
+
 class Params(BaseModel):
     """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
@@ -39,6 +63,7 @@ class Params(BaseModel):
 
     # Data
     data_root: str = Field("data", description="folder with dataset, dataset_open, dataset_taskB and test")
+    data: list[DataSet] | None = Field(None, description="data sets where they lie; null: data_root's folders")
     sample: bool = Field(False, description="use the built-in sample instead of data_root")
     test_folder_a: str | None = Field(None, description="Task A test images; null: <data_root>/test/taskA")
     test_folder_b: str | None = Field(None, description="Task B test images; null: <data_root>/test/taskB")
@@ -153,30 +178,41 @@ def make_params(values: dict[str, Any], origin: str) -> Params:
 
 def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
-    key = str(item["loc"][0]) if item["loc"] else ""
+    key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, Params.model_fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(Params.model_fields)}"
+        known = list((DataSet if item["loc"][0] == "data" and len(item["loc"]) > 1 else Params).model_fields)
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key (value {item['input']!r}); {hint}"
     message = item["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    return f"{key}: found {item['input']!r}; {message[0].lower() + message[1:]} ({Params.model_fields[key].description})"
+    meaning = Params.model_fields[str(item["loc"][0])].description
+    return f"{key}: found {item['input']!r}; {message[0].lower() + message[1:]} ({meaning})"
 
 
 def notebook_parameters() -> dict[str, Any]:
     """The parameters set in the running notebook's ``# Parameters`` cells: its own, then papermill's injected one.
 
-    Only names assigned in those cells count, so that variables of other cells are never taken for parameters.
+    Only names assigned in those cells count, so that variables of other cells are never taken for parameters.  Where
+    the kernel keeps no history of cells (under nbval), every plain value set so far counts.
     """
     from IPython import get_ipython
 
     shell = get_ipython()
     if shell is None:
         raise RuntimeError("notebook_parameters() works in a notebook; elsewhere call load_params(path)")
-    cells = [source for source in shell.user_ns.get("In", []) if source.lstrip().startswith("# Parameters")]
+    return parameters_in(shell.user_ns)
+
+
+def parameters_in(namespace: dict[str, Any]) -> dict[str, Any]:
+    """The parameters among the names of a kernel; see ``notebook_parameters``."""
+    cells = [source for source in namespace.get("In", []) if source.lstrip().startswith("# Parameters")]
     names = {name for source in cells for name in assigned_names(source)}
-    return {name: shell.user_ns[name] for name in sorted(names) if name in shell.user_ns}
+    if not cells:
+        plain = (str, int, float, list, dict, type(None))
+        names = {name for name, value in namespace.items() if isinstance(value, plain) and name not in ("In", "Out")}
+    return {name: namespace[name] for name in sorted(names) if name in namespace and not name.startswith("_")}
 
 
 def assigned_names(source: str) -> list[str]:

@@ -64,12 +64,13 @@ def test_validation_reads_windows_paths_and_a_byte_order_mark(tiny_data):
 def test_validation_table_with_wrong_columns_or_paths(tiny_data, content):
     folder = tiny_data / "dataset_taskB" / "validation"
     (folder / "taskB_val.csv").write_text(content)
-    with pytest.raises(LayoutError, match=r"taskB_val\.csv"):
+    with pytest.raises(LayoutError, match=r"taskB_val\.csv|its table names"):
         read_task_b_validation(folder)
 
 
-def test_walk_is_sorted(tmp_path):
-    for name in ("b", "a", "c"):
+def test_walk_is_sorted_and_passes_over_hidden_folders(tmp_path):
+    for name in ("b", "a", "c", ".ipynb_checkpoints/x", "__MACOSX/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     assert [path.name for path in walk(tmp_path)] == ["a", "b", "c"]
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from forensics_lib.files import project_root
-from forensics_lib.params import Params, ParamsError, assigned_names, load_params, make_params
+from forensics_lib.params import Params, ParamsError, assigned_names, load_params, make_params, parameters_in
 
 SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))
@@ -104,3 +104,14 @@ def test_missing_file_lists_the_shipped_ones():
 
 def test_assigned_names_sees_plain_and_typed_assignments():
     assert assigned_names("# Parameters\na = 1\nb: int = 2\nc.d = 3\nprint(a)") == ["a", "b"]
+
+
+def test_parameters_are_what_the_parameters_cells_assign():
+    cells = ["", "# Parameters\nparams_file = 'a'", "# Parameters\nbatchsize = 8\n", "other = 3"]
+    namespace = {"In": cells, "params_file": "a", "batchsize": 8, "other": 3}
+    assert parameters_in(namespace) == {"params_file": "a", "batchsize": 8}
+
+
+def test_without_a_history_every_plain_value_counts():
+    namespace = {"In": [""], "Out": {}, "_dh": [], "open": open, "params_file": "a", "epochs_head": 1}
+    assert parameters_in(namespace) == {"params_file": "a", "epochs_head": 1}
