@@ -16,6 +16,7 @@ import pandas as pd
 
 from forensics_lib.images import SUFFIXES
 
+Row = dict[str, Any]  # one image, with the keys of COLUMNS
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
@@ -52,6 +53,11 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in sorted(files))
 
 
+def image_files(folder: Path) -> Iterator[Path]:
+    """The files below ``folder`` that have an image's name."""
+    return filter(is_image_name, walk(folder))
+
+
 def is_image_name(path: Path) -> bool:
     """Whether the name is an image's: not hidden, and with a known ending in upper or lower case."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
@@ -65,7 +71,7 @@ def contents(folder: Path) -> str:
     return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
 
 
-def read_task_a(root: Path) -> list[dict[str, Any]]:
+def read_task_a(root: Path) -> list[Row]:
     """``{train,val}/{0_real,1_fake}/**``: the user's own layout, links to other data sets included.
 
     The source is the first folder below the class, or the data set's name for images that lie in the class itself.
@@ -74,16 +80,16 @@ def read_task_a(root: Path) -> list[dict[str, Any]]:
     for split in ("train", "val"):
         for name, label in TASK_A_LABELS.items():
             folder = root / split / name
-            for path in filter(is_image_name, walk(folder)):
+            for path in image_files(folder):
                 inner = path.relative_to(folder).parts
                 source = inner[0] if len(inner) > 1 else root.name
-                rows.append(_row(path, label, split, source, kind="full" if label else "orig"))
+                rows.append(make_row(path, label, split, source, kind="full" if label else "orig"))
     if not rows:
         raise LayoutError(f"no images in {root}/{{train,val}}/{{0_real,1_fake}}; {contents(root)}")
     return rows
 
 
-def read_tgif(root: Path) -> list[dict[str, Any]]:
+def read_tgif(root: Path) -> list[Row]:
     """TGIF's tree ``{orig,masks,sd2-sp,ps-sp,sd2-fr,sdxl-fr}/{training,validation,testing}/{category}/*.png``.
 
     The group is the COCO id: the same photo stands under several categories.
@@ -91,67 +97,72 @@ def read_tgif(root: Path) -> list[dict[str, Any]]:
     rows = []
     for folder_name in ("orig", "original", *TGIF_KINDS):
         for tgif_split, split in TGIF_SPLITS.items():
-            for path in filter(is_image_name, walk(root / folder_name / tgif_split)):
+            for path in image_files(root / folder_name / tgif_split):
                 rows.append(_tgif_row(root, path, folder_name, tgif_split, split))
     if not rows:
         raise LayoutError(f"no images in {root}/{{orig,sd2-sp,...}}/{{training,validation,testing}}; {contents(root)}")
     return rows
 
 
-def _tgif_row(root: Path, path: Path, method: str, tgif_split: str, split: str) -> dict[str, Any]:
+def _tgif_row(root: Path, path: Path, method: str, tgif_split: str, split: str) -> Row:
     if method not in TGIF_KINDS:
         match = TGIF_ORIGINAL.fullmatch(path.name)
-        return _row(path, 0, split, "tgif", kind="orig", group=f"coco:{match['id']}" if match else None)
+        return make_row(path, 0, split, "tgif", kind="orig", group=f"coco:{match['id']}" if match else None)
     pattern, mask_name = TGIF_NAMES[method]
     match = pattern.fullmatch(path.name)
     if not match:  # listed with no mask: the manifest reports it
-        return _row(path, 1, split, "tgif", method=method, kind=TGIF_KINDS[method])
+        return make_row(path, 1, split, "tgif", method=method, kind=TGIF_KINDS[method])
     mask = root / "masks" / tgif_split / path.parent.name / mask_name.format(**match.groupdict())
-    group = f"coco:{match['id']}"
-    return _row(path, 1, split, "tgif", generator=method[:-3], method=method, kind=TGIF_KINDS[method], group=group, mask=mask)
+    names = {"generator": method[:-3], "method": method, "group": f"coco:{match['id']}"}
+    return make_row(path, 1, split, "tgif", kind=TGIF_KINDS[method], mask=mask, **names)
 
 
-def read_task_b_validation(root: Path) -> list[dict[str, Any]]:
+def read_task_b_validation(root: Path) -> list[Row]:
     """The official validation set: ``{coco,raise}/original/*``, ``{coco,raise}/{method}/{image,mask}/*``, ``taskB_val.csv``.
 
     The table names the manipulated images with their masks; authentic ones are the files in the ``original`` folders.
     """
-    table = root / "taskB_val.csv"
-    if not table.is_file():
-        raise LayoutError(f"no taskB_val.csv in {root}; {contents(root)}")
-    listing = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    expected = ["img_path", "mask_path", "src_path", "type"]
-    if list(listing.columns) != expected:
-        raise LayoutError(f"{table} has the columns {list(listing.columns)}; expected {expected}")
+    listing = read_listing(root / "taskB_val.csv", ["img_path", "mask_path", "src_path", "type"])
     rows = []
     for source in ("coco", "raise"):
-        for path in filter(is_image_name, walk(root / source / "original")):
-            rows.append(_row(path, 0, "val", source, kind="orig", group=_photo_group(source, path.stem)))
+        for path in image_files(root / source / "original"):
+            rows.append(make_row(path, 0, "val", source, kind="orig", group=photo_group(source, path.stem)))
     for item in listing.itertuples(index=False):
-        image, mask = _sagid_path(root, item.img_path), _sagid_path(root, item.mask_path)
+        image, mask = (sagid_path(root, written, ("val",)) for written in (item.img_path, item.mask_path))
         source, method = image.relative_to(root).parts[:2]
         original = item.src_path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        group = _photo_group(source, original or image.stem)
-        rows.append(_row(image, 1, "val", source, method=method, kind=item.type, group=group, mask=mask))
+        group = photo_group(source, original or image.stem)
+        rows.append(make_row(image, 1, "val", source, method=method, kind=item.type, group=group, mask=mask))
     return rows
 
 
-def _sagid_path(root: Path, written: str) -> Path:
-    """``sagid\\val\\coco\\...`` as the official table writes it, below ``root``."""
+def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A data set's own CSV as text; a byte order mark and Windows line ends do not matter.  Raises ``LayoutError``."""
+    if not path.is_file():
+        raise LayoutError(f"no {path.name} in {path.parent}; {contents(path.parent)}")
+    listing = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    if list(listing.columns) != columns:
+        raise LayoutError(f"{path} has the columns {list(listing.columns)}; expected {columns}")
+    return listing
+
+
+def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
+    """``sagid\\val\\coco\\...`` as the official tables write it, below ``root``, without ``sagid`` and ``prefix``."""
     parts = re.split(r"[\\/]", written.strip())
-    if parts[:2] == ["sagid", "val"]:
-        parts = parts[2:]
+    for leading in ("sagid", *prefix):
+        if parts[0] == leading:
+            parts = parts[1:]
     if len(parts) < 3 or ".." in parts:
-        raise LayoutError(f"{root}/taskB_val.csv: cannot place {written!r}; expected sagid\\val\\{{source}}\\{{method}}\\...")
+        raise LayoutError(f"{root}: its table names {written!r}; expected sagid\\{{split}}\\{{source}}\\{{method}}\\...")
     return root.joinpath(*parts)
 
 
-def _photo_group(source: str, stem: str) -> str:
+def photo_group(source: str, stem: str) -> str:
     """COCO ids without their leading zeros, as TGIF writes them; RAISE names as they are."""
     return f"coco:{int(stem)}" if source == "coco" and stem.isdigit() else f"{source}:{stem}"
 
 
-def read_test(folder: Path) -> list[dict[str, Any]]:
+def read_test(folder: Path) -> list[Row]:
     """A flat folder of unlabelled test images: every file with an image's name, by name."""
     if not folder.is_dir():
         raise LayoutError(f"no test folder {folder}")
@@ -162,10 +173,10 @@ def read_test(folder: Path) -> list[dict[str, Any]]:
     others = [path.name for path in paths if not is_image_name(path) and not path.name.startswith(".")]
     if others:
         print(f"{folder}: {len(others)} file(s) without an image's name are not test images: {', '.join(others[:5])}")
-    return [_row(path, None, "test", folder.name, kind=None) for path in images]
+    return [make_row(path, None, "test", folder.name, kind=None) for path in images]
 
 
-def _row(
+def make_row(
     path: Path,
     label: int | None,
     split: str,
@@ -176,7 +187,7 @@ def _row(
     method: str | None = None,
     group: str | None = None,
     mask: Path | None = None,
-) -> dict[str, Any]:
+) -> Row:
     return {
         "path": str(path),
         "label": label,

@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from forensics_lib.images import ImageError, read_header
-from forensics_lib.layouts import COLUMNS, LayoutError, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.layouts import COLUMNS, LayoutError, read_test
+from forensics_lib.params import DataSet
 from forensics_lib.progress import progress
+from forensics_lib.readers import CONSTRAINED_LAYOUTS, read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
 FILE_COLUMNS = ["width", "height", "format", "bytes", "error"]
@@ -22,20 +24,48 @@ def build_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
     Files that cannot be opened, and manipulated images without a mask, stay in the table with the reason in ``error``;
     ``usable`` leaves them out.  Raises ``LayoutError`` where a split lacks a class.
     """
-    if task == "A":
-        rows = read_task_a(run.data / "dataset")
-        if run.params.run_type == "open":
-            rows += read_task_a(run.data / "dataset_open")
-        elif (run.data / "dataset_open").is_dir():
-            print(f"constrained run: {run.data / 'dataset_open'} is there and is not used")
-    else:
-        rows = read_tgif(run.data / "dataset_taskB" / "TGIF")
-        rows += read_task_b_validation(run.data / "dataset_taskB" / "validation")
+    entries = data_sets(run, task)
+    rows = [row for entry in entries for row in read_data_set(entry)]
     table = _with_file_facts(pd.DataFrame(rows, columns=COLUMNS), jobs)
     if task == "B":
         table["error"] = table["error"].where(table["error"].notna(), table.apply(_mask_problem, axis=1))
     _check_classes(table, task)
     return table
+
+
+def data_sets(run: Run, task: str) -> list[DataSet]:
+    """The data sets of a task: those of the ``data`` parameter, or the folders of the data root.
+
+    Raises ``LayoutError`` where a constrained run names a set that is not an official one.
+    """
+    if run.params.data and not run.sample:
+        entries = [recognised(entry) for entry in run.params.data]
+        _refuse_unofficial(run, entries)
+        return [entry for entry in entries if task_of(entry) == task]
+    if task == "B":
+        folder = run.data / "dataset_taskB"
+        return [_own(folder / "TGIF", "tgif"), _own(folder / "validation", "task_b_validation")]
+    opened = run.data / "dataset_open"
+    if run.params.run_type == "open":
+        return [_own(run.data / "dataset", "own"), _own(opened, "own")]
+    if opened.is_dir():
+        print(f"constrained run: {opened} is there and is not used")
+    return [_own(run.data / "dataset", "own")]
+
+
+def _own(root: Path, layout: str) -> DataSet:
+    return DataSet(root=str(root), layout=layout)
+
+
+def _refuse_unofficial(run: Run, entries: list[DataSet]) -> None:
+    """Constrained means constrained: the official sets alone (SAGI-D among them from 2026 on)."""
+    official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if run.params.edition >= 2026 else set())
+    refused = [f"{entry.root} ({entry.layout})" for entry in entries if entry.layout not in official]
+    if run.params.run_type == "constrained" and refused:
+        raise LayoutError(
+            f"a constrained run takes official data only; refused: {', '.join(refused)}. "
+            f"Take them out of data, or set run_type: open. Official layouts: {', '.join(sorted(official))}"
+        )
 
 
 def build_test_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
@@ -57,6 +87,13 @@ def data_fingerprint(manifest: pd.DataFrame) -> str:
 def problems(manifest: pd.DataFrame) -> pd.DataFrame:
     """The rows that are left out, with the reason."""
     return manifest.loc[manifest["error"].notna(), ["split", "path", "error"]].reset_index(drop=True)
+
+
+def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Photographs whose images stand in several splits: one row each, with the images per split."""
+    good = manifest[manifest["error"].isna()]
+    counted = pd.crosstab(good["group"], good["split"])
+    return counted[(counted > 0).sum(axis=1) > 1]
 
 
 def overview(manifest: pd.DataFrame) -> pd.DataFrame:

@@ -85,6 +85,9 @@ class Run:
 
     def needed(self, task: str) -> dict[str, Path]:
         """What the run reads for a task: a short description to a folder."""
+        if self.params.data:
+            listed = {f"data set {entry.layout or ''}".strip(): from_home(entry.root) for entry in self.params.data}
+            return listed | {f"Task {task} test images": self.test_folder(task)}
         if task == "B":
             return {
                 "Task B training (TGIF)": self.data / "dataset_taskB" / "TGIF",
@@ -102,14 +105,17 @@ class Run:
 
     def missing(self) -> dict[str, Path]:
         """The folders that the run's tasks need and that are not there."""
-        return {what: path for task in self.params.tasks for what, path in self.needed(task).items() if not path.is_dir()}
+        return {what: path for task in self.params.tasks for what, path in self.needed(task).items() if not path.exists()}
 
-    def describe(self) -> pd.DataFrame:
-        """Print what this run is, and return its parameters as a table."""
+    def describe(self) -> None:
+        """Print what this run is."""
         if self.sample:
             print(SAMPLE_BANNER)
         print(f"run {self.name}: {self.params.run_type}, tasks {', '.join(self.params.tasks)}")
-        rows = [(k, v, Params.model_fields[k].description) for k, v in self.params.model_dump().items()]
+
+    def parameters(self) -> pd.DataFrame:
+        """All parameters with their values and meanings."""
+        rows = [(key, value, Params.model_fields[key].description) for key, value in self.params.model_dump().items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
 
     def require_task(self, task: str) -> None:
@@ -160,7 +166,8 @@ def open_notebook_run() -> Run:
 def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
     """The sample may only stand in for an empty default data folder."""
     wanted = sum(len(run.needed(task)) for task in run.params.tasks)
-    if run.params.data_root == Params.model_fields["data_root"].default and len(missing) == wanted:
+    default_root = run.params.data_root == Params.model_fields["data_root"].default
+    if default_root and not run.params.data and len(missing) == wanted:
         return
     listing = "\n".join(f"  {what}: {path}" for what, path in missing.items())
     raise MissingDataError(

@@ -1,0 +1,260 @@
+"""Each public data set laid out under its own names, with tiny files."""
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import picture, save, square_mask
+
+from forensics_lib.files import project_root
+from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
+from forensics_lib.manifest import build_manifest, data_sets, groups_across_splits
+from forensics_lib.params import DataSet, ParamsError, make_params
+from forensics_lib.readers import detect_layout, read_data_set, task_of
+from forensics_lib.runs import Run
+
+CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
+OFFICIAL = CORPUS.parent / "official"
+TGIF_OFFICIAL = {  # table: (folder, image name, mask name)
+    "sd2": ("sd2-sp", "{i}_mask_{m}.png_ps_mask.png_sd2_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
+    "ps": ("ps-sp", "{i}_mask_{m}.png_ps_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
+    "sd2-fr": ("sd2-fr", "{i}_mask_{m}.png_sd2-512_{v}.png", "{i}_mask_{m}_512.png"),
+    "sdxl": ("sdxl-fr", "{i}_mask_{m}.png_sdxl-1024_{v}.png", "{i}_mask_{m}_1024.png"),
+}
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def tally(rows, *keys) -> Counter:
+    return Counter(tuple(row[key] for key in keys) for row in rows)
+
+
+def read(root: Path, **values):
+    return read_data_set(DataSet(root=str(root), **values))
+
+
+def test_cnndetection_with_its_nested_test_set(tmp_path):
+    touch(
+        tmp_path,
+        "train/airplane/0_real/1.png",
+        "train/airplane/1_fake/1.png",
+        "val/cat/1_fake/2.png",
+        "test/progan/cat/0_real/3.png",
+        "test/crn/1_fake/4.png",
+    )
+    assert detect_layout(tmp_path) == "cnndetection"
+    rows = read(tmp_path)
+    assert tally(rows, "split", "label") == {("train", 0): 1, ("train", 1): 1, ("val", 1): 1, ("test", 0): 1, ("test", 1): 1}
+    assert {row["generator"] for row in rows if row["label"]} == {"progan", "crn"}
+
+
+def test_one_split_of_cnndetection(tmp_path):
+    touch(tmp_path / "progan_val", "cat/0_real/1.png", "cat/1_fake/1.png")
+    assert tally(read(tmp_path / "progan_val"), "split") == {("val",): 2}
+
+
+def test_corvi_ldm_finds_its_listed_photographs(tmp_path):
+    touch(tmp_path / "ldm", "train/latent_diffusion_text2img_set0/1.png", "valid/latent_diffusion_noise2image_FFHQ/2.png")
+    touch(tmp_path / "coco", "000000000009.jpg")
+    touch(tmp_path / "progan", "airplane/0_real/00012.png")
+    (tmp_path / "ldm" / "train" / "real_coco.txt").write_text("000000000009.jpg\r\n")
+    (tmp_path / "ldm" / "train" / "real_lsun.txt").write_text("airplane_00012.png\n")
+    with pytest.raises(LayoutError, match="set coco_root"):
+        read(tmp_path / "ldm")
+    rows = read(tmp_path / "ldm", coco_root=str(tmp_path / "coco"), lsun_root=str(tmp_path / "progan"))
+    assert tally(rows, "split", "source", "label") == {
+        ("train", "corvi_ldm", 1): 1,
+        ("val", "corvi_ldm", 1): 1,
+        ("train", "coco", 0): 1,
+        ("train", "lsun", 0): 1,
+    }
+    assert all(Path(row["path"]).is_file() for row in rows)
+    assert next(row for row in rows if row["source"] == "coco")["group"] == "coco:9"
+
+
+def test_itw_sm_knows_the_platform_from_name_or_folder(tmp_path):
+    touch(tmp_path, "0_real/Facebook_real_1042.jpg", "1_fake/x_618.jpg", "1_fake/Reddit/12.jpg", "metadata.csv")
+    assert detect_layout(tmp_path) == "itw_sm"
+    rows = read(tmp_path)
+    assert {row["source"] for row in rows} == {"itw_sm/facebook", "itw_sm/x", "itw_sm/reddit"}
+    assert {row["split"] for row in rows} == {"val"}
+
+
+def test_itw_sm_is_never_trained_on():
+    with pytest.raises(ParamsError, match="must not be trained on"):
+        make_params({"data": [{"layout": "itw_sm", "root": "x", "split": "train"}]}, "own.yaml")
+
+
+def test_genimage(tmp_path):
+    touch(tmp_path, "sdv5/train/ai/1.png", "sdv5/train/nature/2.JPEG", "glide/imagenet_glide/val/ai/3.png")
+    assert detect_layout(tmp_path) == "genimage"
+    rows = read(tmp_path)
+    assert tally(rows, "split", "label") == {("train", 1): 1, ("train", 0): 1, ("val", 1): 1}
+    assert {row["generator"] for row in rows if row["label"]} == {"sdv5", "glide"}
+
+
+def test_community_forensics(tmp_path):
+    touch(tmp_path, "kandinsky/fake/1.png", "kandinsky/real/2.png")
+    assert detect_layout(tmp_path) == "community_forensics"
+    assert tally(read(tmp_path, split="val"), "label", "split") == {(0, "val"): 1, (1, "val"): 1}
+
+
+def test_sagi_d(tmp_path):
+    lines = ["img_path,mask_path,src_path,split,inpainting_model,diffusion_model,type"]
+    lines.append(
+        "sagid\\train\\coco\\brushnet\\image\\a.jpg,sagid\\train\\coco\\brushnet\\mask\\a_mask.png,"
+        "sagid\\train\\coco\\original\\000000000042.jpg,train,brushnet,sd1-5,fr"
+    )
+    (tmp_path / "sagid.csv").write_text("\r\n".join(lines))
+    assert detect_layout(tmp_path) == "sagi_d"
+    original, image = read(tmp_path)
+    assert (original["label"], image["label"], image["kind"], image["method"]) == (0, 1, "fr", "brushnet")
+    assert original["group"] == image["group"] == "coco:42"
+    assert Path(image["mask_path"]) == tmp_path / "train" / "coco" / "brushnet" / "mask" / "a_mask.png"
+
+
+def test_a_plain_table(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_bytes("\ufeffpath,label,split,source\r\nsub\\a.png,0,train,phone\r\nb.png,1,valid,\r\n".encode())
+    rows = read(path)
+    assert [Path(row["path"]) for row in rows] == [tmp_path / "sub" / "a.png", tmp_path / "b.png"]
+    assert tally(rows, "split", "source") == {("train", "phone"): 1, ("val", "mine"): 1}
+    assert task_of(DataSet(root=str(path), layout="table")) == "A"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("file,label\na,0\n", "needed: path, label"),
+        ("path,label\na,fake\n", "row 2: label 'fake'"),
+        ("path,label,colour\n", "allowed"),
+    ],
+)
+def test_a_table_with_wrong_columns_or_values(tmp_path, text, fault):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(LayoutError, match=fault):
+        read(tmp_path / "t.csv")
+
+
+def test_a_folder_of_no_known_layout_says_what_was_looked_for_and_found(tmp_path):
+    touch(tmp_path, "holiday/1.jpg")
+    with pytest.raises(LayoutError, match=r"Looked for .*genimage.*holiday/"):
+        detect_layout(tmp_path)
+
+
+def test_every_layout_of_the_parameters_has_a_reader():
+    from typing import get_args
+
+    from forensics_lib.params import LAYOUTS
+    from forensics_lib.readers import READERS
+
+    assert set(get_args(LAYOUTS)) == set(READERS)
+
+
+def with_data(run: Run, *entries: dict, **values) -> Run:
+    params = make_params(run.params.model_dump() | {"data": list(entries)} | values, "test")
+    return Run(params, run.data)
+
+
+def test_named_data_sets_are_read_where_they_lie(tiny_run):
+    folder = tiny_run.data / "dataset_taskB"
+    run = with_data(
+        tiny_run, {"root": str(folder / "TGIF")}, {"root": str(folder / "validation")}, {"root": str(tiny_run.data / "dataset")}
+    )
+    assert [entry.layout for entry in data_sets(run, "B")] == ["tgif", "task_b_validation"]
+    assert build_manifest(run, "B")["path"].tolist() == build_manifest(tiny_run, "B")["path"].tolist()
+    assert build_manifest(run, "A")["path"].tolist() == build_manifest(tiny_run, "A")["path"].tolist()
+
+
+def test_a_table_with_masks_serves_task_b(tiny_run, rng):
+    root = tiny_run.data / "mine"
+    lines = ["path,label,mask_path,split"]
+    for split in ("train", "val"):
+        save(root / f"{split}_real.png", picture(rng))
+        save(root / f"{split}_fake.png", picture(rng))
+        save(root / "mask.png", square_mask(48, 56))
+        lines += [f"{split}_real.png,0,,{split}", f"{split}_fake.png,1,mask.png,{split}"]
+    (root / "t.csv").write_text("\n".join(lines))
+    manifest = build_manifest(with_data(tiny_run, {"root": str(root / "t.csv")}, run_type="open"), "B")
+    assert manifest["error"].isna().all()
+    assert manifest["label"].tolist() == [0, 1, 0, 1]
+
+
+def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
+    touch(tmp_path / "gen", "sdv5/train/ai/1.png")
+    entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "gen")}
+    with pytest.raises(LayoutError, match=r"refused: .*gen \(genimage\)"):
+        build_manifest(with_data(tiny_run, *entries), "A")
+    assert len(data_sets(with_data(tiny_run, *entries, run_type="open"), "A")) == 2
+
+
+def test_a_wrong_entry_names_its_key():
+    with pytest.raises(ParamsError, match=r"data\.0\.rot: unknown key .*did you mean 'root'"):
+        make_params({"data": [{"rot": "x", "root": "y"}]}, "own.yaml")
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    """TGIF and the Task B validation set as empty files under all their official names."""
+    if not OFFICIAL.is_dir():
+        pytest.skip(f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
+    root = tmp_path_factory.mktemp("official")
+    for split in ("training", "validation", "testing"):
+        _lay_out_tgif(root / "TGIF", split)
+    table = (OFFICIAL / "taskB_val.csv").read_bytes()
+    touch(root / "val", "taskB_val.csv")
+    (root / "val" / "taskB_val.csv").write_bytes(table)
+    originals = {line["src_path"] for line in csv.DictReader(table.decode().splitlines())}
+    touch(root / "val", *(name.replace("\\", "/").removeprefix("sagid/val/") for name in originals))
+    return root
+
+
+def _lay_out_tgif(root: Path, split: str) -> None:
+    def lines(table: str) -> list[dict[str, str]]:
+        with (OFFICIAL / "tgif" / f"{table}_{split}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    for item in lines("orig"):
+        touch(root, *(f"orig/{split}/{item['category']}/{item['image_id']}_orig{size}.png" for size in ("", "_512", "_1024")))
+    for table, (folder, image, mask) in TGIF_OFFICIAL.items():
+        for item in lines(table.removesuffix("-fr")):
+            values = {"i": item["image_id"], "m": item["mask_variation"], "v": item["gen_variation_id"]}
+            touch(root, f"{folder}/{split}/{item['category']}/{image.format(**values)}")
+            touch(root, f"masks/{split}/{item['category']}/{mask.format(**values)}")
+
+
+def test_official_tgif_counts_masks_and_groups(official):
+    rows = read_tgif(official / "TGIF")
+    fakes = [row for row in rows if row["label"]]
+    assert len(fakes) == 74_976
+    assert tally(fakes, "split") == {("train",): 4 * 14_640, ("val",): 4 * 2_046, ("test",): 4 * 2_058}
+    assert tally(fakes, "kind") == {("sp",): 37_488, ("fr",): 37_488}
+    assert tally(fakes, "method") == {(method,): 18_744 for method in ("sd2-sp", "ps-sp", "sd2-fr", "sdxl-fr")}
+    masks = {row["mask_path"] for row in fakes}
+    assert len(masks) == 3 * 6_248
+    assert all(Path(mask).is_file() for mask in masks)
+    assert len(rows) - len(fakes) == 3 * 3_124
+
+
+def test_official_overlap_of_tgif_and_task_b_validation(official):
+    tgif = pd.DataFrame(read_tgif(official / "TGIF"))
+    validation = pd.DataFrame(read_task_b_validation(official / "val"))
+    assert (len(validation), int(validation["label"].sum())) == (3_227 + 6_212, 6_212)
+    tgif["split"] = "tgif " + tgif["split"]
+    both = groups_across_splits(pd.concat([tgif, validation]).assign(error=np.nan))
+    shared = both[both["val"] > 0]
+    assert len(shared) == 865
+    assert {split: int((shared[f"tgif {split}"] > 0).sum()) for split in ("train", "val", "test")} == {
+        "train": 597,
+        "val": 126,
+        "test": 142,
+    }
