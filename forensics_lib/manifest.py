@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from forensics_lib.progress import progress
 from forensics_lib.readers import CONSTRAINED_LAYOUTS, read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
-FILE_COLUMNS = ["width", "height", "format", "bytes", "error"]
+FILE_COLUMNS = ["width", "height", "format", "jpeg_quality", "camera", "bytes", "error"]
 
 
 def build_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
@@ -89,13 +90,6 @@ def problems(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest.loc[manifest["error"].notna(), ["split", "path", "error"]].reset_index(drop=True)
 
 
-def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Photographs whose images stand in several splits: one row each, with the images per split."""
-    good = manifest[manifest["error"].isna()]
-    counted = pd.crosstab(good["group"], good["split"])
-    return counted[(counted > 0).sum(axis=1) > 1]
-
-
 def overview(manifest: pd.DataFrame) -> pd.DataFrame:
     """Image counts by split, source, method and class."""
     names = manifest.assign(
@@ -111,12 +105,13 @@ def _with_file_facts(table: pd.DataFrame, jobs: int) -> pd.DataFrame:
     return table.join(pd.DataFrame(facts, columns=FILE_COLUMNS))
 
 
-def _file_facts(path: str) -> tuple[int | None, int | None, str | None, int | None, str | None]:
+def _file_facts(path: str) -> tuple[object, ...]:
+    """The values of ``FILE_COLUMNS`` for one file."""
     try:
         header = read_header(Path(path))
-        return header.width, header.height, header.format, Path(path).stat().st_size, None
+        return (*astuple(header), Path(path).stat().st_size, None)
     except (ImageError, OSError) as error:
-        return None, None, None, None, str(error)
+        return (*[None] * (len(FILE_COLUMNS) - 1), str(error))
 
 
 def _mask_problem(row: pd.Series) -> str | None:

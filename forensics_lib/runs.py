@@ -86,7 +86,7 @@ class Run:
     def needed(self, task: str) -> dict[str, Path]:
         """What the run reads for a task: a short description to a folder."""
         if self.params.data:
-            listed = {f"data set {entry.layout or ''}".strip(): from_home(entry.root) for entry in self.params.data}
+            listed = {f"data set {number}": from_home(entry.root) for number, entry in enumerate(self.params.data, start=1)}
             return listed | {f"Task {task} test images": self.test_folder(task)}
         if task == "B":
             return {

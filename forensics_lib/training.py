@@ -21,6 +21,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
+from forensics_lib.audits import shortcut_audit
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
@@ -95,6 +96,10 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
+    audit = shortcut_audit(manifest)
+    if audit.found:
+        print(audit.message())
+    run.record(**{f"task{task}_shortcut_auc": round(audit.auc, 3)})
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)

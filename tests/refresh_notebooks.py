@@ -1,5 +1,7 @@
 """Execute the notebooks on the sample and keep the outputs of the cells that nbval compares; strip all others.
 
+Names of notebooks as arguments execute those alone.
+
 nbval takes a cell without an execution count for one that was never run and compares nothing, so counts are kept.
 """
 
@@ -32,4 +34,5 @@ def refresh(path: Path) -> None:
 if __name__ == "__main__":
     os.environ["FORENSICS_HEADLESS"] = "1"
     for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
-        refresh(path)
+        if not sys.argv[1:] or path.stem in sys.argv[1:]:
+            refresh(path)

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from conftest import picture, save, square_mask
 
+from forensics_lib.audits import groups_across_splits
 from forensics_lib.files import project_root
 from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
-from forensics_lib.manifest import build_manifest, data_sets, groups_across_splits
+from forensics_lib.manifest import build_manifest, data_sets
 from forensics_lib.params import DataSet, ParamsError, make_params
 from forensics_lib.readers import detect_layout, read_data_set, task_of
 from forensics_lib.runs import Run

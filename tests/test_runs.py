@@ -52,6 +52,13 @@ def test_a_part_of_the_data_is_an_error_that_names_the_rest(empty_home):
     assert open_run("params/constrained.yaml", {"tasks": ["A"]}).sample is False
 
 
+def test_every_missing_data_set_is_named(empty_home):
+    make_tiny_data(empty_home / "data")
+    entries = [{"root": str(empty_home / name)} for name in ("one", "two")]
+    with pytest.raises(MissingDataError, match=r"one\n.*two"):
+        open_run("params/constrained.yaml", {"data": entries})
+
+
 def test_own_data_is_used_and_recorded(empty_home):
     make_tiny_data(empty_home / "data")
     run = open_run("params/constrained.yaml")
