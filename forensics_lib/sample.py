@@ -64,7 +64,7 @@ PHOTOS: dict[str, Photo] = {
     "hubble": Photo(_SKIMAGE / "hubble_deep_field.jpg", "test", "public domain, NASA"),
     "tissue": Photo(_SKIMAGE / "ihc.png", "test", "no known restrictions, CMMI"),
     "moon": Photo(_SKIMAGE / "moon.png", "open_train", "public domain, NASA"),
-    "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.5),
+    "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.25),
 }
 TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops a photograph
 TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # photographs' crops in the TGIF tree, a photograph
