@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from forensics_lib.progress import progress
+
 WEIGHTS = Path(__file__).parent / "assets" / "autoencoder.safetensors"
 PADDING = 32  # images are padded to multiples of this: few distinct shapes are faster than many
 
@@ -96,8 +98,6 @@ def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch
     The loss is L1 on pixels plus L1 on their horizontal and vertical differences (so that edges stay sharp); the
     learning rate follows one cycle.
     """
-    from forensics_lib.progress import progress
-
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = Autoencoder()

@@ -119,7 +119,7 @@ def training_loader(dataset: TrainingCrops, order: np.ndarray, batch_size: int, 
 
 
 class InferenceImages(Dataset):
-    """Whole images for inference: index, ``(H, W, 3)`` uint8 image or error, and the mask where rows have one."""
+    """Images for inference: the index with an ``(H, W, 3)`` uint8 image, its chosen crops, or an error."""
 
     def __init__(self, manifest: pd.DataFrame, *, crop_size: int | None = None, crops: int = 1) -> None:
         self.paths = manifest["path"].tolist()

@@ -77,7 +77,7 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     if task == "B":
         thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()])
     evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
-    low, high = bootstrap_interval(lambda y, p: f1_score(y, p >= threshold), labels, round_probs(probs))
+    low, high = bootstrap_interval(lambda y, p: f1_score(y, p >= threshold), labels, probs)
     evaluation.metrics |= {"f1_low": low, "f1_high": high, "f1_crossfit": crossfit_f1(labels, probs)}
     evaluation.metrics |= {"f1_at_half": f1_score(labels, probs >= 0.5)}
     _store(run, task, evaluation, problems(manifest))
@@ -228,12 +228,12 @@ def mask_examples(run: Run, evaluation: Evaluation, count: int = 6) -> list[Mask
     """Manipulated images of an evaluation from the best mask to the worst, predicted again for their pictures."""
     ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou", ascending=False, kind="stable")
     chosen = ranked.iloc[np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))]
-    model, _ = load_model(run.finetuned_model("B"), "B")
     machine = choose_machine(run.params)
+    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
     examples = []
     for _, row in chosen.iterrows():
         image = read_image(Path(row["path"]))
-        prob, mask = predict_mask(model.to(machine.device), image, run.params, machine)
+        prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
         title = f"{row['source']} {row['method']} ({row['kind']})\nIoU {row['iou']:.2f}, prob {prob:.2f}"
         examples.append(MaskExample(title, image, mask, truth))

@@ -29,7 +29,7 @@ from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import data_fingerprint, usable
 from forensics_lib.metrics import image_metrics, pixel_curves, pixel_histogram
-from forensics_lib.model import CombinedModel, build_model, load_model, read_checkpoint, save_checkpoint
+from forensics_lib.model import CombinedModel, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
@@ -88,8 +88,8 @@ class Fit:
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """Train a task's model by both steps and write ``_classifier_model.pth`` and ``_finetuned_model.pth``.
 
-    Returns the epochs' metrics.  Finished work with the same parameters, data and code version is taken up, not done
-    again.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite.
+    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again.  Raises
+    ``FloatingPointError`` with the batch's files where the loss is not finite.
     """
     machine = choose_machine(run.params)
     print(f"Task {task} training on {machine}")
@@ -386,8 +386,3 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
         f"{line['step']} {line['epoch']}/{epochs}: loss {line['train_loss']:.3f}, validation AUC {line['val_auc']:.3f}{iou}"
         f" ({line['seconds']:.0f} s, {line['images_per_second']:.0f} images/s)"
     )
-
-
-def final_model(run: Run, task: str) -> CombinedModel:
-    """The fine-tuned model of a task of this run."""
-    return load_model(run.finetuned_model(task), task)[0]
