@@ -9,14 +9,18 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from forensics_lib.parquet import member_bytes
 
 MAX_PIXELS = 250_000_000
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".heic"})
@@ -37,16 +41,18 @@ class Header:
     format: str  # as Pillow names it: JPEG, PNG, WEBP, ...
     jpeg_quality: float | None = None  # 1 to 100 as libjpeg counts, estimated; None for other formats
     camera: bool = False  # whether EXIF names a camera's make or model
+    bytes: int = 0
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
+        data = source if isinstance(source, bytes) else member_bytes(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata: the pixels decide
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(name if data is None else io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
                 yield image
@@ -60,13 +66,48 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
         raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
 
 
-def read_header(source: Path | bytes) -> Header:
-    """Size and format of an image, without decoding it.  Raises ``ImageError``."""
+def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header:
+    """What a file says of itself, read without decoding it.  Raises ``ImageError``.
+
+    With ``complete`` a truncated file is an error too: it is told by its format's end mark, and where the mark is not in
+    its place, or the format has none, by decoding.
+    """
     with _opened(source) as image:
         tables = getattr(image, "quantization", None)
+        length, ended = _length_and_end(image)
         readable = image.format != "PNG" or "exif" in image.info  # else Pillow would decode a PNG to its end for it
         camera = readable and bool({0x010F, 0x0110} & set(image.getexif()))
-        return Header(image.width, image.height, image.format or "", jpeg_quality(tables) if tables else None, camera)
+        if complete and not ended:
+            image.load()
+        quality = _quality(tuple(tables[min(tables)])) if tables else None
+        return Header(image.width, image.height, image.format or "", quality, camera, length)
+
+
+def _length_and_end(image: Image.Image) -> tuple[int, bool]:
+    """The file's length in bytes, and whether it ends as its format says it must; False where only decoding can tell."""
+    place, length = image.fp.tell(), image.fp.seek(0, os.SEEK_END)
+    ended = False
+    if image.format == "WEBP":  # a RIFF container: its second word is the length of what follows
+        image.fp.seek(4)
+        ended = int.from_bytes(image.fp.read(4), "little") + 8 <= length
+    elif image.format in ("JPEG", "PNG"):
+        image.fp.seek(max(0, length - 32))
+        ended = (b"IEND" if image.format == "PNG" else b"\xff\xd9") in image.fp.read(32)
+    image.fp.seek(place)
+    return length, ended
+
+
+def facts_of(paths: list[str]) -> list[tuple]:
+    """Width, height, format, JPEG quality, camera, bytes, error of each file; the others are None where there is one."""
+    return [_facts_of(path) for path in paths]
+
+
+def _facts_of(path: str) -> tuple:
+    try:
+        header = read_header(path, complete=True)
+        return header.width, header.height, header.format, header.jpeg_quality, header.camera, header.bytes, None
+    except ImageError as error:
+        return None, None, None, None, None, None, str(error)
 
 
 # The luminance table of the JPEG standard (ITU T.81, annex K), in zigzag order
@@ -77,14 +118,15 @@ _STANDARD = np.array([
 ])  # fmt: skip
 
 
-def jpeg_quality(tables: dict[int, list[int]]) -> float:
+@lru_cache(maxsize=4096)
+def _quality(table: tuple[int, ...]) -> float:
     """The quality, as libjpeg counts, whose scaling of the standard table comes nearest to a file's luminance table."""
-    found = np.sort(np.asarray(tables[min(tables)], float))  # Pillow's order of entries has changed; their values have not
+    found = np.sort(np.asarray(table, float))  # Pillow's order of entries has changed; their values have not
     scale = float(np.median(found / np.sort(_STANDARD))) * 100
     return round(100 - scale / 2 if scale <= 100 else 5000 / scale, 1)
 
 
-def read_image(source: Path | bytes) -> np.ndarray:
+def read_image(source: str | Path | bytes) -> np.ndarray:
     """An image as ``(H, W, 3)`` uint8 RGB, by the policy above.  Raises ``ImageError``."""
     with _opened(source) as image:
         return np.array(_to_rgb(image))
@@ -106,7 +148,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """A ground-truth mask as ``(H, W)`` bool, True where the image was manipulated.
 
     Grey values of at least half the range count as manipulated; files with nothing above 1 hold 0 and 1.  ``size`` is

@@ -1,27 +1,29 @@
 """Readers of data as it lies on disk: each turns a folder into rows, one per image; nothing is copied or converted.
 
-A row is a dict with the columns of ``COLUMNS``: path, label (0 authentic, 1 synthetic or manipulated), mask_path,
-split (train, val, test), source, generator, method, kind (orig, sp, fr, full) and group (the photo it derives from).
+Columns are those of ``COLUMNS``: path, label (0 authentic, 1 synthetic or manipulated), mask_path, split (train, val,
+test), source, generator, method, kind (orig, sp, fr, full) and group (the photo it derives from).
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from forensics_lib.images import SUFFIXES
+from forensics_lib.disk import Looks
+from forensics_lib.images import SUFFIXES, ImageError, read_header
 
-Row = dict[str, Any]  # one image, with the keys of COLUMNS
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
-TGIF_KINDS = {"sd2-sp": "sp", "ps-sp": "sp", "sd2-fr": "fr", "sdxl-fr": "fr"}
-# Per method: the pattern of an image's name, and the name of its mask
+# Per folder of manipulated images: the pattern of an image's name, and the name of its mask
 _SPLICED, _REGENERATED = "{id}_mask_{m}.png_ps_mask.png", "{id}_mask_{m}_%d.png"
 _STEM = r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png"
 TGIF_NAMES = {
@@ -30,37 +32,119 @@ TGIF_NAMES = {
     "sd2-fr": (re.compile(_STEM + r"_sd2-512_\d+\.png"), _REGENERATED % 512),
     "sdxl-fr": (re.compile(_STEM + r"_sdxl-1024_\d+\.png"), _REGENERATED % 1024),
 }
-TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_512|_1024)?\.png")
+TGIF2_METHODS = tuple(f"{model}-{kind}" for model in ("flux1schnell", "flux1dev", "flux1filldev") for kind in ("sp", "fr"))
+TGIF2_NAME = re.compile(r"(?P<id>\d+)_mask_(?P<m>[a-z]+)(?![a-z]).*\.png")  # of an image and of its mask in masks-flux
+TGIF_ORIGINALS = ("orig", "original", "original-flux")
+TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_\w+)?\.png")
 
 
 class LayoutError(ValueError):
     """A folder is not laid out as expected; the message says what was looked for and what was found."""
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """All files below ``folder`` in sorted order, through links, each real folder once (so link loops end).
+@dataclass(frozen=True)
+class Folder:
+    """A folder with images: the folders that lead to it from where the walk began, the images' names and their paths."""
 
-    Hidden folders and those that macOS adds to archives are passed over.
-    """
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        yield from (Path(place) / name for name in sorted(files))
+    parts: tuple[str, ...]
+    images: list[str]
+    paths: list[str]
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """The files below ``folder`` that have an image's name."""
-    return filter(is_image_name, walk(folder))
+class Rows:
+    """What a reader collects: images, in runs that share most of their values, and notes on what it passed over."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.looks = Looks()
+        self._groups: list[str] = []
+        self._masks: list[str | None] = []
+        self._shared: list[tuple] = []  # label, split, source, generator, method, kind of a run of images
+        self._lengths: list[int] = []
+        self._passed_over: list[str] = []
+        self._unreadable: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def add(
+        self,
+        paths: list[str],
+        label: int | None,
+        split: str,
+        source: str,
+        *,
+        kind: str | None,
+        generator: str | None = None,
+        method: str | None = None,
+        groups: list[str | None] | None = None,
+        masks: list[str | None] | None = None,
+    ) -> None:
+        """Add images; without ``groups`` each is a photo of its own."""
+        self.paths += paths
+        self._groups += [group or path for group, path in zip(groups, paths, strict=True)] if groups else paths
+        self._masks += masks or [None] * len(paths)
+        self._shared.append((label, split, source, generator, method, kind))
+        self._lengths.append(len(paths))
+
+    def walk(self, root: Path) -> Iterator[Folder]:
+        """The folders below ``root`` that hold images, sorted, through links, each real folder once (so loops end).
+
+        Hidden folders and those that macOS adds to archives are passed over; files without an image's name, and folders
+        that cannot be read, are noted.
+        """
+        seen: set[str] = set()
+        waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), ())] if root.is_dir() else []
+        while waiting:
+            place, parts = waiting.pop()
+            real = os.path.realpath(place)
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                names = sorted(os.listdir(place))  # noqa: PTH208 (speed)
+            except OSError as error:
+                self._unreadable.append(f"{place} ({error.strerror})")
+                continue
+            images = [name for name in names if name[name.rfind(".") :].lower() in SUFFIXES and name[0] != "."]
+            others = sorted(set(names).difference(images)) if len(images) < len(names) else []
+            others = [name for name in others if not name.startswith(".") and name != "__MACOSX"]
+            folders = [name for name in others if (Path(place) / name).is_dir()]
+            self._passed_over += [f"{place}{os.sep}{name}" for name in others if name not in folders]
+            waiting += [(f"{place}{os.sep}{name}", (*parts, name)) for name in reversed(folders)]
+            if images:
+                paths = [f"{place}{os.sep}{name}" for name in images]
+                self.looks.ask(paths)
+                yield Folder(parts, images, paths)
+
+    def notes(self) -> list[str]:
+        """What was passed over, with the remedy."""
+        notes = [f"{place} cannot be read and is left out: allow it with chmod u+rx" for place in self._unreadable]
+        if self._passed_over:
+            endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._passed_over)
+            counted = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(4))
+            notes.append(
+                f"{len(self._passed_over)} file(s) without an image's ending are passed over ({counted}), such as "
+                f"{self._passed_over[0]}: rename those that are images"
+            )
+        return notes
+
+    def table(self) -> pd.DataFrame:
+        """All images, with ``COLUMNS``."""
+        columns = {"path": pa.array(self.paths, pa.large_string()), "group": pa.array(self._groups, pa.large_string())}
+        columns["mask_path"] = pa.array(self._masks, pa.large_string())
+        names = ("label", "split", "source", "generator", "method", "kind")
+        for number, name in enumerate(names):
+            kind = pa.large_string() if number else pa.int64()
+            runs = zip((values[number] for values in self._shared), self._lengths, strict=True)
+            repeated = [pa.repeat(pa.scalar(value, kind), length) for value, length in runs]
+            columns[name] = pa.concat_arrays(repeated) if repeated else pa.array([], kind)
+        return pa.table(columns).select(COLUMNS).to_pandas(types_mapper=text_type)
 
 
-def is_image_name(path: Path) -> bool:
-    """Whether the name is an image's: not hidden, and with a known ending in upper or lower case."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def text_type(kind: pa.DataType) -> pd.StringDtype | None:
+    """What arrow's text becomes in pandas: its default text type, on arrow's own memory."""
+    return pd.StringDtype("pyarrow", na_value=np.nan) if pa.types.is_large_string(kind) else None
 
 
 def contents(folder: Path) -> str:
@@ -71,68 +155,106 @@ def contents(folder: Path) -> str:
     return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
 
 
-def read_task_a(root: Path) -> list[Row]:
+def read_task_a(root: Path) -> Rows:
     """``{train,val}/{0_real,1_fake}/**``: the user's own layout, links to other data sets included.
 
     The source is the first folder below the class, or the data set's name for images that lie in the class itself.
     """
-    rows = []
+    rows = Rows()
     for split in ("train", "val"):
         for name, label in TASK_A_LABELS.items():
-            folder = root / split / name
-            for path in image_files(folder):
-                inner = path.relative_to(folder).parts
-                source = inner[0] if len(inner) > 1 else root.name
-                rows.append(make_row(path, label, split, source, kind="full" if label else "orig"))
-    if not rows:
+            for folder in rows.walk(root / split / name):
+                source = folder.parts[0] if folder.parts else root.name
+                rows.add(folder.paths, label, split, source, kind="full" if label else "orig")
+    if not len(rows):
         raise LayoutError(f"no images in {root}/{{train,val}}/{{0_real,1_fake}}; {contents(root)}")
     return rows
 
 
-def read_tgif(root: Path) -> list[Row]:
+def read_tgif(root: Path) -> Rows:
     """TGIF's tree ``{orig,masks,sd2-sp,ps-sp,sd2-fr,sdxl-fr}/{training,validation,testing}/{category}/*.png``.
 
-    The group is the COCO id: the same photo stands under several categories.
+    The group is the COCO id: the same photo stands under several categories.  TGIF2's folders (``flux1...-{sp,fr}``,
+    ``masks-flux``, ``original-flux``) are read where they are there.
     """
-    rows = []
-    for folder_name in ("orig", "original", *TGIF_KINDS):
-        for tgif_split, split in TGIF_SPLITS.items():
-            for path in image_files(root / folder_name / tgif_split):
-                rows.append(_tgif_row(root, path, folder_name, tgif_split, split))
-    if not rows:
+    rows = Rows()
+    for tgif_split, split in TGIF_SPLITS.items():
+        for name in TGIF_ORIGINALS:
+            for folder in rows.walk(root / name / tgif_split):
+                matches = [TGIF_ORIGINAL.fullmatch(image) for image in folder.images]
+                rows.add(folder.paths, 0, split, "tgif", kind="orig", groups=[_coco(match) for match in matches])
+        for method in (*TGIF_NAMES, *TGIF2_METHODS):
+            for folder in rows.walk(root / method / tgif_split):
+                pair = _tgif_pairs if method in TGIF_NAMES else _tgif2_pairs
+                groups, masks = pair(root, folder, method, tgif_split)
+                names = {"generator": method[:-3], "method": method, "kind": method[-2:]}
+                rows.add(folder.paths, 1, split, "tgif", groups=groups, masks=masks, **names)
+    if not len(rows):
         raise LayoutError(f"no images in {root}/{{orig,sd2-sp,...}}/{{training,validation,testing}}; {contents(root)}")
     return rows
 
 
-def _tgif_row(root: Path, path: Path, method: str, tgif_split: str, split: str) -> Row:
-    if method not in TGIF_KINDS:
-        match = TGIF_ORIGINAL.fullmatch(path.name)
-        return make_row(path, 0, split, "tgif", kind="orig", group=f"coco:{match['id']}" if match else None)
+Pairs = tuple[list[str | None], list[str | None]]  # groups and masks, one per image; None: the name tells none
+
+
+def _coco(match: re.Match[str] | None) -> str | None:
+    return f"coco:{match['id']}" if match else None
+
+
+def _tgif_pairs(root: Path, folder: Folder, method: str, tgif_split: str) -> Pairs:
     pattern, mask_name = TGIF_NAMES[method]
-    match = pattern.fullmatch(path.name)
-    if not match:  # listed with no mask: the manifest reports it
-        return make_row(path, 1, split, "tgif", method=method, kind=TGIF_KINDS[method])
-    mask = root / "masks" / tgif_split / path.parent.name / mask_name.format(**match.groupdict())
-    names = {"generator": method[:-3], "method": method, "group": f"coco:{match['id']}"}
-    return make_row(path, 1, split, "tgif", kind=TGIF_KINDS[method], mask=mask, **names)
+    masks = root.joinpath("masks", tgif_split, *folder.parts)
+    matches = [pattern.fullmatch(image) for image in folder.images]
+    return [_coco(m) for m in matches], [f"{masks}{os.sep}{mask_name.format(**m.groupdict())}" if m else None for m in matches]
 
 
-def read_task_b_validation(root: Path) -> list[Row]:
+def _tgif2_pairs(root: Path, folder: Folder, _: str, tgif_split: str) -> Pairs:
+    """TGIF2's mask names are not documented: the mask of the same photo and mask variation, and of the image's size."""
+    masks = root.joinpath("masks-flux", tgif_split, *folder.parts)
+    candidates: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted(masks.glob("*.png")):
+        if match := TGIF2_NAME.fullmatch(path.name):
+            candidates.setdefault((match["id"], match["m"]), []).append(path)
+    matches = [TGIF2_NAME.fullmatch(image) for image in folder.images]
+    found = [candidates.get((m["id"], m["m"]), []) if m else [] for m in matches]
+    chosen = [_of_size(path, fits) for path, fits in zip(folder.paths, found, strict=True)]
+    return [_coco(m) for m in matches], chosen
+
+
+def _of_size(image: str, masks: list[Path]) -> str | None:
+    """The only mask, or of several the only one of the image's size."""
+    if len(masks) < 2:
+        return str(masks[0]) if masks else None
+    try:
+        size = _size(image)
+        fitting = [mask for mask in masks if _size(mask) == size]
+    except ImageError:
+        return None
+    return str(fitting[0]) if len(fitting) == 1 else None
+
+
+def _size(path: str | Path) -> tuple[int, int]:
+    header = read_header(path)
+    return header.width, header.height
+
+
+def read_task_b_validation(root: Path) -> Rows:
     """The official validation set: ``{coco,raise}/original/*``, ``{coco,raise}/{method}/{image,mask}/*``, ``taskB_val.csv``.
 
     The table names the manipulated images with their masks; authentic ones are the files in the ``original`` folders.
     """
     listing = read_listing(root / "taskB_val.csv", ["img_path", "mask_path", "src_path", "type"])
-    rows = []
+    rows = Rows()
     for source in ("coco", "raise"):
-        for path in image_files(root / source / "original"):
-            rows.append(make_row(path, 0, "val", source, kind="orig", group=photo_group(source, path.stem)))
+        for folder in rows.walk(root / source / "original"):
+            groups = [photo_group(source, Path(name).stem) for name in folder.images]
+            rows.add(folder.paths, 0, "val", source, kind="orig", groups=groups)
     for item in listing.itertuples(index=False):
         image, mask = (sagid_path(root, written, ("val",)) for written in (item.img_path, item.mask_path))
         source, method = image.relative_to(root).parts[:2]
         original = item.src_path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
         group = photo_group(source, original or image.stem)
-        rows.append(make_row(image, 1, "val", source, method=method, kind=item.type, group=group, mask=mask))
+        rows.add([str(image)], 1, "val", source, method=method, kind=item.type, groups=[group], masks=[str(mask)])
     return rows
 
 
@@ -162,40 +284,16 @@ def photo_group(source: str, stem: str) -> str:
     return f"coco:{int(stem)}" if source == "coco" and stem.isdigit() else f"{source}:{stem}"
 
 
-def read_test(folder: Path) -> list[Row]:
+def read_test(folder: Path) -> Rows:
     """A flat folder of unlabelled test images: every file with an image's name, by name."""
     if not folder.is_dir():
         raise LayoutError(f"no test folder {folder}")
-    paths = sorted(path for path in folder.iterdir() if path.is_file() or path.is_symlink())
-    images = [path for path in paths if is_image_name(path)]
-    if not images:
+    rows = Rows()
+    for found in rows.walk(folder):
+        if not found.parts:
+            rows.add(found.paths, None, "test", folder.name, kind=None)
+    if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
-    others = [path.name for path in paths if not is_image_name(path) and not path.name.startswith(".")]
-    if others:
-        print(f"{folder}: {len(others)} file(s) without an image's name are not test images: {', '.join(others[:5])}")
-    return [make_row(path, None, "test", folder.name, kind=None) for path in images]
-
-
-def make_row(
-    path: Path,
-    label: int | None,
-    split: str,
-    source: str,
-    *,
-    kind: str | None,
-    generator: str | None = None,
-    method: str | None = None,
-    group: str | None = None,
-    mask: Path | None = None,
-) -> Row:
-    return {
-        "path": str(path),
-        "label": label,
-        "mask_path": str(mask) if mask else None,
-        "split": split,
-        "source": source,
-        "generator": generator,
-        "method": method,
-        "kind": kind,
-        "group": group or str(path),
-    }
+    for note in rows.notes():
+        print(note)
+    return rows

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from forensics_lib.images import ImageError, read_header
-from forensics_lib.layouts import COLUMNS, LayoutError, read_test
+from forensics_lib.facts import file_facts
+from forensics_lib.files import from_home, home
+from forensics_lib.layouts import LayoutError, Rows, read_test
 from forensics_lib.params import DataSet
-from forensics_lib.progress import progress
 from forensics_lib.readers import CONSTRAINED_LAYOUTS, read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
-FILE_COLUMNS = ["width", "height", "format", "jpeg_quality", "camera", "bytes", "error"]
 
+def build_manifest(run: Run, task: str) -> pd.DataFrame:
+    """The labelled images of a task, one row each: ``layouts.COLUMNS``, ``facts.FILE_COLUMNS`` and ``data_set``.
 
-def build_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
-    """The labelled images of a task, one row each: ``layouts.COLUMNS`` and ``FILE_COLUMNS``.
-
-    Files that cannot be opened, and manipulated images without a mask, stay in the table with the reason in ``error``;
-    ``usable`` leaves them out.  Raises ``LayoutError`` where a split lacks a class.
+    Files that cannot be opened, and manipulated images whose mask is missing or of another size, stay in the table with
+    the reason in ``error``; ``usable`` leaves them out.  ``attrs["notes"]`` holds what was passed over.  Raises
+    ``LayoutError`` where a split lacks a class.
     """
-    entries = data_sets(run, task)
-    rows = [row for entry in entries for row in read_data_set(entry)]
-    table = _with_file_facts(pd.DataFrame(rows, columns=COLUMNS), jobs)
-    if task == "B":
-        table["error"] = table["error"].where(table["error"].notna(), table.apply(_mask_problem, axis=1))
+    parts = [(entry, read_data_set(entry)) for entry in data_sets(run, task)]
+    tables = [_with_file_facts(rows, _cache(entry)).assign(data_set=entry.root) for entry, rows in parts]
+    table = pd.concat(tables, ignore_index=True)
+    table["error"] = table["error"].fillna(_contradictions(table))
+    table = table.drop(columns="identity")
+    table.attrs["notes"] = [note for _, rows in parts for note in rows.notes()]
+    for note in table.attrs["notes"]:
+        print(note)
     _check_classes(table, task)
     return table
+
+
+def _cache(entry: DataSet) -> Path:
+    """Where the facts about a data set's files are kept."""
+    name = hashlib.sha256(f"{from_home(entry.root)} {entry.layout}".encode()).hexdigest()[:12]
+    return home() / "outputs" / ".cache" / f"{Path(entry.root).name}-{name}.parquet"
 
 
 def data_sets(run: Run, task: str) -> list[DataSet]:
@@ -69,9 +76,11 @@ def _refuse_unofficial(run: Run, entries: list[DataSet]) -> None:
         )
 
 
-def build_test_manifest(run: Run, task: str, jobs: int = 16) -> pd.DataFrame:
+def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
     """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``."""
-    return _with_file_facts(pd.DataFrame(read_test(run.test_folder(task)), columns=COLUMNS), jobs)
+    folder = run.test_folder(task)
+    table = _with_file_facts(read_test(folder), _cache(_own(folder, "own")))
+    return table.sort_values("path", ignore_index=True)
 
 
 def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -98,34 +107,49 @@ def overview(manifest: pd.DataFrame) -> pd.DataFrame:
     return names.groupby(["split", "source", "method", "label"]).size().rename("images").reset_index()
 
 
-def _with_file_facts(table: pd.DataFrame, jobs: int) -> pd.DataFrame:
-    """Add size, format and bytes from the files' headers, read by ``jobs`` threads."""
-    with ThreadPoolExecutor(jobs) as pool:
-        facts = list(progress(pool.map(_file_facts, table["path"]), "reading headers", total=len(table)))
-    return table.join(pd.DataFrame(facts, columns=FILE_COLUMNS))
+def _with_file_facts(rows: Rows, cache: Path) -> pd.DataFrame:
+    """The rows with ``FILE_COLUMNS``; a mask that does not fit its image counts as the image's error."""
+    table = rows.table()
+    masks = table["mask_path"].dropna().drop_duplicates().tolist()
+    facts = file_facts([*rows.paths, *masks], cache, rows.looks)
+    table = table.join(facts.iloc[: len(table)])
+    if len(masks):
+        of_masks = facts.iloc[len(table) :].set_index(pd.Index(masks))
+        table["error"] = table["error"].fillna(_mask_problems(table, of_masks))
+    return table
 
 
-def _file_facts(path: str) -> tuple[object, ...]:
-    """The values of ``FILE_COLUMNS`` for one file."""
-    try:
-        header = read_header(Path(path))
-        return (*astuple(header), Path(path).stat().st_size, None)
-    except (ImageError, OSError) as error:
-        return (*[None] * (len(FILE_COLUMNS) - 1), str(error))
+def _mask_problems(table: pd.DataFrame, masks: pd.DataFrame) -> pd.Series:
+    """Why a manipulated image's mask cannot be used; missing where it can, and for images without one."""
+    problems = pd.Series(np.nan, table.index, dtype="str")
+    marked = table["mask_path"].notna()
+    image = table[marked]
+    mask = masks.loc[image["mask_path"]].set_axis(image.index)
+    broken = mask["error"].notna()
+    problems[mask.index[broken]] = image["path"][broken] + ": its mask " + mask["error"][broken]
+    other = ~broken & image["error"].isna() & ((mask["width"] != image["width"]) | (mask["height"] != image["height"]))
+    for row in mask.index[other]:
+        sizes = [f"{int(facts['width'])} x {int(facts['height'])}" for facts in (image.loc[row], mask.loc[row])]
+        path, name = table.loc[row, ["path", "mask_path"]]
+        problems[row] = f"{path} is of {sizes[0]} pixels, its mask {name} of {sizes[1]}: they must be equal"
+    return problems
 
 
-def _mask_problem(row: pd.Series) -> str | None:
-    if row["label"] == 0:
-        return None
-    if pd.isna(row["mask_path"]):
-        return f"{row['path']}: the name fits none of TGIF's, so its mask is not known"
-    return None if Path(row["mask_path"]).is_file() else f"{row['path']}: its mask {row['mask_path']} is missing"
+def _contradictions(table: pd.DataFrame) -> pd.Series:
+    """Files that are listed under both labels, and manipulated images of which no mask is known."""
+    problems = pd.Series(np.nan, table.index, dtype="str")
+    twice = table[table["identity"].duplicated(keep=False) & ~table["path"].str.contains(".parquet#", regex=False)]
+    both = twice.index[twice.groupby("identity")["label"].transform("nunique") > 1]
+    problems[both] = table["path"][both] + ": listed as authentic and as synthetic; take it out of one class"
+    unknown = table["mask_path"].isna() & table["kind"].isin(["sp", "fr"])
+    problems[unknown] = table["path"][unknown] + ": its name tells no mask, or none of its size is there"
+    return problems
 
 
 def _check_classes(table: pd.DataFrame, task: str) -> None:
+    good = table["error"].isna()
     for split in ("train", "val"):
-        found = usable(table, split)["label"].value_counts()
         for label, name in enumerate(("authentic (0)", "synthetic or manipulated (1)")):
-            if not found.get(label, 0):
-                bad = int((table["split"].eq(split) & table["label"].eq(label)).sum())
-                raise LayoutError(f"Task {task}: no usable {name} images in {split} ({bad} found that cannot be used)")
+            listed = table["split"].eq(split) & table["label"].eq(label)
+            if not (listed & good).any():
+                raise LayoutError(f"Task {task}: no usable {name} images in {split} ({listed.sum()} found that cannot be used)")

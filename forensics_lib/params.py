@@ -23,7 +23,7 @@ class ParamsError(ValueError):
 
 
 LAYOUTS = Literal[
-    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table",
+    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
 ]  # fmt: skip
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from forensics_lib.files import from_home
 from forensics_lib.layouts import (
+    TGIF2_METHODS,
+    TGIF_NAMES,
+    Folder,
     LayoutError,
-    Row,
+    Rows,
     contents,
-    image_files,
-    make_row,
     photo_group,
     read_listing,
     read_task_a,
@@ -27,19 +29,20 @@ from forensics_lib.layouts import (
     sagid_path,
 )
 from forensics_lib.params import DataSet
+from forensics_lib.parquet import class_names, image_columns, member_path
 
-Reader = Callable[[Path, DataSet], list[Row]]
+Reader = Callable[[Path, DataSet], Rows]
 SPLITS = {"train": "train", "progan_train": "train", "val": "val", "valid": "val", "progan_val": "val"}
 SPLITS |= {"validation": "val", "test": "test", "CNN_synth_testset": "test"}
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
 
 
-def read_data_set(entry: DataSet) -> list[Row]:
-    """The rows of one entry of the ``data`` parameter; its layout is recognised where none is named."""
+def read_data_set(entry: DataSet) -> Rows:
+    """The images of one entry of the ``data`` parameter; its layout is recognised where none is named."""
     entry = recognised(entry)
     root = from_home(entry.root)
     rows = READERS[entry.layout](root, entry)
-    if not rows:
+    if not len(rows):
         raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
     return rows
 
@@ -57,121 +60,124 @@ def task_of(entry: DataSet) -> str:
     if entry.layout == "table":
         header = from_home(entry.root).read_text(encoding="utf-8-sig").partition("\n")[0]
         return "B" if "mask_path" in header.strip().split(",") else "A"
+    if entry.layout == "parquet":
+        return "B" if has_masks(from_home(entry.root)) else "A"
     return "B" if entry.layout in TASK_B_LAYOUTS else "A"
 
 
-def _by_class(root: Path, names: dict[str, int]) -> Iterator[tuple[Path, int, tuple[str, ...]]]:
-    """Images below folders that are named for a class: path, label, and the folders above the class's."""
-    for path in image_files(root):
-        parts = path.relative_to(root).parts[:-1]
-        for number, part in enumerate(parts):
+def _by_class(rows: Rows, root: Path, names: dict[str, int]) -> Iterator[tuple[Folder, int, tuple[str, ...]]]:
+    """Folders of images below one that is named for a class: the folder, its label, and the folders above the class's."""
+    for folder in rows.walk(root):
+        for number, part in enumerate(folder.parts):
             if part in names:
-                yield path, names[part], parts[:number]
+                yield folder, names[part], folder.parts[:number]
                 break
 
 
-def read_cnndetection(root: Path, entry: DataSet) -> list[Row]:
+def read_cnndetection(root: Path, entry: DataSet) -> Rows:
     """Wang et al. 2020: ``{split}/{category}/{0_real,1_fake}`` or ``{split}/{generator}/[{category}/]{0_real,1_fake}``.
 
     The root may be the whole data set or one split's folder, whose name or the entry's ``split`` then tells which.
     """
-    rows = []
-    for path, label, above in _by_class(root, {"0_real": 0, "1_fake": 1}):
+    rows = Rows()
+    for folder, label, above in _by_class(rows, root, {"0_real": 0, "1_fake": 1}):
         named = SPLITS.get(above[0]) if above else None
         split = entry.split or named or SPLITS.get(root.name, "train")
         inner = above[1:] if named else above
         generator = inner[0] if split == "test" and inner else "progan"
         source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
-        rows.append(make_row(path, label, split, source, kind=_kind(label), generator=generator if label else None))
+        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
     return rows
 
 
-def read_corvi_ldm(root: Path, entry: DataSet) -> list[Row]:
+def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
     """Corvi et al. 2022: ``{train,valid}/latent_diffusion_*/*.png``; its authentic images are lists of other sets' files.
 
     ``real_coco.txt`` holds names in COCO's train2017 (``coco_root``), ``real_lsun.txt`` lines ``{category}_{file}`` of
     CNNDetection's ``{category}/0_real/{file}`` (``lsun_root``).
     """
-    rows = []
-    for folder, split in (("train", "train"), ("valid", "val")):
-        for path in image_files(root / folder):
-            if path.parent.name.startswith("latent_diffusion_"):
-                method = path.parent.name.removeprefix("latent_diffusion_")
-                rows.append(make_row(path, 1, split, "corvi_ldm", kind="full", generator="latent_diffusion", method=method))
-        for name in ("coco", "lsun"):
-            listing = root / folder / f"real_{name}.txt"
+    rows = Rows()
+    for name, split in (("train", "train"), ("valid", "val")):
+        for folder in rows.walk(root / name):
+            if folder.parts and folder.parts[0].startswith("latent_diffusion_"):
+                names = {"generator": "latent_diffusion", "method": folder.parts[0].removeprefix("latent_diffusion_")}
+                rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", **names)
+        for source in ("coco", "lsun"):
+            listing = root / name / f"real_{source}.txt"
             if listing.is_file():
-                rows += _listed(listing, name, split, entry)
+                _add_listed(rows, listing, source, split, entry)
     return rows
 
 
-def _listed(listing: Path, name: str, split: str, entry: DataSet) -> list[Row]:
-    place = entry.coco_root if name == "coco" else entry.lsun_root
+def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataSet) -> None:
+    place = entry.coco_root if source == "coco" else entry.lsun_root
     if not place:
-        what = "COCO's train2017 images" if name == "coco" else "CNNDetection's train folder"
-        raise LayoutError(f"{listing} lists files of another data set: set {name}_root to the folder with {what}")
-    rows = []
-    for line in listing.read_text(encoding="utf-8-sig").split():
-        category, _, file = line.partition("_")
-        path = from_home(place) / (Path(line).name if name == "coco" else Path(category) / "0_real" / Path(file).name)
-        group = photo_group("coco", path.stem) if name == "coco" else None
-        rows.append(make_row(path, 0, split, name, kind="orig", group=group))
-    return rows
+        what = "COCO's train2017 images" if source == "coco" else "CNNDetection's train folder"
+        raise LayoutError(f"{listing} lists files of another data set: set {source}_root to the folder with {what}")
+    names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in listing.read_text(encoding="utf-8-sig").split()]
+    if source == "lsun":
+        names = [f"{category}/0_real/{file}" for category, _, file in (name.partition("_") for name in names)]
+    groups = [photo_group("coco", Path(name).stem) for name in names] if source == "coco" else None
+    rows.add([f"{from_home(place)}/{name}" for name in names], 0, split, source, kind="orig", groups=groups)
 
 
-def read_itw_sm(root: Path, entry: DataSet) -> list[Row]:
+def read_itw_sm(root: Path, entry: DataSet) -> Rows:
     """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name."""
-    rows = []
-    for path, label, above in _by_class(root, {"0_real": 0, "1_fake": 1}):
-        folder = path.parent.name
-        platform = folder if folder not in ("0_real", "1_fake") else path.name.split("_")[0]
-        if not above:
-            rows.append(make_row(path, label, entry.split or "val", f"itw_sm/{platform.lower()}", kind=_kind(label)))
+    rows = Rows()
+    for folder, label, above in _by_class(rows, root, {"0_real": 0, "1_fake": 1}):
+        if above:
+            continue
+        inside = len(folder.parts) > 1
+        platforms = [(folder.parts[1] if inside else name.split("_")[0]).lower() for name in folder.images]
+        for platform in sorted(set(platforms)):
+            paths = [path for path, named in zip(folder.paths, platforms, strict=True) if named == platform]
+            rows.add(paths, label, entry.split or "val", f"itw_sm/{platform}", kind=_kind(label))
     return rows
 
 
-def read_genimage(root: Path, entry: DataSet) -> list[Row]:
+def read_genimage(root: Path, entry: DataSet) -> Rows:
     """GenImage: ``{generator}/[...]/{train,val}/{ai,nature}/*``."""
-    rows = []
-    for path, label, above in _by_class(root, {"nature": 0, "ai": 1}):
+    rows = Rows()
+    for folder, label, above in _by_class(rows, root, {"nature": 0, "ai": 1}):
         split = entry.split or (SPLITS.get(above[-1], "train") if above else "train")
         generator = above[0] if above else root.name
         source = f"genimage/{generator}"
-        rows.append(make_row(path, label, split, source, kind=_kind(label), generator=generator if label else None))
+        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
     return rows
 
 
-def read_community_forensics(root: Path, entry: DataSet) -> list[Row]:
+def read_community_forensics(root: Path, entry: DataSet) -> Rows:
     """Community Forensics in its local form: ``{generator}/{real,fake}/*``."""
-    rows = []
-    for path, label, above in _by_class(root, {"real": 0, "fake": 1}):
+    rows = Rows()
+    for folder, label, above in _by_class(rows, root, {"real": 0, "fake": 1}):
         generator = "/".join(above) or root.name
-        source = f"community_forensics/{generator}"
-        split = entry.split or "train"
-        rows.append(make_row(path, label, split, source, kind=_kind(label), generator=generator if label else None))
+        source, split = f"community_forensics/{generator}", entry.split or "train"
+        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
     return rows
 
 
-def read_sagi_d(root: Path, _: DataSet) -> list[Row]:
+def read_sagi_d(root: Path, _: DataSet) -> Rows:
     """SAGI-D: ``sagid.csv`` beside its splits' folders; the listed originals are the authentic images."""
     columns = ["img_path", "mask_path", "src_path", "split", "inpainting_model", "diffusion_model", "type"]
     listing = read_listing(root / "sagid.csv", columns)
-    rows, originals = [], {}
+    rows, originals = Rows(), set()
     for item in listing.itertuples(index=False):
         image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
         source = image.relative_to(root).parts[1]
-        split = SPLITS.get(item.split, "test")
+        split, named = SPLITS.get(item.split, "test"), f"sagi_d/{source}"
         group = photo_group(source, image.stem)
         if item.src_path:
             original = sagid_path(root, item.src_path, ())
             group = photo_group(source, original.stem)
-            originals[original] = make_row(original, 0, split, f"sagi_d/{source}", kind="orig", group=group)
+            if original not in originals:
+                originals.add(original)
+                rows.add([str(original)], 0, split, named, kind="orig", groups=[group])
         names = {"generator": item.diffusion_model or None, "method": item.inpainting_model}
-        rows.append(make_row(image, 1, split, f"sagi_d/{source}", kind=item.type, group=group, mask=mask, **names))
-    return [*originals.values(), *rows]
+        rows.add([str(image)], 1, split, named, kind=item.type, groups=[group], masks=[str(mask)], **names)
+    return rows
 
 
-def read_table(path: Path, entry: DataSet) -> list[Row]:
+def read_table(path: Path, entry: DataSet) -> Rows:
     """A CSV with ``path`` and ``label`` (0 or 1), and any of ``TABLE_COLUMNS``; paths count from the table's folder."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     missing = {"path", "label"} - set(table.columns)
@@ -180,21 +186,93 @@ def read_table(path: Path, entry: DataSet) -> list[Row]:
         raise LayoutError(
             f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
         )
-    return [_table_row(path, number, item, entry) for number, item in enumerate(table.to_dict("records"), start=2)]
+    rows = Rows()
+    for number, item in enumerate(table.to_dict("records"), start=2):
+        _add_table_row(rows, path, number, item, entry)
+    return rows
 
 
-def _table_row(table: Path, number: int, item: dict[str, Any], entry: DataSet) -> Row:
+def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
     values = {name: item.get(name) or None for name in TABLE_COLUMNS}
     split = SPLITS.get(values["split"] or entry.split or "train")
     if item["label"] not in ("0", "1") or split is None:
         raise LayoutError(
             f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
         )
-    image, mask = (table.parent / name.replace("\\", "/") if name else None for name in (item["path"], values["mask_path"]))
+    image, mask = (
+        str(table.parent / name.replace("\\", "/")) if name else None for name in (item["path"], values["mask_path"])
+    )
     label = int(item["label"])
+    names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
     kind = values["kind"] or ("sp" if mask else _kind(label))
-    names = {name: values[name] for name in ("generator", "method", "group")}
-    return make_row(image, label, split, values["source"] or table.stem, kind=kind, mask=mask, **names)
+    rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
+
+
+# Of a hub data set: columns that may hold the label, and the words that name a class
+LABEL_COLUMNS = ("label", "labels", "is_fake", "fake", "class", "target")
+LABEL_WORDS = dict.fromkeys(("real", "authentic", "0_real", "nature", "original", "genuine", "pristine"), 0)
+LABEL_WORDS |= dict.fromkeys(("fake", "synthetic", "1_fake", "ai", "generated", "ai-generated", "manipulated", "tampered"), 1)
+
+
+def parquet_files(root: Path) -> list[Path]:
+    """The parquet files that ``root`` is or holds."""
+    return [root] if root.is_file() and root.suffix == ".parquet" else sorted(root.rglob("*.parquet"))
+
+
+def has_masks(root: Path) -> bool:
+    """Whether a hub data set has a column ``mask``, and so serves Task B."""
+    return "mask" in image_columns(parquet_files(root)[0])
+
+
+def read_parquet(root: Path, entry: DataSet) -> Rows:
+    """A hub data set as downloaded: parquet files with an image column and a label, read where they lie.
+
+    The split is told by the file's name (``train-00000-of-00010.parquet``) or folder, the class by numbers (0 authentic,
+    1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask`` are read where there.
+    """
+    rows = Rows()
+    for file in parquet_files(root):
+        images = [name for name in image_columns(file) if name != "mask"]
+        image = "image" if "image" in images else images[0] if len(images) == 1 else None
+        names = pq.read_schema(file).names
+        label = next((name for name in LABEL_COLUMNS if name in names), None)
+        if image is None or label is None:
+            raise LayoutError(f"{file} needs an image column and one of {', '.join(LABEL_COLUMNS)}; it has {', '.join(names)}")
+        generator = next((name for name in ("generator", "model") if name in names), None)
+        table = pq.read_table(file, columns=[name for name in (label, generator) if name])
+        labels = _hub_labels(file, label, table.column(label).to_pylist())
+        generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
+        split = entry.split or next(
+            (SPLITS[part] for part in (file.name.split("-")[0], file.parent.name) if part in SPLITS), "train"
+        )
+        _add_members(rows, file, image, labels, generators, split, root.stem)
+    return rows
+
+
+def _add_members(
+    rows: Rows, file: Path, image: str, labels: list[int], generators: list[str | None], split: str, source: str
+) -> None:
+    keys = list(zip(labels, generators, strict=True))
+    masked = "mask" in image_columns(file)
+    for label, generator in sorted(set(keys), key=str):
+        numbers = [number for number, key in enumerate(keys) if key == (label, generator)]
+        masks = [member_path(file, "mask", number) for number in numbers] if masked and label else None
+        kind = "sp" if masks else _kind(label)
+        paths = [member_path(file, image, number) for number in numbers]
+        rows.add(paths, label, split, source, kind=kind, generator=generator if label else None, masks=masks)
+
+
+def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
+    names = class_names(file, column)
+    words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    known = {0: 0, 1: 1, **LABEL_WORDS}
+    labels = [known.get(word.lower().strip() if isinstance(word, str) else word) for word in words]
+    if None in labels:
+        number = labels.index(None)
+        raise LayoutError(
+            f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(LABEL_WORDS)}"
+        )
+    return labels
 
 
 def _kind(label: int) -> str:
@@ -209,6 +287,7 @@ READERS: dict[str, Reader] = {
     "genimage": read_genimage,
     "community_forensics": read_community_forensics,
     "table": read_table,
+    "parquet": read_parquet,
     "tgif": lambda root, _: read_tgif(root),
     "task_b_validation": lambda root, _: read_task_b_validation(root),
     "sagi_d": read_sagi_d,
@@ -220,7 +299,7 @@ CONSTRAINED_LAYOUTS = frozenset({"cnndetection", "corvi_ldm", "itw_sm", "tgif", 
 _SIGNS: dict[str, tuple[str, ...]] = {
     "task_b_validation": ("taskB_val.csv",),
     "sagi_d": ("sagid.csv",),
-    "tgif": ("sd2-sp/*", "ps-sp/*", "sd2-fr/*", "sdxl-fr/*"),
+    "tgif": tuple(f"{folder}/*" for folder in (*TGIF_NAMES, *TGIF2_METHODS)),
     "corvi_ldm": ("train/latent_diffusion_*", "valid/latent_diffusion_*"),
     "own": ("train/0_real", "train/1_fake"),
     "itw_sm": ("0_real", "1_fake"),
@@ -234,8 +313,12 @@ def detect_layout(root: Path) -> str:
     """The layout of a folder (or of a ``.csv`` file) by what lies in it.  Raises ``LayoutError`` where none fits."""
     if root.is_file() and root.suffix.lower() == ".csv":
         return "table"
+    if root.is_file() and root.suffix == ".parquet":
+        return "parquet"
     for layout, patterns in _SIGNS.items():
         if any(next(root.glob(pattern), None) for pattern in patterns):
             return layout
-    looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items())
+    if parquet_files(root):
+        return "parquet"
+    looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items()) + "; parquet: **/*.parquet"
     raise LayoutError(f"no known layout in {root}. Looked for {looked}. {contents(root)}")

@@ -16,7 +16,6 @@ import pandas as pd
 
 from forensics_lib.files import from_home, home, project_root, update_json
 from forensics_lib.params import Params, load_params, notebook_parameters
-from forensics_lib.sample import build_sample
 
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
 
@@ -152,6 +151,8 @@ def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -
         run = Run(_sample_params(params, overrides), run.data)
         print(fallback_message(missing, run))
     if run.sample:
+        from forensics_lib.sample import build_sample  # imports torch, which looking at data does not need
+
         run = Run(_named_sample(run.params), build_sample(home() / "data" / "sample"))
     _record_provenance(run, str(params_file))
     return run

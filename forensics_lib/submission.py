@@ -134,7 +134,7 @@ def _write_zip(run: Run, task: str, path: Path, text: str, csv_name: str, table:
 def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
     """Check an archive (or plain CSV) against the folder of test images, and name every fault by row or file."""
     result = Validation(path)
-    images = {Path(row["path"]).name: Path(row["path"]) for row in read_test(test_folder)}
+    images = {Path(path).name: Path(path) for path in read_test(test_folder).paths}
     if path.suffix == ".csv":
         _check_csv(path.read_bytes(), path.name, task, images, result)
         return result

@@ -45,6 +45,12 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def records(rows) -> list[dict]:
+    """What a reader found as dicts, missing values as None."""
+    table = rows.table().astype(object)
+    return table.where(table.notna(), None).to_dict("records")
+
+
 def square_mask(height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 : width // 2] = 255

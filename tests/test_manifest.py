@@ -1,7 +1,14 @@
+import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from conftest import picture, save, square_mask
 
+from forensics_lib import facts
+from forensics_lib.disk import Looks, look
+from forensics_lib.files import home
 from forensics_lib.layouts import LayoutError
 from forensics_lib.manifest import build_manifest, build_test_manifest, overview, problems, usable
 
@@ -49,8 +56,6 @@ def test_unreadable_test_images_are_kept(tiny_run):
 
 
 def test_open_runs_read_the_open_folder_and_constrained_runs_do_not(tiny_run, rng):
-    from conftest import picture, save
-
     for label in ("0_real", "1_fake"):
         save(tiny_run.data / "dataset_open" / "train" / label / "more" / "x.png", picture(rng))
     assert "more" not in set(build_manifest(tiny_run, "A")["source"])
@@ -61,3 +66,108 @@ def test_open_runs_read_the_open_folder_and_constrained_runs_do_not(tiny_run, rn
 def test_overview_counts_every_image(tiny_run):
     manifest = build_manifest(tiny_run, "B")
     assert overview(manifest)["images"].sum() == len(manifest)
+
+
+def test_a_mask_of_another_size_is_a_problem_with_both_sizes(tiny_run):
+    mask = next((tiny_run.data / "dataset_taskB" / "TGIF" / "masks" / "training").rglob("*_512.png"))
+    save(mask, square_mask(30, 20))
+    assert "is of 40 x 40 pixels, its mask" in problems(build_manifest(tiny_run, "B"))["error"].item()
+    assert "of 20 x 30" in problems(build_manifest(tiny_run, "B"))["error"].item()
+
+
+def test_a_truncated_file_is_found_without_decoding_the_others(tiny_run, monkeypatch, rng):
+    folder = tiny_run.data / "dataset" / "train" / "1_fake" / "src"
+    whole = save(folder / "whole.jpg", picture(rng)).read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[:-40])
+    (folder / "trailing.jpg").write_bytes(whole + bytes(100))  # cameras append things: no fault
+    png = save(folder / "whole.png", picture(rng)).read_bytes()
+    (folder / "cut.png").write_bytes(png[:-40])
+    found = problems(build_manifest(tiny_run, "A"))
+    assert [Path(path).name for path in found["path"]] == ["cut.jpg", "cut.png"]
+    assert found["error"].str.contains("truncated").all()
+
+
+def test_one_file_in_both_classes_is_used_in_neither(tiny_run):
+    fake = tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png"
+    link = tiny_run.data / "dataset" / "train" / "0_real" / "src" / "link.png"
+    link.symlink_to(fake)
+    found = problems(build_manifest(tiny_run, "A"))
+    assert sorted(found["path"]) == sorted([str(fake), str(link)])
+    assert found["error"].str.contains("listed as authentic and as synthetic").all()
+
+
+def test_what_is_passed_over_is_said(tiny_run, capsys):
+    folder = tiny_run.data / "dataset" / "train" / "1_fake" / "src"
+    (folder / "noending").write_bytes((folder / "1_fake0.png").read_bytes())
+    (folder / "notes.txt").write_text("x")
+    manifest = build_manifest(tiny_run, "A")
+    (note,) = manifest.attrs["notes"]
+    assert note in capsys.readouterr().out
+    assert note.startswith("2 file(s) without an image's ending") and "no ending 1" in note and ".txt 1" in note
+
+
+def test_an_unreadable_folder_is_said_and_the_rest_is_read(tiny_run, monkeypatch):
+    closed = tiny_run.data / "dataset" / "train" / "1_fake" / "closed"
+    save(closed / "x.png", square_mask(48, 56))
+    listdir = os.listdir
+
+    def refuse(place):
+        if str(place) == str(closed):
+            raise PermissionError(13, "Permission denied", str(closed))
+        return listdir(place)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    manifest = build_manifest(tiny_run, "A")
+    assert len(manifest) == 20
+    assert f"{closed} (Permission denied)" in manifest.attrs["notes"][0]
+
+
+def test_very_long_and_unicode_names(tiny_run, rng):
+    folder = tiny_run.data / "dataset" / "train" / "1_fake" / "src"
+    names = ["x" * 251 + ".png", "фото 写真 é.png", "-dash.png", "new\nline.png", "#hash=1.png", "a'b\".png"]
+    for name in names:
+        save(folder / name, picture(rng))
+    manifest = build_manifest(tiny_run, "A")
+    assert problems(manifest).empty
+    assert set(names) <= {Path(path).name for path in manifest["path"]}
+
+
+def test_facts_are_kept_and_read_again_only_where_a_file_changed(tiny_run, monkeypatch, rng):
+    first = build_manifest(tiny_run, "A")
+    read = []
+    known = facts.facts_of
+    monkeypatch.setattr(facts, "facts_of", lambda paths: read.extend(paths) or known(paths))
+    pd.testing.assert_frame_equal(build_manifest(tiny_run, "A"), first)
+    assert read == []
+    folder = tiny_run.data / "dataset" / "train" / "1_fake" / "src"
+    changed, new, gone = folder / "1_fake0.png", folder / "0_new.png", folder / "1_fake1.png"
+    save(changed, picture(rng, 20, 30))
+    save(new, picture(rng, 10, 12))
+    gone.unlink()
+    second = build_manifest(tiny_run, "A").set_index("path")
+    assert sorted(read) == sorted([str(changed), str(new)])
+    assert second.loc[[str(changed), str(new)], "width"].tolist() == [30, 12]
+    assert str(gone) not in second.index
+    kept = first.set_index("path").drop([str(changed), str(gone)])
+    pd.testing.assert_frame_equal(second.loc[kept.index], kept)
+
+
+@pytest.mark.parametrize("content", [b"", b"not parquet"])
+def test_a_broken_cache_is_made_anew(tiny_run, content):
+    first = build_manifest(tiny_run, "A")
+    for path in (home() / "outputs" / ".cache").glob("*.parquet"):
+        path.write_bytes(content)
+    pd.testing.assert_frame_equal(build_manifest(tiny_run, "A"), first)
+
+
+def test_many_files_are_looked_at_in_other_processes_with_the_same_answers(tmp_path, rng):
+    save(tmp_path / "0.png", picture(rng))
+    paths = [str(tmp_path / "0.png")]
+    for number in range(1, 2100):
+        paths.append(str(tmp_path / f"{number}.png"))
+        os.link(paths[0], paths[-1])
+    looks = Looks()
+    looks.ask(paths)
+    assert looks._asked
+    mixed = [str(tmp_path / "missing.png"), *paths, str(tmp_path)]
+    np.testing.assert_array_equal(looks.at(mixed), look(mixed))

@@ -1,19 +1,26 @@
 """Each public data set laid out under its own names, with tiny files."""
 
 import csv
+import io
+import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import picture, save, square_mask
+from conftest import picture, records, save, square_mask
+from PIL import Image
 
 from forensics_lib.audits import groups_across_splits
+from forensics_lib.datasets import TrainingCrops
 from forensics_lib.files import project_root
+from forensics_lib.images import read_image
 from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
-from forensics_lib.manifest import build_manifest, data_sets
+from forensics_lib.manifest import build_manifest, data_sets, usable
 from forensics_lib.params import DataSet, ParamsError, make_params
 from forensics_lib.readers import detect_layout, read_data_set, task_of
 from forensics_lib.runs import Run
@@ -40,7 +47,7 @@ def tally(rows, *keys) -> Counter:
 
 
 def read(root: Path, **values):
-    return read_data_set(DataSet(root=str(root), **values))
+    return records(read_data_set(DataSet(root=str(root), **values)))
 
 
 def test_cnndetection_with_its_nested_test_set(tmp_path):
@@ -130,6 +137,79 @@ def test_a_plain_table(tmp_path):
     assert [Path(row["path"]) for row in rows] == [tmp_path / "sub" / "a.png", tmp_path / "b.png"]
     assert tally(rows, "split", "source") == {("train", "phone"): 1, ("val", "mine"): 1}
     assert task_of(DataSet(root=str(path), layout="table")) == "A"
+
+
+def hub_file(path: Path, rng, *, names: list[str] | None, labels: list, masks: bool = False, rows_in_group: int = 2) -> Path:
+    """A parquet file as the hub writes image data sets: encoded images in structs, class names in the metadata."""
+
+    def encoded(pixels: np.ndarray) -> dict[str, object]:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": "x.png"}
+
+    columns = {"image": [encoded(picture(rng)) for _ in labels], "label": labels, "model": ["sd15"] * len(labels)}
+    if masks:
+        columns["mask"] = [encoded(square_mask(48, 56)) for _ in labels]
+    table = pa.table(columns)
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=rows_in_group)
+    return path
+
+
+def test_hub_parquet_is_read_where_it_lies(tmp_path, rng):
+    hub_file(tmp_path / "data" / "train-00000-of-00001.parquet", rng, names=["fake", "real"], labels=[0, 1, 0, 1, 1])
+    hub_file(tmp_path / "data" / "validation-00000-of-00001.parquet", rng, names=None, labels=["real", "fake", "Fake"])
+    assert detect_layout(tmp_path) == "parquet"
+    rows = read(tmp_path)
+    assert tally(rows, "split", "label") == {("train", 1): 2, ("train", 0): 3, ("val", 0): 1, ("val", 1): 2}
+    assert {row["generator"] for row in rows if row["label"]} == {"sd15"}
+    assert len({read_image(row["path"]).tobytes() for row in rows}) == 8
+    assert (tmp_path / "data").is_dir() and len(list(tmp_path.rglob("*.*"))) == 2, "nothing is unpacked"
+
+
+def test_hub_parquet_goes_through_the_manifest_and_the_crops(tiny_run, tmp_path, rng):
+    for split in ("train", "validation"):
+        hub_file(tmp_path / "hub" / f"{split}-0.parquet", rng, names=["real", "fake"], labels=[0, 1, 1, 0], masks=True)
+    run = with_data(tiny_run, {"root": str(tmp_path / "hub")}, run_type="open")
+    assert [entry.layout for entry in data_sets(run, "B")] == ["parquet"]
+    manifest = build_manifest(run, "B")
+    assert manifest["error"].isna().all()
+    assert set(manifest["format"]) == {"PNG"} and (manifest["bytes"] > 100).all()
+    crops = TrainingCrops(usable(manifest, "train"), 32, masks=True, probability=0.5, seed=0)
+    assert all("error" not in crops[i] for i in range(4))
+
+
+@pytest.mark.parametrize(("labels", "fault"), [(["cat", "dog"], "row 0: label is 'cat'"), ([3, 1], "label is 3")])
+def test_hub_labels_that_are_not_understood(tmp_path, rng, labels, fault):
+    hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=labels)
+    with pytest.raises(LayoutError, match=fault):
+        read(tmp_path)
+
+
+def test_hub_parquet_without_an_image_column(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
+    with pytest.raises(LayoutError, match="needs an image column"):
+        read(tmp_path)
+
+
+def test_tgif2_pairs_masks_by_photo_variation_and_size(tmp_path, rng):
+    save(tmp_path / "flux1dev-fr" / "training" / "cat" / "7_mask_bbox.png_flux1dev-1024_0.png", picture(rng, 40, 40))
+    save(tmp_path / "flux1dev-sp" / "training" / "cat" / "7_mask_segm.png_flux1dev_0.png", picture(rng))
+    save(tmp_path / "flux1dev-sp" / "training" / "cat" / "8_mask_segm.png_flux1dev_0.png", picture(rng))
+    save(tmp_path / "original-flux" / "training" / "cat" / "7_orig.png", picture(rng))
+    masks = tmp_path / "masks-flux" / "training" / "cat"
+    for name, size in (("7_mask_bbox.png", (48, 56)), ("7_mask_bbox_1024.png", (40, 40)), ("7_mask_segm.png", (48, 56))):
+        save(masks / name, square_mask(*size))
+    assert detect_layout(tmp_path) == "tgif"
+    found = {Path(row["path"]).name: row for row in read(tmp_path)}
+    assert found["7_orig.png"]["group"] == "coco:7"
+    assert found["7_mask_bbox.png_flux1dev-1024_0.png"]["mask_path"] == str(masks / "7_mask_bbox_1024.png")
+    spliced = found["7_mask_segm.png_flux1dev_0.png"]
+    assert (spliced["mask_path"], spliced["kind"], spliced["generator"]) == (str(masks / "7_mask_segm.png"), "sp", "flux1dev")
+    assert found["8_mask_segm.png_flux1dev_0.png"]["mask_path"] is None
 
 
 @pytest.mark.parametrize(
@@ -234,7 +314,7 @@ def _lay_out_tgif(root: Path, split: str) -> None:
 
 
 def test_official_tgif_counts_masks_and_groups(official):
-    rows = read_tgif(official / "TGIF")
+    rows = records(read_tgif(official / "TGIF"))
     fakes = [row for row in rows if row["label"]]
     assert len(fakes) == 74_976
     assert tally(fakes, "split") == {("train",): 4 * 14_640, ("val",): 4 * 2_046, ("test",): 4 * 2_058}
@@ -247,8 +327,8 @@ def test_official_tgif_counts_masks_and_groups(official):
 
 
 def test_official_overlap_of_tgif_and_task_b_validation(official):
-    tgif = pd.DataFrame(read_tgif(official / "TGIF"))
-    validation = pd.DataFrame(read_task_b_validation(official / "val"))
+    tgif = read_tgif(official / "TGIF").table()
+    validation = read_task_b_validation(official / "val").table()
     assert (len(validation), int(validation["label"].sum())) == (3_227 + 6_212, 6_212)
     tgif["split"] = "tgif " + tgif["split"]
     both = groups_across_splits(pd.concat([tgif, validation]).assign(error=np.nan))

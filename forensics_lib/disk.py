@@ -1,0 +1,71 @@
+"""What the file system says of many files, asked in other processes while the folders are still being walked.
+
+This module imports nothing heavy: the processes that it starts are ready at once.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+
+import numpy as np
+from joblib.externals.loky import get_reusable_executor
+
+_MANY = 2_000  # files in a folder from which on asking in another process pays
+
+
+class Looks:
+    """Answers for whole folders, asked ahead of time."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, tuple[list[str], Future]] = {}
+
+    def ask(self, paths: list[str]) -> None:
+        """Begin to look at the files of one folder, given in full, where they are many."""
+        if len(paths) >= _MANY:
+            self._asked[paths[0]] = paths, get_reusable_executor(max_workers=os.cpu_count()).submit(look, paths)
+
+    def at(self, paths: list[str]) -> np.ndarray:
+        """``look`` of any paths, taking what was asked for where it fits."""
+        found, start = [np.zeros((0, 3), np.int64)], 0
+        for number, path in enumerate(paths):
+            if number < start or path not in self._asked:
+                continue
+            asked, answer = self._asked[path]
+            if paths[number : number + len(asked)] == asked:
+                found += [look(paths[start:number]), answer.result()]
+                start = number + len(asked)
+        return np.concatenate([*found, look(paths[start:])])
+
+
+def look(paths: list[str]) -> np.ndarray:
+    """Size in bytes, time of change in ns and identity of each file, ``(N, 3)`` int64; -1 where there is none.
+
+    The same file by two paths has one identity.
+    """
+    values: list[int] = []
+    folder, place = "", None
+    for path in paths:
+        parent, _, name = path.rpartition(os.sep)
+        if parent != folder or place is None:
+            _close(place)
+            folder, place = parent, _open(parent)
+        try:  # asked from an open folder it takes half the time
+            found = os.stat(name, dir_fd=place) if place is not None else os.stat(path)  # noqa: PTH116
+            values += found.st_size, found.st_mtime_ns, hash((found.st_dev, found.st_ino))
+        except OSError:  # reading it will say what is wrong
+            values += -1, -1, -1
+    _close(place)
+    return np.array(values, np.int64).reshape(-1, 3)
+
+
+def _open(folder: str) -> int | None:
+    try:
+        return os.open(folder or os.sep, os.O_RDONLY) if os.stat in os.supports_dir_fd else None
+    except OSError:
+        return None
+
+
+def _close(place: int | None) -> None:
+    if place is not None:
+        os.close(place)
