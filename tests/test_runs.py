@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import make_tiny_data
 
-from forensics_lib import runs
+from forensics_lib import sample
 from forensics_lib.params import ParamsError
 from forensics_lib.runs import MissingDataError, open_run
 
@@ -12,7 +12,7 @@ from forensics_lib.runs import MissingDataError, open_run
 def empty_home(tmp_path, monkeypatch):
     """A project without data, in which the sample is not built but only named."""
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
-    monkeypatch.setattr(runs, "build_sample", lambda root: root)
+    monkeypatch.setattr(sample, "build_sample", lambda root: root)
     return tmp_path
 
 

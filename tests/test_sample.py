@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import records
 from PIL import Image
 
 from forensics_lib import sample
@@ -28,13 +29,14 @@ def test_the_sample_is_in_the_official_layout_and_the_same_every_time(tmp_path, 
     small(monkeypatch)
     one, two = build_sample(tmp_path / "one"), build_sample(tmp_path / "two")
     assert digest(one) == digest(two)
-    rows = read_tgif(one / "dataset_taskB" / "TGIF") + read_task_b_validation(one / "dataset_taskB" / "validation")
+    folder = one / "dataset_taskB"
+    rows = records(read_tgif(folder / "TGIF")) + records(read_task_b_validation(folder / "validation"))
     for row in rows:
         if row["label"]:
             with Image.open(row["path"]) as image, Image.open(row["mask_path"]) as mask:
                 assert image.size == mask.size
                 assert np.asarray(mask).max() == 255
-    task_a = read_task_a(one / "dataset") + read_task_a(one / "dataset_open")
+    task_a = records(read_task_a(one / "dataset")) + records(read_task_a(one / "dataset_open"))
     assert {Path(row["path"]).suffix for row in task_a} == {".jpg"}, "both classes in one format"
     assert len(read_test(one / "test" / "taskA")) == 6
     assert len(read_test(one / "test" / "taskB")) == 3

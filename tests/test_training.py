@@ -92,11 +92,17 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, sto
     assert read_metrics(again, "A")["train_loss"].tolist() == expected[1]
 
 
+def spoil(path) -> None:
+    """Leave the header and the end as they are, and make the pixels between unreadable."""
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes(200) + data[1200:])
+
+
 def test_corrupt_training_and_validation_images_are_counted(tiny_run, capsys):
     folder = tiny_run.data / "dataset"
-    for split in ("train", "val"):  # headers that read, pixels that do not
+    for split in ("train", "val"):
         path = folder / split / "1_fake" / "src" / "1_fake0.png"
-        path.write_bytes(path.read_bytes()[:2000])
+        spoil(path)
     manifest = build_manifest(tiny_run, "A")
     train(tiny_run, "A", manifest)
     assert "1 training image(s) could not be read" in capsys.readouterr().out
@@ -109,7 +115,7 @@ def test_corrupt_training_and_validation_images_are_counted(tiny_run, capsys):
 
 def test_validation_without_a_readable_class_is_an_error(tiny_run):
     for path in (tiny_run.data / "dataset" / "val" / "1_fake" / "src").iterdir():
-        path.write_bytes(path.read_bytes()[:2000])  # headers that read, pixels that do not
+        spoil(path)
     with pytest.raises(ImageError, match=r"both classes; 4 could not be read: .*1_fake0\.png"):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
 
