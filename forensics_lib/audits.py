@@ -13,9 +13,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
+from forensics_lib.datasets import TrainingCrops
 from forensics_lib.progress import progress
 
 SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
+EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
 AUDIT_ROWS = 5_000  # of more images as many are drawn: enough to see a shortcut, in seconds
 
 
@@ -30,15 +32,35 @@ class ShortcutAudit:
     def found(self) -> bool:
         return self.auc > SHORTCUT_LIMIT
 
+    @property
+    def of_codecs(self) -> bool:
+        """Whether format or JPEG quality alone tell the class: what a common recompression closes."""
+        return bool((self.facts.reindex(["format", "JPEG quality"]) > SHORTCUT_LIMIT).any())
+
     def message(self) -> str:
         """The finding in a sentence or two."""
         carriers = ", ".join(f"{name} {auc:.2f}" for name, auc in self.facts[self.facts > SHORTCUT_LIMIT].head(4).items())
+        if np.isnan(self.auc):
+            return "too few images to tell whether file facts alone tell the classes apart"
         if not self.found:
             return f"file facts alone tell the classes apart with AUC {self.auc:.2f}: no shortcut (limit {SHORTCUT_LIMIT:.2f})"
         return (
             f"SHORTCUT: file facts alone tell the classes apart with AUC {self.auc:.2f} (limit {SHORTCUT_LIMIT:.2f}). "
             f"Carried by: {carriers or 'several together'}. A model shown such files may learn them instead of the traces."
         )
+
+    def remedies(self) -> list[str]:
+        """What closes it, for each kind of fact that carries it."""
+        carriers = set(self.facts[self.facts > SHORTCUT_LIMIT].index)
+        return [text for facts, text in _REMEDIES.items() if carriers & set(facts)]
+
+
+_REMEDIES = {
+    ("long side", "short side", "aspect ratio"): "size and shape: crops of one size at native resolution (always done)",
+    ("format", "JPEG quality"): "format and quality: every crop recompressed by one distribution (equalize)",
+    ("bytes per pixel",): "bytes per pixel: the same recompression; what is left is the pictures' own texture",
+    ("camera EXIF",): "camera EXIF: the network sees pixels alone (always so)",
+}
 
 
 def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) -> ShortcutAudit:
@@ -57,6 +79,17 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     alone = {name: _held_out_auc(facts[columns], labels, groups, folds, seed) for name, columns in _by_fact(facts).items()}
     everything = _held_out_auc(facts, labels, groups, folds, seed)
     return ShortcutAudit(everything, pd.Series(alone).sort_values(ascending=False, kind="stable"))
+
+
+def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> ShortcutAudit:
+    """The audit repeated on what ``crops`` makes its tensors from: the images of ``rows`` after their degradations.
+
+    At most ``EQUALIZED_ROWS`` images are drawn, since each is decoded.
+    """
+    drawn = rows.sample(min(EQUALIZED_ROWS, len(rows)), random_state=seed)
+    facts = [crops.source_facts(index, rows.loc[index]) for index in progress(drawn.index, "auditing the training crops")]
+    table = drawn.assign(**pd.DataFrame(facts, index=drawn.index))
+    return shortcut_audit(table[table["width"].notna()], "train", seed)
 
 
 def file_facts(rows: pd.DataFrame) -> pd.DataFrame:

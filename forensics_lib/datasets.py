@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from forensics_lib.degradations import degrade
+from forensics_lib.degradations import Encoding, degrade
 from forensics_lib.images import ImageError, pad_to, read_image, read_mask
 
 FOCUS = 0.7  # share of the crops of manipulated images that are placed around a manipulated pixel
@@ -24,27 +24,30 @@ class TrainingCrops(Dataset):
     """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
 
     Every random choice follows from (seed, epoch, index), so results do not depend on workers or order.  With
+    ``equalize`` the crops of all images end in one distribution of compressions, whatever their files were.  With
     ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel counts as authentic.
     """
 
-    def __init__(self, manifest: pd.DataFrame, crop_size: int, *, masks: bool, probability: float, seed: int) -> None:
+    def __init__(
+        self, manifest: pd.DataFrame, crop_size: int, *, masks: bool, probability: float, seed: int, equalize: bool = False
+    ) -> None:
         self.rows = manifest[["path", "label", "mask_path", "kind"]].to_dict("records")
-        self.crop_size, self.masks, self.probability, self.seed = crop_size, masks, probability, seed
+        self.crop_size, self.masks, self.seed = crop_size, masks, seed
+        self.probability, self.equalize = probability, equalize
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+        row, rng = self.rows[index], np.random.default_rng([self.seed, self.epoch, index])
         try:
-            image = read_image(Path(row["path"]))
-            mask = self._mask(row, image.shape[:2])
+            image, mask, _ = self._degraded(row, rng)
         except ImageError as error:
             return {"index": index, "error": str(error)}
-        image, mask = _crop(image, mask, self.crop_size * 2, rng)  # enough for the strongest shrinking, cheap to degrade
-        image, mask = _crop(*degrade(image, mask, self.probability, rng), self.crop_size, rng)
+        image = pad_to(image, self.crop_size, self.crop_size)
+        mask = None if mask is None else pad_to(mask, self.crop_size, self.crop_size)
+        image, mask = _crop(image, mask, self.crop_size, rng)
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
         sample = {"index": index, "label": int(row["label"]), "image": _to_tensor(image)}
@@ -54,21 +57,47 @@ class TrainingCrops(Dataset):
                 sample["label"] = int(mask.any())
         return sample
 
+    def source_facts(self, index: int, file: pd.Series) -> dict[str, Any]:
+        """What the file facts of a tensor's source would be, were it stored; empty where its file cannot be read.
+
+        ``file`` holds the facts of the image's own file, which its source keeps where it was not compressed again.
+        """
+        row, rng = self.rows[index], np.random.default_rng([self.seed, self.epoch, index])
+        try:
+            image, _, encoding = self._degraded(row, rng)
+        except ImageError:
+            return {}
+        height, width = (min(side, self.crop_size) for side in image.shape[:2])  # a tensor shows no more of the size
+        facts: dict[str, Any] = {"width": width, "height": height}
+        if encoding is None:
+            share = width * height / (file["width"] * file["height"])
+            return (
+                facts | {name: file[name] for name in ("format", "jpeg_quality", "camera")} | {"bytes": file["bytes"] * share}
+            )
+        share = width * height / (image.shape[0] * image.shape[1])
+        quality = float(encoding.quality) if encoding.format == "JPEG" else np.nan
+        return facts | {"format": encoding.format, "jpeg_quality": quality, "camera": False, "bytes": encoding.bytes * share}
+
+    def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
+        """An image's native square of twice the crop's side (enough for the strongest shrinking), degraded."""
+        image = read_image(row["path"])
+        mask = self._mask(row, image.shape[:2])
+        image, mask = _crop(image, mask, self.crop_size * 2, rng)
+        return degrade(image, mask, self.probability, rng, equalize=self.equalize)
+
     def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
         if not self.masks:
             return None
-        return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
+        return read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
 
 
 def _crop(
     image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A random ``size`` square, padded by reflection where the image is smaller; often around a masked pixel."""
-    image = pad_to(image, size, size)
-    limits = image.shape[0] - size, image.shape[1] - size
+    """A random ``size`` square, or what there is of it; often around a masked pixel."""
+    limits = max(0, image.shape[0] - size), max(0, image.shape[1] - size)
     top, left = (int(rng.integers(limit + 1)) for limit in limits)
     if mask is not None:
-        mask = pad_to(mask, size, size)
         if rng.random() < FOCUS and mask.any():
             marked = np.flatnonzero(mask)
             y, x = divmod(int(marked[rng.integers(len(marked))]), mask.shape[1])

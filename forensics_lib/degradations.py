@@ -7,6 +7,7 @@ One implementation serves training augmentation and robustness measurements.  Im
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -15,12 +16,25 @@ from scipy.ndimage import gaussian_filter
 KERNELS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The last compression that an image has gone through."""
+
+    format: str  # JPEG or WEBP
+    quality: int  # 1 to 100
+    bytes: int
+
+
 def recompress(image: np.ndarray, codec: str, quality: int, subsampling: int = 2) -> np.ndarray:
     """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100."""
+    return _recompressed(image, codec, quality, subsampling)[0]
+
+
+def _recompressed(image: np.ndarray, codec: str, quality: int, subsampling: int) -> tuple[np.ndarray, Encoding]:
     buffer = io.BytesIO()
     options = {"subsampling": subsampling} if codec == "JPEG" else {"method": 2}
     Image.fromarray(image).save(buffer, codec, quality=quality, **options)
-    return np.array(Image.open(buffer).convert("RGB"))
+    return np.array(Image.open(buffer).convert("RGB")), Encoding(codec, quality, buffer.getbuffer().nbytes)
 
 
 def resize(
@@ -45,19 +59,21 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
 
 
 def degrade(
-    image: np.ndarray, mask: np.ndarray | None, probability: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scaling, blur, noise and recompression in the order of a picture's life.
+    image: np.ndarray, mask: np.ndarray | None, probability: float, rng: np.random.Generator, *, equalize: bool = False
+) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
+    """Scaling, blur, noise and recompression in the order of a picture's life, and the compression that was last.
 
-    Recompression happens with ``probability``, each of the others with a third of it.
+    Recompression happens with ``probability``, each of the others with a third of it.  With ``equalize`` every image is
+    recompressed, so that all leave here by one distribution of codecs and qualities, whatever their files were.
     """
+    encoding = None
     if rng.random() < probability / 3:
         image, mask = resize(image, mask, float(rng.uniform(0.5, 1.5)), KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < probability / 3:
         image = blur(image, float(rng.uniform(0.3, 1.2)))
     if rng.random() < probability / 3:
         image = add_noise(image, float(rng.uniform(1, 6)), rng)
-    if rng.random() < probability:
+    if rng.random() < probability or equalize:
         codec = "JPEG" if rng.random() < 0.75 else "WEBP"
-        image = recompress(image, codec, int(rng.integers(60, 98)), int(rng.choice([0, 2])))
-    return image, mask
+        image, encoding = _recompressed(image, codec, int(rng.integers(60, 98)), int(rng.choice([0, 2])))
+    return image, mask, encoding

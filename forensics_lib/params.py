@@ -90,6 +90,9 @@ class Params(BaseModel):
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
     ema: float = Field(0.9998, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
     degrade: float = Field(0.3, **PROBABILITY, description="probability of each training degradation (JPEG, WebP, ...)")
+    equalize: Literal["auto", "always", "never"] = Field(
+        "auto", description="recompress every training crop alike; auto: where format or quality tell the class"
+    )
     val_limit: int = Field(2000, ge=2, description="validation images scored after each epoch (all at the end)")
 
     # Inference

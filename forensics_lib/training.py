@@ -21,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from forensics_lib.audits import shortcut_audit
+from forensics_lib.audits import equalized_audit, shortcut_audit
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
@@ -62,6 +62,7 @@ class Fit:
     machine: Machine
     train: pd.DataFrame
     val: pd.DataFrame
+    equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
 
     @property
@@ -96,14 +97,13 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
-    audit = shortcut_audit(manifest)
-    if audit.found:
-        print(audit.message())
-    run.record(**{f"task{task}_shortcut_auc": round(audit.auc, 3)})
+    equalize = _close_shortcut(run, task, train_rows)
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
-    fit = Fit(run, task, model, machine, train_rows, _sampled(val_rows, run.params.val_limit, run.params.seed))
+    fit = Fit(
+        run, task, model, machine, train_rows, equalize=equalize, val=_sampled(val_rows, run.params.val_limit, run.params.seed)
+    )
     if not state:
         _forget(run, task)
     started = time.monotonic()
@@ -116,6 +116,27 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
         print("\n".join(f"  {reason}" for reason in list(fit.errors.values())[:10]))
         run.record(**{f"task{task}_unreadable_in_training": sorted(fit.errors)})
     return read_metrics(run, task)
+
+
+def _close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
+    """Say whether file facts tell the classes apart and what closes it; returns whether crops are equalized."""
+    audit = shortcut_audit(rows)
+    print(audit.message())
+    equalize = {"auto": audit.of_codecs, "always": True, "never": False}[run.params.equalize]
+    facts = {"shortcut_auc": round(audit.auc, 3), "equalized": equalize}
+    if audit.found:
+        print("\n".join(f"  closed by {remedy}" for remedy in audit.remedies()))
+        after = equalized_audit(rows, training_crops(rows, task, run.params, equalize=equalize, seed=run.params.seed))
+        print(f"  of the training crops, equalize {'on' if equalize else 'off'}: {after.message()}")
+        facts["shortcut_auc_of_crops"] = round(after.auc, 3)
+    run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
+    return equalize
+
+
+def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
+    """The crops that a task trains on."""
+    options = {"masks": task == "B", "probability": params.degrade, "seed": seed, "equalize": equalize}
+    return TrainingCrops(rows, params.crop_size, **options)
 
 
 def _forget(run: Run, task: str) -> None:
@@ -260,7 +281,7 @@ def _train_epoch(
     """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
     torch.manual_seed(seed)  # dropout and stochastic depth
-    dataset = TrainingCrops(fit.train, fit.params.crop_size, masks=fit.task == "B", probability=fit.params.degrade, seed=seed)
+    dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch)
     loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()

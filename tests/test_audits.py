@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 from conftest import picture, save
 from PIL import Image
 
-from forensics_lib.audits import exact_duplicates, groups_across_splits, shortcut_audit
+from forensics_lib.audits import SHORTCUT_LIMIT, equalized_audit, exact_duplicates, groups_across_splits, shortcut_audit
 from forensics_lib.files import project_root
 from forensics_lib.images import read_header
-from forensics_lib.manifest import build_manifest
+from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
+from forensics_lib.training import training_crops
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 
@@ -107,6 +109,33 @@ def test_a_camera_is_known_by_its_exif(tmp_path, rng):
 def test_the_trap_in_real_training_data_is_found():
     manifest = build_manifest(Run(Params(tasks=["A"]), CORPUS), "A")
     audit = shortcut_audit(manifest)
+    assert audit.of_codecs
+    rows = usable(manifest, "train")
+    crops = training_crops(rows, "A", Params(tasks=["A"]), equalize=True, seed=0)
+    assert equalized_audit(rows, crops).auc <= SHORTCUT_LIMIT
     assert audit.auc > 0.9
     assert audit.facts["format"] > 0.6
     assert audit.facts["aspect ratio"] > 0.9
+
+
+def test_equalizing_closes_a_codec_shortcut_and_nothing_else_does(tiny_run, rng):
+    """Authentic images as PNG, synthetic ones as JPEG, same pixels otherwise."""
+    for split, count in (("train", 40), ("val", 2)):
+        for label, ending in (("0_real", "png"), ("1_fake", "jpg")):
+            folder = tiny_run.data / "dataset" / split / label
+            shutil.rmtree(folder)
+            for number in range(count):
+                save(folder / f"{number}.{ending}", picture(rng))
+    rows = usable(build_manifest(tiny_run, "A"), "train")
+    audit = shortcut_audit(rows)
+    assert audit.of_codecs and audit.auc > 0.95
+    assert any("equalize" in remedy for remedy in audit.remedies())
+    left = {on: equalized_audit(rows, training_crops(rows, "A", tiny_run.params, equalize=on, seed=0)) for on in (True, False)}
+    assert left[False].found
+    assert left[True].facts["format"] < 0.65 and left[True].facts["JPEG quality"] < 0.65
+
+
+def test_different_sizes_do_not_ask_for_recompression(rng):
+    audit = shortcut_audit(table(rng, width=1000, height=1000))
+    assert audit.found and not audit.of_codecs
+    assert audit.remedies()[0].startswith("size and shape")

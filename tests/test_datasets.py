@@ -40,7 +40,7 @@ def test_workers_change_nothing(rows):
 
 def test_a_spliced_crop_without_its_region_is_authentic(rows):
     spliced = rows[rows["kind"] == "sp"].reset_index(drop=True)
-    dataset = crops(spliced, probability=0.0)
+    dataset = crops(spliced, probability=0.0, crop_size=16)
     labels = []
     for dataset.epoch in range(30):
         for sample in dataset:

@@ -40,3 +40,11 @@ def test_the_same_generator_state_gives_the_same_result(rng):
     image = picture(rng)
     results = [degrade(image, None, 1.0, np.random.default_rng(3))[0] for _ in range(2)]
     assert np.array_equal(*results)
+
+
+def test_equalizing_compresses_every_image_by_one_distribution(rng):
+    image = picture(rng, 64, 64)
+    found = [degrade(image, None, 0.0, rng, equalize=True)[2] for _ in range(200)]
+    assert {encoding.format for encoding in found} == {"JPEG", "WEBP"}
+    assert min(e.quality for e in found) < 65 and max(e.quality for e in found) > 92
+    assert degrade(image, None, 0.0, rng)[2] is None
