@@ -28,7 +28,7 @@ RUN = $(PY) -m forensics_lib run $(1) $(if $(strip $(DATA)),--data "$(strip $(DA
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample test lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -59,6 +59,10 @@ run-open: setup ## Open run: any data, Task A, to an archive in submission/
 
 sample: setup ## Make the built-in sample data in data/sample
 	@$(PY) -m forensics_lib sample
+
+check-data: setup ## Count what a run needs (PARAMS, default the constrained run) against what the official sets hold
+	@$(PY) -m forensics_lib check-data $(if $(filter params/sample.yaml,$(PARAMS)),params/constrained.yaml,$(PARAMS)) \
+		$(if $(strip $(DATA)),--data "$(strip $(DATA))")
 
 test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH)

@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     commands.add_parser("sample", help="make the built-in sample data in data/sample")
 
+    check = commands.add_parser("check-data", help="count what a run needs against what the official sets hold")
+    check.add_argument("params", nargs="?", default="params/constrained.yaml")
+    check.add_argument("--data", default="", help="data root instead of the parameter file's")
+
     validate = commands.add_parser("validate", help="check a submission archive against the test images")
     validate.add_argument("archive", type=Path)
     validate.add_argument("--task", choices=["A", "B"], required=True)
@@ -32,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "sample": _sample, "validate": _validate}[options.command](options)
+        return {"run": _run, "sample": _sample, "check-data": _check_data, "validate": _validate}[options.command](options)
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -65,6 +69,18 @@ def _sample(_: argparse.Namespace) -> int:
 
     print(f"sample data in {build_sample(home() / 'data' / 'sample')}")
     return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from forensics_lib.files import from_home
+    from forensics_lib.official import check_data
+    from forensics_lib.params import load_params
+    from forensics_lib.runs import Run
+
+    params = load_params(options.params, {"data_root": str(Path(options.data).resolve())} if options.data else {})
+    result = check_data(Run(params, from_home(params.data_root)))
+    print(result.report())
+    return 0 if result.complete else 1
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
-"""What can be wrong with data that reads well: shortcuts that tell the classes apart, duplicates, photos in two splits."""
+"""What can be wrong with data that reads well: shortcuts that tell the classes apart, duplicates, photos in two places."""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from forensics_lib.datasets import TrainingCrops
+from forensics_lib.facts import image_hashes
+from forensics_lib.files import home
+from forensics_lib.images import ImageError, read_mask
+from forensics_lib.parquet import member_bytes
 from forensics_lib.progress import progress
 
 SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
@@ -58,7 +63,9 @@ class ShortcutAudit:
 _REMEDIES = {
     ("long side", "short side", "aspect ratio"): "size and shape: crops of one size at native resolution (always done)",
     ("format", "JPEG quality"): "format and quality: every crop recompressed by one distribution (equalize)",
-    ("bytes per pixel",): "bytes per pixel: the same recompression; what is left is the pictures' own texture",
+    (
+        "bytes per pixel",
+    ): "bytes per pixel: the same recompression, where format or quality differ too; else it is the pictures' own texture",
     ("camera EXIF",): "camera EXIF: the network sees pixels alone (always so)",
 }
 
@@ -136,7 +143,52 @@ def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
 
 
 def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(member_bytes(path) or Path(path).read_bytes()).hexdigest()
+
+
+@dataclass
+class NearDuplicates:
+    """Images of different photographs that look alike."""
+
+    pairs: pd.DataFrame  # distance, and path, split, label of both images
+    compared: int
+    of: int
+
+    def message(self) -> str:
+        """What was found, in a sentence."""
+        splits, classes = self.across("split"), self.across("label")
+        drawn = f"{self.compared:,} images compared" + (f", drawn from {self.of:,}" if self.compared < self.of else "")
+        return f"{len(self.pairs)} pairs look alike, {splits} across splits, {classes} across classes ({drawn})"
+
+    def across(self, column: str) -> int:
+        """Pairs whose images differ in ``split`` or in ``label``."""
+        return int((self.pairs[f"{column}_a"] != self.pairs[f"{column}_b"]).sum())
+
+
+def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
+    """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
+
+    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images all of
+    validation and a random part of the others are compared.  Flat pictures are passed over.
+    """
+    good = manifest[manifest["error"].isna()]
+    first = good["split"].eq("val")
+    drawn = pd.concat([good[first].head(limit), good[~first].sample(frac=1, random_state=0)]).head(limit).sort_index()
+    name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
+    cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
+    hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()
+    rows, values = drawn.loc[hashes.index], hashes.to_numpy(np.uint64)
+    groups, found = pd.factorize(rows["group"])[0], []
+    for start in range(0, len(values), 1_000):
+        bits = np.bitwise_count(values[start : start + 1_000, None] ^ values[None, start:])
+        one, other = np.nonzero(bits <= distance)
+        later = (other > one) & (groups[start + one] != groups[start + other])
+        found.append(np.column_stack([one + start, other + start, bits[one, other]])[later])
+    pairs = np.concatenate([np.zeros((0, 3), int), *found])
+    ends = {end: rows.iloc[pairs[:, i]].reset_index(drop=True) for i, end in enumerate("ab")}
+    columns = {f"{name}_{end}": ends[end][name] for end in "ab" for name in ("path", "split", "label")}
+    table = pd.DataFrame({"distance": pairs[:, 2], **columns}).sort_values("distance", kind="stable", ignore_index=True)
+    return NearDuplicates(table, len(drawn), len(good))
 
 
 def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -144,3 +196,92 @@ def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     good = manifest[manifest["error"].isna()]
     counted = pd.crosstab(good["group"], good["split"])
     return counted[(counted > 0).sum(axis=1) > 1]
+
+
+def overlapping(manifest: pd.DataFrame) -> pd.Series:
+    """Whether an image's photograph also stands in another split or another data set, one bool per row.
+
+    So are the COCO photographs that TGIF and the Task B validation set share.
+    """
+    where = manifest["data_set"] + " " + manifest["split"]
+    return where.groupby(manifest["group"]).transform("nunique") > 1
+
+
+def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
+    """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
+    names = manifest["data_set"].map(lambda root: Path(root).name) + " " + manifest["split"]
+    places = pd.crosstab(manifest["group"], names) > 0
+    pairs = [(one, other, int((places[one] & places[other]).sum())) for one, other in combinations(places.columns, 2)]
+    return pd.DataFrame([pair for pair in pairs if pair[2]], columns=["one", "other", "photographs"])
+
+
+def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
+    """The share of manipulated pixels of at most ``count`` images, with split, method and kind."""
+    marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
+    drawn = marked.sample(min(count, len(marked)), random_state=seed)
+    shares = []
+    for row in progress(drawn.to_dict("records"), "measuring masks"):
+        try:
+            shares.append(read_mask(row["mask_path"], (int(row["height"]), int(row["width"]))).mean())
+        except ImageError:
+            shares.append(np.nan)
+    return drawn[["split", "source", "method", "kind"]].assign(share=shares).dropna(subset=["share"]).reset_index(drop=True)
+
+
+def balance(manifest: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Usable images by split and ``column`` (source, generator, method or kind), a column per class."""
+    good = manifest[manifest["error"].isna()]
+    named = good.assign(**{column: good[column].fillna("-")})
+    return pd.crosstab([named["split"], named[column]], named["label"].map({0: "authentic", 1: "positive"}))
+
+
+@dataclass
+class Audit:
+    """All that was looked for in the data of a task."""
+
+    shortcut: ShortcutAudit
+    exact: pd.DataFrame
+    near: NearDuplicates
+    groups: pd.DataFrame
+    shared: pd.DataFrame
+    findings: pd.DataFrame  # what must be fixed, or known: finding, count, remedy
+
+    def duplicates(self) -> str:
+        """What stands twice, in words."""
+        across = int(self.exact.groupby("set")["label"].nunique().gt(1).sum())
+        return (
+            f"{len(self.exact)} files with a byte-for-byte twin, {across} twins across classes; "
+            f"{len(self.groups)} photographs in several splits"
+        )
+
+
+def audit(manifest: pd.DataFrame) -> Audit:
+    """Every audit of a task's manifest, and what follows from them."""
+    shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
+    groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
+    return Audit(shortcut, exact, near, groups, shared, _findings(manifest, shortcut, exact, near, groups))
+
+
+def _findings(
+    manifest: pd.DataFrame, shortcut: ShortcutAudit, exact: pd.DataFrame, near: NearDuplicates, groups: pd.DataFrame
+) -> pd.DataFrame:
+    """What must be fixed or known before training, with its remedy; nothing where all is well."""
+    twins = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
+    counts = pd.crosstab(manifest["split"], manifest["label"]).reindex(index=["train", "val"], columns=[0, 1], fill_value=0)
+    uneven = int((counts.max(axis=1) > 5 * counts.min(axis=1)).sum())
+    found = [
+        ("files left out", manifest["error"].notna().sum(), "see the list; restore them, or live without"),
+        ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
+        ("facts that tell the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "look at the table of facts"),
+        ("equal files in both classes", twins["label"], "remove them from one class"),
+        ("equal files in several splits", twins["split"], "remove them from training"),
+        ("look-alikes in both classes", near.across("label"), "twins of a photo are well; else remove"),
+        (
+            "look-alikes in several splits",
+            near.across("split"),
+            "scores are too kind: remove from training",
+        ),
+        ("photographs in several splits", len(groups), "scores with and without them are reported"),
+        ("splits with a class over 5 times the other", uneven, "epochs draw both classes equally often"),
+    ]
+    return pd.DataFrame([item for item in found if item[1]], columns=["finding", "count", "remedy"])

@@ -14,8 +14,8 @@ from joblib import Parallel, delayed
 
 from forensics_lib.disk import Looks
 from forensics_lib.files import whole
-from forensics_lib.images import facts_of
-from forensics_lib.layouts import text_type
+from forensics_lib.images import facts_of, hashes_of
+from forensics_lib.layouts import pandas_type
 from forensics_lib.parquet import file_of
 from forensics_lib.progress import progress
 
@@ -43,6 +43,11 @@ def file_facts(paths: list[str], cache: Path, looks: Looks | None = None) -> pd.
     return _kept(paths, cache, looks or Looks(), FACT_TYPES, facts_of, "reading headers")
 
 
+def image_hashes(paths: list[str], cache: Path) -> pd.Series:
+    """The perceptual hash of each image as UInt64, missing where it means nothing."""
+    return _kept(paths, cache, Looks(), {"hash": pa.uint64()}, hashes_of, "hashing images")["hash"]
+
+
 def _kept(
     paths: list[str], cache: Path, looks: Looks, types: dict[str, pa.DataType], read: Reading, title: str
 ) -> pd.DataFrame:
@@ -51,7 +56,7 @@ def _kept(
     known = _load(cache, [*keys.column_names, *types])
     rows = _rows_of(keys, known)
     if known is not None and len(rows) == len(known) and (rows == np.arange(len(rows))).all():
-        return known.select([*types, "identity"]).to_pandas(types_mapper=text_type)
+        return known.select([*types, "identity"]).to_pandas(types_mapper=pandas_type)
     new = np.flatnonzero(rows < 0)
     values = list(chain.from_iterable(_in_parallel(read, keys.column("path").take(pa.array(new)).to_pylist(), title)))
     columns = zip(*values, strict=True) if values else [()] * len(types)
@@ -62,7 +67,7 @@ def _kept(
     table = pa.table({name: part.column(name) for part in (keys, facts) for name in part.column_names})
     with whole(cache) as temporary:
         pq.write_table(table, temporary)
-    return table.select([*types, "identity"]).to_pandas(types_mapper=text_type)
+    return table.select([*types, "identity"]).to_pandas(types_mapper=pandas_type)
 
 
 def _keys(paths: list[str], looks: Looks) -> pa.Table:
@@ -87,7 +92,7 @@ def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
     if keys.column("path").equals(known.column("path")):
         rows = np.arange(len(keys))
     else:
-        rows = pd.Index(known.column("path").to_pandas(types_mapper=text_type)).get_indexer(keys.column("path").to_pandas())
+        rows = pd.Index(known.column("path").to_pandas(types_mapper=pandas_type)).get_indexer(keys.column("path").to_pandas())
     for name in ("size", "time"):
         now, then = keys.column(name).to_numpy(), known.column(name).to_numpy()
         rows[(now != then[rows]) | (rows < 0)] = -1

@@ -139,12 +139,14 @@ class Rows:
             runs = zip((values[number] for values in self._shared), self._lengths, strict=True)
             repeated = [pa.repeat(pa.scalar(value, kind), length) for value, length in runs]
             columns[name] = pa.concat_arrays(repeated) if repeated else pa.array([], kind)
-        return pa.table(columns).select(COLUMNS).to_pandas(types_mapper=text_type)
+        return pa.table(columns).select(COLUMNS).to_pandas(types_mapper=pandas_type)
 
 
-def text_type(kind: pa.DataType) -> pd.StringDtype | None:
-    """What arrow's text becomes in pandas: its default text type, on arrow's own memory."""
-    return pd.StringDtype("pyarrow", na_value=np.nan) if pa.types.is_large_string(kind) else None
+def pandas_type(kind: pa.DataType) -> pd.StringDtype | pd.UInt64Dtype | None:
+    """What arrow's columns become in pandas: text stays on arrow's memory, hashes keep all their bits."""
+    if pa.types.is_large_string(kind):
+        return pd.StringDtype("pyarrow", na_value=np.nan)
+    return pd.UInt64Dtype() if pa.types.is_uint64(kind) else None
 
 
 def contents(folder: Path) -> str:

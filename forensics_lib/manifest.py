@@ -10,9 +10,10 @@ import pandas as pd
 
 from forensics_lib.facts import file_facts
 from forensics_lib.files import from_home, home
+from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
 from forensics_lib.layouts import LayoutError, Rows, read_test
 from forensics_lib.params import DataSet
-from forensics_lib.readers import CONSTRAINED_LAYOUTS, read_data_set, recognised, task_of
+from forensics_lib.readers import read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
 
@@ -23,22 +24,38 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     the reason in ``error``; ``usable`` leaves them out.  ``attrs["notes"]`` holds what was passed over.  Raises
     ``LayoutError`` where a split lacks a class.
     """
-    parts = [(entry, read_data_set(entry)) for entry in data_sets(run, task)]
-    tables = [_with_file_facts(rows, _cache(entry)).assign(data_set=entry.root) for entry, rows in parts]
+    tables = [indexed(entry) for entry in data_sets(run, task)]
+    notes = [note for table in tables for note in table.attrs.pop("notes")]
     table = pd.concat(tables, ignore_index=True)
     table["error"] = table["error"].fillna(_contradictions(table))
     table = table.drop(columns="identity")
-    table.attrs["notes"] = [note for _, rows in parts for note in rows.notes()]
-    for note in table.attrs["notes"]:
+    table.attrs["notes"] = notes
+    for note in notes:
         print(note)
     _check_classes(table, task)
     return table
 
 
-def _cache(entry: DataSet) -> Path:
-    """Where the facts about a data set's files are kept."""
-    name = hashlib.sha256(f"{from_home(entry.root)} {entry.layout}".encode()).hexdigest()[:12]
-    return home() / "outputs" / ".cache" / f"{Path(entry.root).name}-{name}.parquet"
+def indexed(entry: DataSet) -> pd.DataFrame:
+    """The images of one data set with the facts of their files; raises ``LayoutError``."""
+    rows = read_data_set(entry)
+    table = _with_file_facts(rows, facts_cache(entry.root, entry.layout)).assign(data_set=entry.root, layout=entry.layout)
+    table.attrs["notes"] = rows.notes()
+    return table
+
+
+def sources(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Every source that goes in: data set, layout, source, split, and usable images of each class."""
+    good = manifest[manifest["error"].isna()]
+    keys = ["data_set", "layout", "source", "split"]
+    counted = good.groupby(keys)["label"].agg(images="size", positive="sum").reset_index()
+    return counted.assign(authentic=counted["images"] - counted["positive"])[[*keys, "authentic", "positive"]]
+
+
+def facts_cache(root: str | Path, what: str) -> Path:
+    """Where the facts about a folder's files are kept."""
+    name = hashlib.sha256(f"{from_home(root)} {what}".encode()).hexdigest()[:12]
+    return home() / "outputs" / ".cache" / f"{Path(root).name}-{what}-{name}.parquet"
 
 
 def data_sets(run: Run, task: str) -> list[DataSet]:
@@ -46,10 +63,21 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
 
     Raises ``LayoutError`` where a constrained run names a set that is not an official one.
     """
-    if run.params.data and not run.sample:
-        entries = [recognised(entry) for entry in run.params.data]
-        _refuse_unofficial(run, entries)
-        return [entry for entry in entries if task_of(entry) == task]
+    entries = _named(run, task) if run.params.data and not run.sample else _of_data_root(run, task)
+    refuse_training_on_validation(entries)
+    if run.params.run_type == "constrained":
+        refuse_unofficial(entries, run.params.edition)
+    return entries
+
+
+def _named(run: Run, task: str) -> list[DataSet]:
+    entries = [recognised(entry) for entry in run.params.data or []]
+    if run.params.run_type == "constrained":
+        refuse_unofficial(entries, run.params.edition)
+    return [entry for entry in entries if task_of(entry) == task]
+
+
+def _of_data_root(run: Run, task: str) -> list[DataSet]:
     if task == "B":
         folder = run.data / "dataset_taskB"
         return [_own(folder / "TGIF", "tgif"), _own(folder / "validation", "task_b_validation")]
@@ -65,21 +93,14 @@ def _own(root: Path, layout: str) -> DataSet:
     return DataSet(root=str(root), layout=layout)
 
 
-def _refuse_unofficial(run: Run, entries: list[DataSet]) -> None:
-    """Constrained means constrained: the official sets alone (SAGI-D among them from 2026 on)."""
-    official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if run.params.edition >= 2026 else set())
-    refused = [f"{entry.root} ({entry.layout})" for entry in entries if entry.layout not in official]
-    if run.params.run_type == "constrained" and refused:
-        raise LayoutError(
-            f"a constrained run takes official data only; refused: {', '.join(refused)}. "
-            f"Take them out of data, or set run_type: open. Official layouts: {', '.join(sorted(official))}"
-        )
-
-
 def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
     """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``."""
-    folder = run.test_folder(task)
-    table = _with_file_facts(read_test(folder), _cache(_own(folder, "own")))
+    return test_images(run.test_folder(task)).drop(columns="identity")
+
+
+def test_images(folder: Path) -> pd.DataFrame:
+    """The images of a flat folder, sorted by name, with the facts of their files."""
+    table = _with_file_facts(read_test(folder), facts_cache(folder, "test"))
     return table.sort_values("path", ignore_index=True)
 
 

@@ -16,9 +16,8 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.evaluation import Evaluation, MaskExample
 from forensics_lib.files import whole
-from forensics_lib.images import ImageError, read_image, read_mask
+from forensics_lib.images import read_image
 from forensics_lib.inference import load_mask
-from forensics_lib.manifest import usable
 from forensics_lib.metrics import counts
 from forensics_lib.runs import Run
 
@@ -26,10 +25,9 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8
 CLASS_COLOURS = {0: BLUE, 1: ORANGE}
 CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-SHOWN_SIDE = 224  # pixels of an image that a gallery shows, at native resolution
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
     plt.close(figure)  # a notebook shows the returned figure once
@@ -45,77 +43,14 @@ def save_figure(run: Run, figure: Figure, name: str) -> Figure:
     return figure
 
 
-def _hide_axes(axes: np.ndarray) -> None:
+def hide_axes(axes: np.ndarray) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
 
 
-def _centre(image: np.ndarray, side: int = SHOWN_SIDE) -> np.ndarray:
-    top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
-    return image[top : top + side, left : left + side]
-
-
-def class_samples(manifest: pd.DataFrame, task: str, count: int = 6, seed: int = 0) -> Figure:
-    """Native-resolution centres of random training images, a row per class."""
-    figure, axes = _figure(2, count, 1.6 * count, 3.7)
-    _hide_axes(axes)
-    train = usable(manifest, "train")
-    for label, row in enumerate(axes):
-        members = train[train["label"] == label]
-        for axis, (_, item) in zip(row, members.sample(min(count, len(members)), random_state=seed).iterrows(), strict=False):
-            try:
-                axis.imshow(_centre(read_image(Path(item["path"]))), interpolation="nearest")
-                axis.set_title(item["source"] if pd.isna(item["method"]) else item["method"], fontsize=8)
-            except ImageError:
-                axis.set_title("unreadable", fontsize=8)
-        row[0].set_title(f"{CLASS_NAMES[task][label]}: {row[0].get_title()}", fontsize=8)
-    figure.suptitle(f"Training images of Task {task}, native resolution", fontsize=10)
-    return figure
-
-
-def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Figure:
-    """Manipulated training images with the outline of their true masks, in turn from each method."""
-    train = usable(manifest, "train")
-    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed)
-    turn = shuffled.groupby("method").cumcount()
-    figure, axes = _figure(1, count, 1.7 * count, 2.2)
-    _hide_axes(axes)
-    for axis, (_, item) in zip(
-        axes.flat, shuffled.assign(turn=turn).sort_values("turn", kind="stable").iterrows(), strict=False
-    ):
-        try:
-            image = read_image(Path(item["path"]))
-            mask = read_mask(Path(item["mask_path"]), image.shape[:2])
-        except ImageError:
-            continue
-        axis.imshow(image)
-        axis.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
-        axis.set_title(f"{item['method']} ({item['kind']})", fontsize=8)
-    figure.suptitle("Manipulated images; the line encloses what was changed", fontsize=10)
-    return figure
-
-
-def size_distribution(manifest: pd.DataFrame, task: str) -> Figure:
-    """Megapixels and bytes per pixel of both classes: a difference here is a shortcut that a model may learn."""
-    good = manifest[manifest["error"].isna()]
-    pixels = good["width"] * good["height"]
-    figure, axes = _figure(1, 2, 8, 2.6)
-    for axis, values, title in zip(
-        axes.flat, (pixels / 1e6, good["bytes"] / pixels), ("megapixels", "bytes per pixel"), strict=True
-    ):
-        bins = np.linspace(0, float(values.quantile(0.99)), 30)
-        for label, colour in CLASS_COLOURS.items():
-            chosen = values[good["label"] == label]
-            axis.hist(chosen, bins, density=True, histtype="step", color=colour, lw=1.6, label=CLASS_NAMES[task][label])
-        axis.set(xlabel=title, ylabel="density")
-    axes[0, 0].legend(frameon=False)
-    figure.suptitle(f"Task {task}: file facts by class", fontsize=10)
-    return figure
-
-
 def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
     """Training loss and validation scores over the epochs of both steps."""
-    figure, axes = _figure(1, 2, 8, 2.8)
+    figure, axes = new_figure(1, 2, 8, 2.8)
     epochs = np.arange(1, len(metrics) + 1)
     axes[0, 0].plot(epochs, metrics["train_loss"], color=BLUE, marker=".")
     axes[0, 0].set(xlabel="epoch", ylabel="training loss")
@@ -133,7 +68,7 @@ def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
 def score_curves(evaluation: Evaluation, task: str) -> Figure:
     """ROC, precision-recall, and the distribution of probabilities with the threshold."""
     table, threshold = evaluation.table, evaluation.thresholds["threshold"]
-    figure, axes = _figure(1, 3, 10, 3)
+    figure, axes = new_figure(1, 3, 10, 3)
     roc, pr, hist = axes.flat
     fpr, tpr, _ = roc_curve(table["label"], table["prob"])
     precision, recall, _ = precision_recall_curve(table["label"], table["prob"])
@@ -159,7 +94,7 @@ def confusion(evaluation: Evaluation, task: str) -> Figure:
     called = evaluation.table["prob"] >= evaluation.thresholds["threshold"]
     tp, fp, fn, tn = counts(evaluation.table["label"].to_numpy(), called.to_numpy())
     matrix = np.array([[tn, fp], [fn, tp]])
-    figure, axes = _figure(1, 1, 3.4, 3)
+    figure, axes = new_figure(1, 1, 3.4, 3)
     axis, names = axes[0, 0], CLASS_NAMES[task]
     axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     for (y, x), value in np.ndenumerate(matrix):
@@ -177,8 +112,8 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     """
     known = examples[0].truth is not None
     rows = 4 if known else 3
-    figure, axes = _figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
-    _hide_axes(axes)
+    figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
+    hide_axes(axes)
     for column, example in zip(axes.T, examples, strict=True):
         panels = [example.image, *([example.truth] if known else []), example.mask, _overlay(example, loc_threshold)]
         for axis, panel in zip(column, panels, strict=True):

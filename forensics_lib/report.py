@@ -43,7 +43,11 @@ _RANKED = {  # metric key: what the reader sees, in the order of importance
 }
 _TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
 _CAPTIONS = {
-    "samples": "Training images, native resolution",
+    "balance": "Usable images by split, source, method and class",
+    "samples": "Training images at native resolution, and what a median filter takes away",
+    "spectra": "Average spectra of noise residuals",
+    "areas": "Size of manipulated regions",
+    "shortcut": "How well a file fact alone tells the class",
     "regions": "Manipulated training images with the outline of what was changed",
     "files": "File facts by class",
     "learning": "Loss and validation scores over the epochs",
@@ -76,11 +80,18 @@ def _sentence(run: Run, facts: dict[str, Any]) -> str:
 
 
 def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
-    validation, held_out = facts.get(f"task{task}_validation", {}), facts.get(f"task{task}_held_out", {})
-    table = pd.DataFrame({"validation": validation, **({"held out": held_out} if held_out else {})})
+    names = {"validation": "validation", "validation_without_overlap": "without overlap", "held_out": "held out"}
+    columns = {title: facts.get(f"task{task}_{name}") for name, title in names.items()}
+    validation = columns["validation"] or {}
+    table = pd.DataFrame({title: scores for title, scores in columns.items() if scores})
     table = table.reindex([key for key in _RANKED if key in validation]).rename(index=_RANKED)
     note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
+    if columns["without overlap"]:
+        note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
+    parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]
+    if f"task{task}_shortcut_auc" in facts:
+        parts.append(f"<p>{escape(_shortcut_sentence(task, facts))}</p>")
     parts += [_figure(path) for path in sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)]
     for key, title in (
         (f"task{task}_left_out", "Labelled images left out: unreadable, or without their mask"),
@@ -91,6 +102,13 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
             names = "".join(f"<li>{escape(str(name))}</li>" for name in facts[key][:50])
             parts.append(f"<h3>{title}: {len(facts[key])}</h3><ul>{names}</ul>")
     return parts
+
+
+def _shortcut_sentence(task: str, facts: dict[str, Any]) -> str:
+    text = f"File facts alone tell the training classes apart with AUC {facts[f'task{task}_shortcut_auc']:.2f}"
+    after = facts.get(f"task{task}_shortcut_auc_of_crops")
+    equalized = "on" if facts.get(f"task{task}_equalized") else "off"
+    return text + (f"; of the crops that were trained on, with AUC {after:.2f} (equalize {equalized})." if after else ".")
 
 
 def _figure_order(path: Path) -> int:

@@ -27,7 +27,7 @@ from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import Machine, choose_machine
-from forensics_lib.manifest import data_fingerprint, usable
+from forensics_lib.manifest import data_fingerprint, sources, usable
 from forensics_lib.metrics import image_metrics, pixel_curves, pixel_histogram
 from forensics_lib.model import CombinedModel, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
@@ -97,7 +97,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
-    equalize = _close_shortcut(run, task, train_rows)
+    equalize = close_shortcut(run, task, train_rows)
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
@@ -110,6 +110,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
         _run_step(fit, step, epochs, state, fingerprint)
     run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
+    run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
     if fit.errors:
         print(f"{len(fit.errors)} training image(s) could not be read and were left out:")
@@ -118,12 +119,12 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     return read_metrics(run, task)
 
 
-def _close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
+def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
     """Say whether file facts tell the classes apart and what closes it; returns whether crops are equalized."""
     audit = shortcut_audit(rows)
     print(audit.message())
     equalize = {"auto": audit.of_codecs, "always": True, "never": False}[run.params.equalize]
-    facts = {"shortcut_auc": round(audit.auc, 3), "equalized": equalize}
+    facts = {"shortcut_auc": round(audit.auc, 3), "equalized": equalize, "shortcut_auc_of_crops": None}
     if audit.found:
         print("\n".join(f"  closed by {remedy}" for remedy in audit.remedies()))
         after = equalized_audit(rows, training_crops(rows, task, run.params, equalize=equalize, seed=run.params.seed))

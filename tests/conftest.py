@@ -96,6 +96,12 @@ def _make_validation(root: Path, rng: np.random.Generator) -> None:
     table.to_csv(root / "taskB_val.csv", index=False, lineterminator="\r\n", encoding="utf-8-sig")
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """Nothing that a test writes lands in the project."""
+    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -8,12 +8,26 @@ import pytest
 from conftest import picture, save
 from PIL import Image
 
-from forensics_lib.audits import SHORTCUT_LIMIT, equalized_audit, exact_duplicates, groups_across_splits, shortcut_audit
+from forensics_lib import data_plots
+from forensics_lib.audits import (
+    SHORTCUT_LIMIT,
+    audit,
+    balance,
+    equalized_audit,
+    exact_duplicates,
+    groups_across_splits,
+    mask_areas,
+    near_duplicates,
+    overlapping,
+    shared_photographs,
+    shortcut_audit,
+)
 from forensics_lib.files import project_root
 from forensics_lib.images import read_header
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
+from forensics_lib.traces import average_spectrum, radial_profile
 from forensics_lib.training import training_crops
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
@@ -43,9 +57,9 @@ def table(rng, count: int = 200, **changes) -> pd.DataFrame:
 
 
 def test_classes_with_the_same_facts_have_no_shortcut(rng):
-    audit = shortcut_audit(table(rng))
-    assert not audit.found
-    assert "no shortcut" in audit.message()
+    found = shortcut_audit(table(rng))
+    assert not found.found
+    assert "no shortcut" in found.message()
 
 
 @pytest.mark.parametrize(
@@ -53,10 +67,10 @@ def test_classes_with_the_same_facts_have_no_shortcut(rng):
     [({"format": "WEBP"}, "format"), ({"jpeg_quality": 99.0}, "JPEG quality"), ({"camera": False}, "camera EXIF")],
 )
 def test_a_fact_that_tells_the_class_is_found_and_named(rng, changes, fact):
-    audit = shortcut_audit(table(rng, **changes))
-    assert audit.found
-    assert audit.facts.index[0] == fact
-    assert fact in audit.message()
+    found = shortcut_audit(table(rng, **changes))
+    assert found.found
+    assert found.facts.index[0] == fact
+    assert fact in found.message()
 
 
 def test_the_audit_does_not_learn_groups(rng):
@@ -108,14 +122,14 @@ def test_a_camera_is_known_by_its_exif(tmp_path, rng):
 @pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
 def test_the_trap_in_real_training_data_is_found():
     manifest = build_manifest(Run(Params(tasks=["A"]), CORPUS), "A")
-    audit = shortcut_audit(manifest)
-    assert audit.of_codecs
+    found = shortcut_audit(manifest)
+    assert found.of_codecs
     rows = usable(manifest, "train")
     crops = training_crops(rows, "A", Params(tasks=["A"]), equalize=True, seed=0)
     assert equalized_audit(rows, crops).auc <= SHORTCUT_LIMIT
-    assert audit.auc > 0.9
-    assert audit.facts["format"] > 0.6
-    assert audit.facts["aspect ratio"] > 0.9
+    assert found.auc > 0.9
+    assert found.facts["format"] > 0.6
+    assert found.facts["aspect ratio"] > 0.9
 
 
 def test_equalizing_closes_a_codec_shortcut_and_nothing_else_does(tiny_run, rng):
@@ -127,15 +141,112 @@ def test_equalizing_closes_a_codec_shortcut_and_nothing_else_does(tiny_run, rng)
             for number in range(count):
                 save(folder / f"{number}.{ending}", picture(rng))
     rows = usable(build_manifest(tiny_run, "A"), "train")
-    audit = shortcut_audit(rows)
-    assert audit.of_codecs and audit.auc > 0.95
-    assert any("equalize" in remedy for remedy in audit.remedies())
+    found = shortcut_audit(rows)
+    assert found.of_codecs and found.auc > 0.95
+    assert any("equalize" in remedy for remedy in found.remedies())
     left = {on: equalized_audit(rows, training_crops(rows, "A", tiny_run.params, equalize=on, seed=0)) for on in (True, False)}
     assert left[False].found
     assert left[True].facts["format"] < 0.65 and left[True].facts["JPEG quality"] < 0.65
 
 
 def test_different_sizes_do_not_ask_for_recompression(rng):
-    audit = shortcut_audit(table(rng, width=1000, height=1000))
-    assert audit.found and not audit.of_codecs
-    assert audit.remedies()[0].startswith("size and shape")
+    found = shortcut_audit(table(rng, width=1000, height=1000))
+    assert found.found and not found.of_codecs
+    assert found.remedies()[0].startswith("size and shape")
+
+
+def photo_table(paths: list[Path], **columns) -> pd.DataFrame:
+    rows = pd.DataFrame({"path": [str(path) for path in paths], "label": 0, "split": "train", "error": None, "data_set": "set"})
+    return rows.assign(group=rows["path"], **columns)
+
+
+def smooth_picture(rng) -> np.ndarray:
+    """Something with large shapes, as photographs have."""
+    return np.asarray(
+        Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((280, 240), Image.Resampling.BICUBIC)
+    )
+
+
+def test_look_alikes_survive_recompression_and_scaling(tmp_path, rng):
+    first, other = smooth_picture(rng), smooth_picture(rng)
+    paths = [save(tmp_path / "a.png", first), tmp_path / "b.jpg", save(tmp_path / "c.png", other)]
+    Image.fromarray(first).resize((140, 120)).save(paths[1], quality=50)
+    paths += [
+        save(tmp_path / "flat1.png", np.full((50, 50, 3), 90, np.uint8)),
+        save(tmp_path / "flat2.png", np.full((60, 50, 3), 91, np.uint8)),
+    ]
+    (tmp_path / "broken.jpg").write_bytes(b"x")
+    rows = photo_table([*paths, tmp_path / "broken.jpg"], split=["train", "val", "train", "train", "val", "val"])
+    near = near_duplicates(rows)
+    assert near.pairs[["path_a", "path_b"]].to_numpy().tolist() == [[str(paths[0]), str(paths[1])]]
+    assert near.across("split") == 1 and near.across("label") == 0
+    assert "1 pairs look alike, 1 across splits, 0 across classes" in near.message()
+    assert near_duplicates(rows.assign(group="one photo")).pairs.empty, "of one photo they are no find"
+
+
+def test_look_alikes_of_many_images_are_sought_among_a_part(tmp_path, rng):
+    rows = photo_table([save(tmp_path / f"{i}.png", smooth_picture(rng)) for i in range(6)], split=["train"] * 4 + ["val"] * 2)
+    near = near_duplicates(rows, limit=3)
+    assert (near.compared, near.of) == (3, 6)
+    assert "3 images compared, drawn from 6" in near.message()
+
+
+def test_photographs_that_two_sets_share():
+    rows = pd.DataFrame(
+        {
+            "group": ["a", "a", "b", "c", "c", "d", "d"],
+            "split": ["train", "val", "val", "train", "train", "val", "val"],
+            "data_set": ["x/one", "x/two", "x/two", "x/one", "x/one", "x/one", "x/two"],
+        }
+    )
+    assert overlapping(rows).tolist() == [True, True, False, False, False, True, True]
+    assert shared_photographs(rows).to_numpy().tolist() == [["one train", "two val", 1], ["one val", "two val", 1]]
+
+
+def test_every_audit_of_sound_data_finds_nothing_and_of_spoiled_data_says_what(tiny_run):
+    assert not audit(build_manifest(tiny_run, "B")).findings["finding"].str.contains("left out|equal|several").any()
+    folder = tiny_run.data / "dataset"
+    shutil.copy(folder / "train" / "1_fake" / "src" / "1_fake0.png", folder / "val" / "0_real" / "copy.png")
+    (folder / "train" / "1_fake" / "src" / "1_fake1.png").write_bytes(b"")
+    (folder / "train" / "1_fake" / "notes.txt").touch()
+    found = audit(build_manifest(tiny_run, "A"))
+    counts = found.findings.set_index("finding")["count"]
+    assert counts["files left out"] == 1 and counts["notes on folders and names"] == 1
+    assert counts["equal files in both classes"] == 1 and counts["equal files in several splits"] == 1
+    assert "2 files with a byte-for-byte twin, 1 twins across classes" in found.duplicates()
+
+
+def test_mask_areas_and_balance(tiny_run):
+    manifest = build_manifest(tiny_run, "B")
+    areas = mask_areas(manifest)
+    assert set(areas["kind"]) == {"sp", "fr"}
+    np.testing.assert_allclose(areas["share"], 1 / 16, atol=0.01)
+    assert balance(manifest, "method").loc[("train", "sd2-sp"), "positive"] == 2
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
+    manifest = build_manifest(tiny_run, task)
+    found = audit(manifest)
+    figures = [data_plots.balance_bars(manifest, task), data_plots.file_distributions(manifest, task)]
+    figures += [data_plots.shortcut_bars(found.shortcut, task), data_plots.near_duplicate_pairs(found.near)]
+    figures += [data_plots.class_samples(manifest, task), data_plots.spectra(manifest, task)]
+    if task == "B":
+        figures += [data_plots.region_samples(manifest), data_plots.mask_area_distribution(mask_areas(manifest))]
+    for figure in figures:
+        figure.canvas.draw()
+
+
+def test_a_periodic_trace_stands_out_in_the_average_spectrum(tmp_path, rng):
+    """Every fourth column is lifted a little: in each picture invisible under noise, in the average a peak at 1/4."""
+    lifted = (np.arange(160) % 4 == 0) * 4
+    paths = []
+    for i in range(30):
+        noise = rng.normal(128, 12, (160, 160, 1)) + lifted[None, :, None]
+        paths.append(save(tmp_path / f"{i}.png", np.repeat(noise.clip(0, 255), 3, 2).astype(np.uint8)))
+    spectrum = average_spectrum(photo_table(paths))
+    assert spectrum.shape == (128, 128)
+    row = spectrum[64, 66:]
+    assert row.argmax() + 2 == 32, "a quarter of the sampling frequency"
+    assert radial_profile(np.ones((128, 128))).tolist() == [1.0] * 64
+    assert np.isnan(average_spectrum(photo_table([save(tmp_path / "small.png", picture(rng))]))).all()

@@ -15,7 +15,9 @@ import pytest
 from conftest import picture, records, save, square_mask
 from PIL import Image
 
-from forensics_lib.audits import groups_across_splits
+from forensics_lib import official
+from forensics_lib.__main__ import main
+from forensics_lib.audits import groups_across_splits, overlapping, shared_photographs
 from forensics_lib.datasets import TrainingCrops
 from forensics_lib.files import project_root
 from forensics_lib.images import read_image
@@ -278,13 +280,79 @@ def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
     assert len(data_sets(with_data(tiny_run, *entries, run_type="open"), "A")) == 2
 
 
+def test_a_constrained_run_looks_at_names_and_at_where_links_lead(tiny_run, tmp_path):
+    touch(tmp_path / "faces", "train/stylegan/1_fake/1.png", "train/cat/0_real/1.png")
+    with pytest.raises(LayoutError, match=r"stylegan: not among CNNDetection's"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "faces"), "layout": "cnndetection"}), "A")
+    touch(tmp_path / "ldm", "train/latent_diffusion_mine/1.png")
+    with pytest.raises(LayoutError, match="latent_diffusion_mine: not among"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "ldm")}), "A")
+    touch(tmp_path / "dataset_open", "train/1_fake/1.png", "train/0_real/1.png")
+    with pytest.raises(LayoutError, match=r"dataset_open.* is open data"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "dataset_open")}), "A")
+
+
+@pytest.mark.parametrize(
+    ("target", "fault"),
+    [("dataset_open/train/1_fake", "is open data"), ("sd5/train/ai", "GenImage"), ("sd3/fake", "Community")],
+)
+def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, tmp_path, target, fault):
+    touch(tmp_path / "elsewhere" / target, "1.png")
+    (tiny_run.data / "dataset" / "train" / "1_fake" / "more").symlink_to(tmp_path / "elsewhere" / target)
+    with pytest.raises(LayoutError, match=f"official data only; refused: .*{fault}"):
+        data_sets(tiny_run, "A")
+    opened = Run(tiny_run.params.model_copy(update={"run_type": "open"}), tiny_run.data)
+    assert len(data_sets(opened, "A")) == 2
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+def test_the_validation_set_is_never_trained_on_by_a_link(tiny_run, tmp_path, run_type):
+    touch(tmp_path / "ITW-SM", "1_fake/x_1.jpg")
+    (tiny_run.data / "dataset" / "train" / "1_fake" / "itw").symlink_to(tmp_path / "ITW-SM" / "1_fake")
+    with pytest.raises(LayoutError, match="must not be trained on"):
+        data_sets(Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data), "A")
+
+
+def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
+    monkeypatch.setitem(official.EXPECTED, "own", {("val", 0): 4, ("val", 1): 4})
+    monkeypatch.setitem(official.EXPECTED, "task_b_validation", {("val", 0): 2, ("val", 1): 2})
+    counts = {("train", 0): 2, ("train", 1): 4, ("val", 0): 2, ("val", 1): 4, ("test", 0): 2, ("test", 1): 4}
+    monkeypatch.setitem(official.EXPECTED, "tgif", counts)
+    monkeypatch.setitem(official.TEST_IMAGES, "A", 4)
+    assert official.check_data(tiny_run).complete
+    next((tiny_run.data / "dataset_taskB" / "TGIF" / "masks" / "training").rglob("*_512.png")).unlink()
+    found = official.check_data(tiny_run)
+    assert not found.complete and "INCOMPLETE" in found.report() and "its mask" in found.report()
+    next((tiny_run.data / "dataset_taskB" / "TGIF" / "sd2-fr" / "validation").rglob("*.png")).unlink()
+    missing = official.check_data(tiny_run).table.set_index(["layout", "split", "class"])["missing"]
+    assert missing["tgif", "val", "positive"] == 1
+    assert main(["check-data", "params/constrained.yaml", "--data", str(tiny_run.data)]) == 1
+    assert "INCOMPLETE" in capsys.readouterr().out
+
+
+def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
+    assert main(["check-data", "params/constrained.yaml", "--data", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    for part in ("58560", "8184", "6212", "3227", "5000", "10000", str(tmp_path / "test" / "taskB")):
+        assert part in said
+
+
+def test_official_tgif_and_validation_are_complete_by_count(official_tree, tmp_path):
+    expected = dict.fromkeys(official.EXPECTED["tgif"], 0)
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"))
+    assert {line["found"] for line in lines} == set(official.EXPECTED["tgif"].values())
+    assert [line["missing"] for line in lines] == [0] * len(expected)
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"))
+    assert [(line["found"], line["missing"]) for line in lines] == [(3_227, 0), (6_212, 0)]
+
+
 def test_a_wrong_entry_names_its_key():
     with pytest.raises(ParamsError, match=r"data\.0\.rot: unknown key .*did you mean 'root'"):
         make_params({"data": [{"rot": "x", "root": "y"}]}, "own.yaml")
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory) -> Path:
+def official_tree(tmp_path_factory) -> Path:
     """TGIF and the Task B validation set as empty files under all their official names."""
     if not OFFICIAL.is_dir():
         pytest.skip(f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
@@ -313,8 +381,8 @@ def _lay_out_tgif(root: Path, split: str) -> None:
             touch(root, f"masks/{split}/{item['category']}/{mask.format(**values)}")
 
 
-def test_official_tgif_counts_masks_and_groups(official):
-    rows = records(read_tgif(official / "TGIF"))
+def test_official_tgif_counts_masks_and_groups(official_tree):
+    rows = records(read_tgif(official_tree / "TGIF"))
     fakes = [row for row in rows if row["label"]]
     assert len(fakes) == 74_976
     assert tally(fakes, "split") == {("train",): 4 * 14_640, ("val",): 4 * 2_046, ("test",): 4 * 2_058}
@@ -326,10 +394,15 @@ def test_official_tgif_counts_masks_and_groups(official):
     assert len(rows) - len(fakes) == 3 * 3_124
 
 
-def test_official_overlap_of_tgif_and_task_b_validation(official):
-    tgif = read_tgif(official / "TGIF").table()
-    validation = read_task_b_validation(official / "val").table()
+def test_official_overlap_of_tgif_and_task_b_validation(official_tree):
+    tgif = read_tgif(official_tree / "TGIF").table()
+    validation = read_task_b_validation(official_tree / "val").table()
     assert (len(validation), int(validation["label"].sum())) == (3_227 + 6_212, 6_212)
+    both = pd.concat([tgif.assign(data_set="TGIF"), validation.assign(data_set="val")])
+    shared = shared_photographs(both).set_index(["one", "other"])["photographs"]
+    assert [shared[f"TGIF {split}", "val val"] for split in ("train", "val", "test")] == [597, 126, 142]
+    ours = both[both["data_set"] == "val"]
+    assert ours.loc[overlapping(both)[both["data_set"] == "val"], "group"].nunique() == 865
     tgif["split"] = "tgif " + tgif["split"]
     both = groups_across_splits(pd.concat([tgif, validation]).assign(error=np.nan))
     shared = both[both["val"] > 0]
