@@ -63,9 +63,7 @@ class ShortcutAudit:
 _REMEDIES = {
     ("long side", "short side", "aspect ratio"): "size and shape: crops of one size at native resolution (always done)",
     ("format", "JPEG quality"): "format and quality: every crop recompressed by one distribution (equalize)",
-    (
-        "bytes per pixel",
-    ): "bytes per pixel: the same recompression, where format or quality differ too; else it is the pictures' own texture",
+    ("bytes per pixel",): "bytes per pixel: the same, where format or quality differ too; else it is the pictures' texture",
     ("camera EXIF",): "camera EXIF: the network sees pixels alone (always so)",
 }
 

@@ -20,9 +20,8 @@ SHOWN_SIDE = 192  # pixels of an image that a gallery shows, at native resolutio
 def balance_bars(manifest: pd.DataFrame, task: str) -> Figure:
     """Usable images of each source and method, by split and class."""
     good = manifest[manifest["error"].isna()]
-    names = (
-        good["split"] + " · " + good["source"] + good["method"].map(lambda name: f" · {name}", na_action="ignore").fillna("")
-    )
+    method = (" · " + good["method"].astype("str")).fillna("")
+    names = good["split"] + " · " + good["source"] + method
     counts = pd.crosstab(names, good["label"]).reindex(columns=[0, 1], fill_value=0)
     left_out = max(0, len(counts) - 40)
     counts = counts.head(40)

@@ -171,10 +171,7 @@ def test_look_alikes_survive_recompression_and_scaling(tmp_path, rng):
     first, other = smooth_picture(rng), smooth_picture(rng)
     paths = [save(tmp_path / "a.png", first), tmp_path / "b.jpg", save(tmp_path / "c.png", other)]
     Image.fromarray(first).resize((140, 120)).save(paths[1], quality=50)
-    paths += [
-        save(tmp_path / "flat1.png", np.full((50, 50, 3), 90, np.uint8)),
-        save(tmp_path / "flat2.png", np.full((60, 50, 3), 91, np.uint8)),
-    ]
+    paths += [save(tmp_path / f"flat{grey}.png", np.full((50, 50, 3), grey, np.uint8)) for grey in (90, 91)]
     (tmp_path / "broken.jpg").write_bytes(b"x")
     rows = photo_table([*paths, tmp_path / "broken.jpg"], split=["train", "val", "train", "train", "val", "val"])
     near = near_duplicates(rows)
@@ -204,7 +201,7 @@ def test_photographs_that_two_sets_share():
 
 
 def test_every_audit_of_sound_data_finds_nothing_and_of_spoiled_data_says_what(tiny_run):
-    assert not audit(build_manifest(tiny_run, "B")).findings["finding"].str.contains("left out|equal|several").any()
+    assert not audit(build_manifest(tiny_run, "B")).findings["finding"].str.contains("left out|equal").any()
     folder = tiny_run.data / "dataset"
     shutil.copy(folder / "train" / "1_fake" / "src" / "1_fake0.png", folder / "val" / "0_real" / "copy.png")
     (folder / "train" / "1_fake" / "src" / "1_fake1.png").write_bytes(b"")
@@ -238,8 +235,8 @@ def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
 
 
 def test_a_periodic_trace_stands_out_in_the_average_spectrum(tmp_path, rng):
-    """Every fourth column is lifted a little: in each picture invisible under noise, in the average a peak at 1/4."""
-    lifted = (np.arange(160) % 4 == 0) * 4
+    """A faint wave of four pixels: in each picture lost under noise, in the average a peak at 1/4."""
+    lifted = 4 * np.cos(np.arange(160) * np.pi / 2)
     paths = []
     for i in range(30):
         noise = rng.normal(128, 12, (160, 160, 1)) + lifted[None, :, None]
