@@ -28,7 +28,7 @@ RUN = $(PY) -m forensics_lib run $(1) $(if $(strip $(DATA)),--data "$(strip $(DA
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -69,6 +69,9 @@ test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 	$(PY) -m pytest tests
 	FORENSICS_HOME=$(SCRATCH) FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=1200 --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+bench: setup ## Measure the speed and memory of looking at 600,000 files
+	$(PY) tests/benchmarks/bench_manifest.py
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

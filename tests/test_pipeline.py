@@ -47,6 +47,7 @@ def test_from_data_to_valid_archives(home, capsys):
     report = (outputs / "constrained" / "report.html").read_text()
     assert "bad.png" in report
     assert "SAMPLE DATA" not in report
+    assert "Data that went in" in report and "without overlap" in report and "File facts alone" in report
 
 
 @pytest.mark.slow
@@ -57,6 +58,8 @@ def test_open_run_and_a_notebook_whose_task_is_not_in_it(home):
     assert [path.name for path in (home / "submission").iterdir()] == ["team_open.zip"]
     skipped = (home / "outputs" / "open" / "notebooks" / "03_train_taskB.ipynb").read_text()
     assert "Task B is not in this run" in skipped
+    report = (home / "outputs" / "open" / "report.html").read_text()
+    assert str(data / "dataset_open") in report, "every source that went in is listed"
 
 
 @pytest.mark.slow

@@ -145,6 +145,8 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
     assert set(thresholds) == {"threshold", "loc_threshold"}
     assert read_checkpoint(tiny_run.finetuned_model("B"))["thresholds"] == thresholds
     assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
+    assert evaluation.without_overlap["images"] == 6, "four images show photographs that TGIF's training split holds too"
+    assert evaluation.summary().columns.tolist() == ["all images", "without overlap"]
     held_out = evaluate_held_out(tiny_run, "B", manifest)
     assert set(held_out.table["split"]) == {"test"}
     assert held_out.thresholds == thresholds
