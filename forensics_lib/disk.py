@@ -6,12 +6,17 @@ This module imports nothing heavy: the processes that it starts are ready at onc
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 
 import numpy as np
-from joblib.externals.loky import get_reusable_executor
+from loky import get_reusable_executor
 
 _MANY = 2_000  # files in a folder from which on asking in another process pays
+
+
+def processes() -> Executor:
+    """One process per core, started when first needed; they end by themselves after some idle seconds."""
+    return get_reusable_executor(max_workers=os.cpu_count())
 
 
 class Looks:
@@ -23,7 +28,7 @@ class Looks:
     def ask(self, paths: list[str]) -> None:
         """Begin to look at the files of one folder, given in full, where they are many."""
         if len(paths) >= _MANY:
-            self._asked[paths[0]] = paths, get_reusable_executor(max_workers=os.cpu_count()).submit(look, paths)
+            self._asked[paths[0]] = paths, processes().submit(look, paths)
 
     def at(self, paths: list[str]) -> np.ndarray:
         """``look`` of any paths, taking what was asked for where it fits."""

@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed
 
-from forensics_lib.disk import Looks
+from forensics_lib.disk import Looks, processes
 from forensics_lib.files import whole
 from forensics_lib.images import facts_of, hashes_of
 from forensics_lib.layouts import pandas_type
@@ -29,8 +28,8 @@ FACT_TYPES = {
     "error": pa.large_string(),
 }
 FILE_COLUMNS = list(FACT_TYPES)
-_FEW = 4_000  # of fewer files the reading is done before other processes have started
-_CHUNK = 10_000
+# Files that a process reads at a time; of fewer the reading is done before other processes have started
+_HEADERS, _PIXELS = 4_000, 200
 
 Reading = Callable[[list[str]], list[tuple]]
 
@@ -40,25 +39,26 @@ def file_facts(paths: list[str], cache: Path, looks: Looks | None = None) -> pd.
 
     ``looks`` may have begun to look at the files.
     """
-    return _kept(paths, cache, looks or Looks(), FACT_TYPES, facts_of, "reading headers")
+    return _kept(paths, cache, looks or Looks(), FACT_TYPES, facts_of, _HEADERS, "reading headers")
 
 
 def image_hashes(paths: list[str], cache: Path) -> pd.Series:
     """The perceptual hash of each image as UInt64, missing where it means nothing."""
-    return _kept(paths, cache, Looks(), {"hash": pa.uint64()}, hashes_of, "hashing images")["hash"]
+    return _kept(paths, cache, Looks(), {"hash": pa.uint64()}, hashes_of, _PIXELS, "hashing images")["hash"]
 
 
 def _kept(
-    paths: list[str], cache: Path, looks: Looks, types: dict[str, pa.DataType], read: Reading, title: str
+    paths: list[str], cache: Path, looks: Looks, types: dict[str, pa.DataType], read: Reading, chunk: int, title: str
 ) -> pd.DataFrame:
     """The columns of ``types`` for every path: from ``cache`` where size and time are the same, else read and kept."""
     keys = _keys(paths, looks)
     known = _load(cache, [*keys.column_names, *types])
     rows = _rows_of(keys, known)
     if known is not None and len(rows) == len(known) and (rows == np.arange(len(rows))).all():
-        return known.select([*types, "identity"]).to_pandas(types_mapper=pandas_type)
+        return _as_pandas(known.select(list(types)), keys)
     new = np.flatnonzero(rows < 0)
-    values = list(chain.from_iterable(_in_parallel(read, keys.column("path").take(pa.array(new)).to_pylist(), title)))
+    unread = keys.column("path").take(pa.array(new)).to_pylist()
+    values = list(chain.from_iterable(_in_parallel(read, unread, chunk, title)))
     columns = zip(*values, strict=True) if values else [()] * len(types)
     fresh = pa.table({name: pa.array(list(column), kind) for (name, kind), column in zip(types.items(), columns, strict=True)})
     both = fresh if known is None else pa.concat_tables([known.select(list(types)), fresh])
@@ -67,7 +67,11 @@ def _kept(
     table = pa.table({name: part.column(name) for part in (keys, facts) for name in part.column_names})
     with whole(cache) as temporary:
         pq.write_table(table, temporary)
-    return table.select([*types, "identity"]).to_pandas(types_mapper=pandas_type)
+    return _as_pandas(facts, keys)
+
+
+def _as_pandas(facts: pa.Table, keys: pa.Table) -> pd.DataFrame:
+    return facts.append_column("identity", keys.column("identity")).to_pandas(types_mapper=pandas_type)
 
 
 def _keys(paths: list[str], looks: Looks) -> pa.Table:
@@ -86,24 +90,30 @@ def _load(cache: Path, columns: list[str]) -> pa.Table | None:
 
 
 def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
-    """For every key the row of ``known`` with the same path, size and time, else -1."""
+    """For every key the row of ``known`` with the same path, size and time, else -1; what failed is read again."""
     if known is None:
         return np.full(len(keys), -1)
     if keys.column("path").equals(known.column("path")):
         rows = np.arange(len(keys))
     else:
-        rows = pd.Index(known.column("path").to_pandas(types_mapper=pandas_type)).get_indexer(keys.column("path").to_pandas())
+        then = pd.Index(known.column("path").to_pandas(types_mapper=pandas_type))
+        first = np.flatnonzero(~then.duplicated())
+        rows = then[first].get_indexer(keys.column("path").to_pandas(types_mapper=pandas_type))
+        rows = np.where(rows < 0, -1, first[rows] if len(first) else -1)
+    usable = np.ones(len(known), bool)
+    if "error" in known.column_names:
+        usable = known.column("error").is_null().to_numpy()
+    same = np.append(usable, False)[rows]
     for name in ("size", "time"):
-        now, then = keys.column(name).to_numpy(), known.column(name).to_numpy()
-        rows[(now != then[rows]) | (rows < 0)] = -1
-    return rows
+        same &= keys.column(name).to_numpy() == np.append(known.column(name).to_numpy(), -2)[rows]
+    return np.where(same, rows, -1)
 
 
-def _in_parallel(function: Callable, items: list[str], title: str) -> Iterator:
+def _in_parallel(function: Callable, items: list[str], chunk: int, title: str) -> Iterator:
     """``function`` of chunks of ``items``, in order, in as many processes as there are cores."""
-    if len(items) <= _FEW:
-        yield from (function(items[i : i + 500]) for i in progress(range(0, len(items), 500), title))
-        return
-    parts = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
-    results = Parallel(n_jobs=-1, return_as="generator")(delayed(function)(part) for part in parts)
+    parts = [items[i : i + chunk] for i in range(0, len(items), chunk)]
+    if len(parts) > 1:
+        results = processes().map(function, parts)
+    else:
+        results = map(function, parts)
     yield from progress(results, title, total=len(parts))

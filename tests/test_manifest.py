@@ -6,11 +6,13 @@ import pandas as pd
 import pytest
 from conftest import picture, save, square_mask
 
-from forensics_lib import facts
+from forensics_lib import facts, images
 from forensics_lib.disk import Looks, look
 from forensics_lib.files import home
 from forensics_lib.layouts import LayoutError
 from forensics_lib.manifest import build_manifest, build_test_manifest, overview, problems, usable
+from forensics_lib.params import DataSet
+from forensics_lib.runs import Run
 
 
 def test_file_facts_come_from_the_headers(tiny_run):
@@ -160,7 +162,7 @@ def test_a_broken_cache_is_made_anew(tiny_run, content):
     pd.testing.assert_frame_equal(build_manifest(tiny_run, "A"), first)
 
 
-def test_many_files_are_looked_at_in_other_processes_with_the_same_answers(tmp_path, rng):
+def test_many_files_are_looked_at_in_other_processes_with_the_same_answers(tmp_path, rng, monkeypatch):
     save(tmp_path / "0.png", picture(rng))
     paths = [str(tmp_path / "0.png")]
     for number in range(1, 2100):
@@ -171,3 +173,34 @@ def test_many_files_are_looked_at_in_other_processes_with_the_same_answers(tmp_p
     assert looks._asked
     mixed = [str(tmp_path / "missing.png"), *paths, str(tmp_path)]
     np.testing.assert_array_equal(looks.at(mixed), look(mixed))
+    monkeypatch.setattr(facts, "_HEADERS", 500)  # headers are read by the same processes
+    found = facts.file_facts(mixed, tmp_path / "cache.parquet", looks)
+    assert (found["width"] == 56).sum() == 2100 and found["error"].notna().sum() == 2
+
+
+def test_a_file_that_failed_is_read_again_when_its_cause_is_gone(tiny_run, monkeypatch):
+    """A forbidden file keeps its size and time when it is allowed again."""
+    known = images.Image.open
+    name = str(tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png")
+
+    def refuse(source):
+        if source == name:
+            raise PermissionError(13, "Permission denied", name)
+        return known(source)
+
+    monkeypatch.setattr(images.Image, "open", refuse)
+    assert "Permission denied" in problems(build_manifest(tiny_run, "A"))["error"].item()
+    monkeypatch.setattr(images.Image, "open", known)
+    assert problems(build_manifest(tiny_run, "A")).empty
+
+
+def test_a_table_that_names_a_file_twice_is_read_from_the_cache_too(tiny_run, tmp_path):
+    folder = tiny_run.data / "dataset"
+    lines = [f"{path},{int('1_fake' in str(path))},{path.parts[-4]}" for path in sorted(folder.rglob("*.png"))]
+    table = tmp_path / "t.csv"
+    params = tiny_run.params.model_copy(update={"data": [DataSet(root=str(table))], "run_type": "open"})
+    for more in ([lines[0]], [lines[0], lines[1]], []):
+        table.write_text("\n".join(["path,label,split", *lines, *more]))
+        manifest = build_manifest(Run(params, tiny_run.data), "A")
+        assert len(manifest) == len(lines) + len(more)
+        assert manifest["error"].isna().all()
