@@ -112,8 +112,5 @@ def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
 def _in_parallel(function: Callable, items: list[str], chunk: int, title: str) -> Iterator:
     """``function`` of chunks of ``items``, in order, in as many processes as there are cores."""
     parts = [items[i : i + chunk] for i in range(0, len(items), chunk)]
-    if len(parts) > 1:
-        results = processes().map(function, parts)
-    else:
-        results = map(function, parts)
+    results = processes().map(function, parts) if len(parts) > 1 else map(function, parts)
     yield from progress(results, title, total=len(parts))
