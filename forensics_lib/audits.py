@@ -1,12 +1,9 @@
-"""What can be wrong with data that reads well: shortcuts that tell the classes apart, duplicates, photos in two places."""
+"""What can be wrong with data that reads well: shortcuts that tell the classes apart, and all findings of a data set."""
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +12,18 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from forensics_lib.datasets import TrainingCrops
-from forensics_lib.facts import image_hashes
-from forensics_lib.files import home
+from forensics_lib.duplicates import (
+    NearDuplicates,
+    exact_duplicates,
+    groups_across_splits,
+    near_duplicates,
+    shared_photographs,
+)
+from forensics_lib.files import read_json
 from forensics_lib.images import ImageError, read_mask
-from forensics_lib.parquet import member_bytes
+from forensics_lib.manifest import data_fingerprint
 from forensics_lib.progress import progress
+from forensics_lib.runs import Run
 
 SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
 EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
@@ -63,7 +67,7 @@ class ShortcutAudit:
 _REMEDIES = {
     ("long side", "short side", "aspect ratio"): "size and shape: crops of one size at native resolution (always done)",
     ("format", "JPEG quality"): "format and quality: every crop recompressed by one distribution (equalize)",
-    ("bytes per pixel",): "bytes per pixel: the same, where format or quality differ too; else it is the pictures' texture",
+    ("bytes per pixel",): "bytes per pixel: recompression too, where format or quality differ; else it is texture and stays",
     ("camera EXIF",): "camera EXIF: the network sees pixels alone (always so)",
 }
 
@@ -126,93 +130,6 @@ def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, f
     return float(roc_auc_score(labels, scores))
 
 
-def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
-    """Files with the same bytes: path, label, split and a number per set of equal files.
-
-    Only files that share their size in bytes are read.
-    """
-    good = manifest[manifest["error"].isna()]
-    same_size = good[good.duplicated("bytes", keep=False)]
-    with ThreadPoolExecutor(jobs) as pool:
-        digests = list(progress(pool.map(_digest, same_size["path"]), "comparing files", total=len(same_size)))
-    same_size = same_size.assign(digest=digests)
-    equal = same_size[same_size.duplicated("digest", keep=False)]
-    return equal.assign(set=equal.groupby("digest").ngroup())[["set", "split", "label", "path"]].sort_values(["set", "path"])
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(member_bytes(path) or Path(path).read_bytes()).hexdigest()
-
-
-@dataclass
-class NearDuplicates:
-    """Images of different photographs that look alike."""
-
-    pairs: pd.DataFrame  # distance, and path, split, label of both images
-    compared: int
-    of: int
-
-    def message(self) -> str:
-        """What was found, in a sentence."""
-        splits, classes = self.across("split"), self.across("label")
-        drawn = f"{self.compared:,} images compared" + (f", drawn from {self.of:,}" if self.compared < self.of else "")
-        return f"{len(self.pairs)} pairs look alike, {splits} across splits, {classes} across classes ({drawn})"
-
-    def across(self, column: str) -> int:
-        """Pairs whose images differ in ``split`` or in ``label``."""
-        return int((self.pairs[f"{column}_a"] != self.pairs[f"{column}_b"]).sum())
-
-
-def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
-    """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
-
-    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images all of
-    validation and a random part of the others are compared.  Flat pictures are passed over.
-    """
-    good = manifest[manifest["error"].isna()]
-    first = good["split"].eq("val")
-    drawn = pd.concat([good[first].head(limit), good[~first].sample(frac=1, random_state=0)]).head(limit).sort_index()
-    name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
-    cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
-    hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()
-    rows, values = drawn.loc[hashes.index], hashes.to_numpy(np.uint64)
-    groups, found = pd.factorize(rows["group"])[0], []
-    for start in range(0, len(values), 1_000):
-        bits = np.bitwise_count(values[start : start + 1_000, None] ^ values[None, start:])
-        one, other = np.nonzero(bits <= distance)
-        later = (other > one) & (groups[start + one] != groups[start + other])
-        found.append(np.column_stack([one + start, other + start, bits[one, other]])[later])
-    pairs = np.concatenate([np.zeros((0, 3), int), *found])
-    ends = {end: rows.iloc[pairs[:, i]].reset_index(drop=True) for i, end in enumerate("ab")}
-    columns = {f"{name}_{end}": ends[end][name] for end in "ab" for name in ("path", "split", "label")}
-    table = pd.DataFrame({"distance": pairs[:, 2], **columns}).sort_values("distance", kind="stable", ignore_index=True)
-    return NearDuplicates(table, len(drawn), len(good))
-
-
-def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Photographs whose images stand in several splits: one row each, with the images per split."""
-    good = manifest[manifest["error"].isna()]
-    counted = pd.crosstab(good["group"], good["split"])
-    return counted[(counted > 0).sum(axis=1) > 1]
-
-
-def overlapping(manifest: pd.DataFrame) -> pd.Series:
-    """Whether an image's photograph also stands in another split or another data set, one bool per row.
-
-    So are the COCO photographs that TGIF and the Task B validation set share.
-    """
-    where = manifest["data_set"] + " " + manifest["split"]
-    return where.groupby(manifest["group"]).transform("nunique") > 1
-
-
-def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
-    """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
-    names = manifest["data_set"].map(lambda root: Path(root).name) + " " + manifest["split"]
-    places = pd.crosstab(manifest["group"], names) > 0
-    pairs = [(one, other, int((places[one] & places[other]).sum())) for one, other in combinations(places.columns, 2)]
-    return pd.DataFrame([pair for pair in pairs if pair[2]], columns=["one", "other", "photographs"])
-
-
 def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
     """The share of manipulated pixels of at most ``count`` images, with split, method and kind."""
     marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
@@ -253,11 +170,22 @@ class Audit:
         )
 
 
-def audit(manifest: pd.DataFrame) -> Audit:
-    """Every audit of a task's manifest, and what follows from them."""
+def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
+    """Every audit of a task's manifest, and what follows from them; ``run.json`` keeps the findings."""
     shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
     groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
-    return Audit(shortcut, exact, near, groups, shared, _findings(manifest, shortcut, exact, near, groups))
+    findings = _findings(manifest, shortcut, exact, near, groups)
+    kept = {"data_fingerprint": data_fingerprint(manifest), "rows": findings.astype(object).to_dict("records")}
+    run.record(**{f"task{task}_findings": kept})
+    return Audit(shortcut, exact, near, groups, shared, findings)
+
+
+def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
+    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each."""
+    kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
+    if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
+        return audit(run, task, manifest).findings.to_dict("records")
+    return kept["rows"]
 
 
 def _findings(

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from forensics_lib.audits import SHORTCUT_LIMIT, NearDuplicates, ShortcutAudit
+from forensics_lib.audits import SHORTCUT_LIMIT, Audit, ShortcutAudit
+from forensics_lib.duplicates import NearDuplicates
 from forensics_lib.images import ImageError, read_image, read_mask
 from forensics_lib.manifest import usable
 from forensics_lib.plots import BLUE, CLASS_COLOURS, CLASS_NAMES, GREEN, GREY, ORANGE, hide_axes, new_figure
@@ -70,6 +71,32 @@ def shortcut_bars(audit: ShortcutAudit, task: str) -> Figure:
     return figure
 
 
+def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> Figure:
+    """Images of each split that cannot be used or that stand twice, as shares of the split."""
+    sizes = manifest.groupby("split").size()
+    pairs = audit.near.pairs
+    alike = pd.concat([pairs[[f"path_{end}", f"split_{end}"]].set_axis(["path", "split"], axis=1) for end in "ab"])
+    counts = {
+        "left out": manifest[manifest["error"].notna()].groupby("split").size(),
+        "equal files": audit.exact.groupby("split").size(),
+        "look-alikes": alike.drop_duplicates().groupby("split").size(),
+        "photographs also in another split": (audit.groups > 0).sum(),
+    }
+    shares = pd.DataFrame(counts).reindex(sizes.index).fillna(0).div(sizes, axis=0) * 100
+    figure, axes = new_figure(1, 1, 7, 2.6)
+    axis, height = axes[0, 0], 0.8 / len(shares)
+    for number, (split, colour) in enumerate(zip(shares.index, (BLUE, ORANGE, GREEN), strict=False)):
+        places = np.arange(len(counts)) + number * height
+        bars = axis.barh(places, shares.loc[split], height, color=colour, label=f"{split}, {sizes[split]:,} images")
+        axis.bar_label(bars, fmt=lambda share: f"{share:.3g}%", padding=2, fontsize=7)
+    axis.set_yticks(np.arange(len(counts)) + 0.4 - height / 2, list(counts))
+    axis.set(xlabel="% of the split", xlim=(0, max(1.0, shares.to_numpy().max() * 1.2)))
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Task {task}: what cannot be used, and what stands twice", fontsize=10)
+    return figure
+
+
 def near_duplicate_pairs(near: NearDuplicates, count: int = 6) -> Figure:
     """The closest pairs of look-alikes, the images of a pair one above the other; without any an empty figure."""
     pairs = near.pairs.head(count)
@@ -116,9 +143,11 @@ def spectra(manifest: pd.DataFrame, task: str, count: int = 200, seed: int = 0) 
     for axis, spectrum, name in zip(axes.flat, both, CLASS_NAMES[task], strict=False):
         figure.colorbar(axis.imshow(spectrum, cmap="cividis", vmin=low, vmax=high), ax=axis, label="dB", shrink=0.8)
         axis.set_title(name, fontsize=9)
-    shown = axes[0, 2].imshow(both[1] - both[0], cmap="PuOr_r", vmin=-6, vmax=6)
-    figure.colorbar(shown, ax=axes[0, 2], label="dB", shrink=0.8)
-    axes[0, 2].set_title(f"{CLASS_NAMES[task][1]} less authentic", fontsize=9)
+    difference = both[1] - both[0]
+    limit = max(3.0, np.nanpercentile(np.abs(difference), 99)) if np.isfinite(difference).any() else 3.0
+    shown = axes[0, 2].imshow(difference, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
+    axes[0, 2].set_title(f"{CLASS_NAMES[task][1]} less authentic, dB", fontsize=9)
     for axis in axes.flat[:3]:
         axis.set(xticks=[], yticks=[])
     for label, colour in CLASS_COLOURS.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forensics_lib.audits import overlapping
+from forensics_lib.duplicates import overlapping
 from forensics_lib.files import read_json, update_json, write_csv
 from forensics_lib.images import ImageError, read_header, read_image
 from forensics_lib.inference import (

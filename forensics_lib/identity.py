@@ -9,7 +9,7 @@ from pathlib import Path
 from forensics_lib.files import from_home
 from forensics_lib.layouts import TASK_A_LABELS, LayoutError
 from forensics_lib.params import DataSet
-from forensics_lib.readers import CONSTRAINED_LAYOUTS, SPLITS
+from forensics_lib.readers import CONSTRAINED_LAYOUTS, ITW_SM, SPLITS
 
 _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
@@ -32,10 +32,15 @@ def refuse_unofficial(entries: list[DataSet], edition: int) -> None:
 def refuse_training_on_validation(entries: list[DataSet]) -> None:
     """ITW-SM is validation data of every run: raise ``LayoutError`` where a training folder leads into it."""
     for entry in entries:
+        root = from_home(entry.root)
+        places = [(root, root.resolve())]
         if entry.layout == "own":
-            for place, target in _leads(from_home(entry.root)):
-                if "itw-sm" in map(str.lower, target.parts) and "train" in place.parts[-3:]:
-                    raise LayoutError(f"{place} leads into {target}: ITW-SM is the validation set and must not be trained on")
+            places = [(place, target) for place, target in _leads(root) if "train" in place.parts[-3:]]
+        elif entry.layout in ("itw_sm", "table", "parquet") or entry.split in ("val", "test"):
+            continue
+        for place, target in places:
+            if ITW_SM.lower() in map(str.lower, target.parts):
+                raise LayoutError(f"{place} leads into {target}: ITW-SM is the validation set and must not be trained on")
 
 
 def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str | None:

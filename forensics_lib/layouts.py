@@ -22,6 +22,7 @@ from forensics_lib.images import SUFFIXES, ImageError, read_header
 
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
+NAMED = 20  # files that a message names before it only counts
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 # Per folder of manipulated images: the pattern of an image's name, and the name of its mask
 _SPLICED, _REGENERATED = "{id}_mask_{m}.png_ps_mask.png", "{id}_mask_{m}_%d.png"
@@ -124,8 +125,8 @@ class Rows:
             endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._passed_over)
             counted = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(4))
             notes.append(
-                f"{len(self._passed_over)} file(s) without an image's ending are passed over ({counted}), such as "
-                f"{self._passed_over[0]}: rename those that are images"
+                f"{len(self._passed_over)} file(s) without an image's ending are passed over ({counted}): rename those that "
+                f"are images. They are {', '.join(self._passed_over[:NAMED])}{', ...' * (len(self._passed_over) > NAMED)}"
             )
         return notes
 
@@ -152,7 +153,7 @@ def pandas_type(kind: pa.DataType) -> pd.StringDtype | pd.UInt64Dtype | None:
 def contents(folder: Path) -> str:
     """What a folder holds, for error messages."""
     if not folder.is_dir():
-        return f"{folder} is not there"
+        return f"{folder} is {'a file' if folder.exists() else 'not there'}"
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
 
@@ -290,12 +291,17 @@ def read_test(folder: Path) -> Rows:
     """A flat folder of unlabelled test images: every file with an image's name, by name."""
     if not folder.is_dir():
         raise LayoutError(f"no test folder {folder}")
-    rows = Rows()
+    rows, deeper = Rows(), []
     for found in rows.walk(folder):
-        if not found.parts:
+        if found.parts:
+            deeper.append(folder.joinpath(*found.parts))
+        else:
             rows.add(found.paths, None, "test", folder.name, kind=None)
     if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
+    if deeper:
+        names = ", ".join(map(str, deeper[:NAMED]))
+        print(f"{folder}: the images in {names} are not test images, since those lie in the folder itself")
     for note in rows.notes():
         print(note)
     return rows

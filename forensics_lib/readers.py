@@ -32,6 +32,7 @@ from forensics_lib.params import DataSet
 from forensics_lib.parquet import class_names, image_columns, member_path
 
 Reader = Callable[[Path, DataSet], Rows]
+ITW_SM = "ITW-SM"  # the folder that the archive holds
 SPLITS = {"train": "train", "progan_train": "train", "val": "val", "valid": "val", "progan_val": "val"}
 SPLITS |= {"validation": "val", "test": "test", "CNN_synth_testset": "test"}
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
@@ -122,8 +123,13 @@ def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataS
 
 
 def read_itw_sm(root: Path, entry: DataSet) -> Rows:
-    """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name."""
+    """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name.
+
+    The root may be the folder that the archive's ``ITW-SM/`` was unpacked into.
+    """
     rows = Rows()
+    inner = root / ITW_SM
+    root = inner if inner.is_dir() else root
     for folder, label, above in _by_class(rows, root, {"0_real": 0, "1_fake": 1}):
         if above:
             continue
@@ -202,6 +208,8 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
     image, mask = (
         str(table.parent / name.replace("\\", "/")) if name else None for name in (item["path"], values["mask_path"])
     )
+    if split == "train" and ITW_SM.lower() in map(str.lower, Path(str(image)).parts):
+        raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
     label = int(item["label"])
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
     kind = values["kind"] or ("sp" if mask else _kind(label))
@@ -302,7 +310,7 @@ _SIGNS: dict[str, tuple[str, ...]] = {
     "tgif": tuple(f"{folder}/*" for folder in (*TGIF_NAMES, *TGIF2_METHODS)),
     "corvi_ldm": ("train/latent_diffusion_*", "valid/latent_diffusion_*"),
     "own": ("train/0_real", "train/1_fake"),
-    "itw_sm": ("0_real", "1_fake"),
+    "itw_sm": ("0_real", "1_fake", f"{ITW_SM}/0_real", f"{ITW_SM}/1_fake"),
     "cnndetection": ("*/0_real", "*/1_fake", "*/*/0_real", "*/*/*/0_real"),
     "genimage": ("*/train/ai", "*/val/ai", "*/*/train/ai", "train/ai"),
     "community_forensics": ("*/fake", "*/real"),
@@ -315,10 +323,17 @@ def detect_layout(root: Path) -> str:
         return "table"
     if root.is_file() and root.suffix == ".parquet":
         return "parquet"
-    for layout, patterns in _SIGNS.items():
-        if any(next(root.glob(pattern), None) for pattern in patterns):
-            return layout
+    if layout := _sign_of(root):
+        return layout
     if parquet_files(root):
         return "parquet"
+    inner = [(path, layout) for path in sorted(root.glob("*/")) if (layout := _sign_of(path))]
+    hint = "".join(f" Did you mean root: {path} ({layout})?" for path, layout in inner[:3])
     looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items()) + "; parquet: **/*.parquet"
-    raise LayoutError(f"no known layout in {root}. Looked for {looked}. {contents(root)}")
+    raise LayoutError(f"no known layout in {root}. Looked for {looked}. {contents(root)}.{hint}")
+
+
+def _sign_of(root: Path) -> str | None:
+    """The first layout of which something is there below ``root``."""
+    found = (name for name, patterns in _SIGNS.items() if any(next(root.glob(pattern), None) for pattern in patterns))
+    return next(found, None)

@@ -44,6 +44,7 @@ _RANKED = {  # metric key: what the reader sees, in the order of importance
 _TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
 _CAPTIONS = {
     "balance": "Usable images by split, source, method and class",
+    "sound": "Images that cannot be used or that stand twice, by split",
     "samples": "Training images at native resolution, and what a median filter takes away",
     "spectra": "Average spectra of noise residuals",
     "areas": "Size of manipulated regions",
@@ -90,6 +91,9 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
         note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
     parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]
+    findings = facts.get(f"task{task}_findings", {}).get("rows")
+    if findings:
+        parts += ["<h3>What is wrong with the data</h3>", _frame(pd.DataFrame(findings))]
     if f"task{task}_shortcut_auc" in facts:
         parts.append(f"<p>{escape(_shortcut_sentence(task, facts))}</p>")
     parts += [_figure(path) for path in sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)]

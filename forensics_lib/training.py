@@ -21,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from forensics_lib.audits import equalized_audit, shortcut_audit
+from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError, read_mask
@@ -97,6 +97,8 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
+    for found in findings_of(run, task, manifest):
+        print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
     equalize = close_shortcut(run, task, train_rows)
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)

@@ -51,6 +51,11 @@ def records(rows) -> list[dict]:
     return table.where(table.notna(), None).to_dict("records")
 
 
+def photo_table(paths: list[Path], **columns) -> pd.DataFrame:
+    rows = pd.DataFrame({"path": [str(path) for path in paths], "label": 0, "split": "train", "error": None, "data_set": "set"})
+    return rows.assign(group=rows["path"], **columns)
+
+
 def square_mask(height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 : width // 2] = 255

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture, save
+from conftest import photo_table, picture, save
 from PIL import Image
 
 from forensics_lib import data_plots
@@ -14,12 +14,8 @@ from forensics_lib.audits import (
     audit,
     balance,
     equalized_audit,
-    exact_duplicates,
-    groups_across_splits,
+    findings_of,
     mask_areas,
-    near_duplicates,
-    overlapping,
-    shared_photographs,
     shortcut_audit,
 )
 from forensics_lib.files import project_root
@@ -84,24 +80,6 @@ def test_too_few_images_give_no_answer(rng):
     assert np.isnan(shortcut_audit(table(rng, 2)).auc)
 
 
-def test_exact_duplicates_within_and_across_splits(tmp_path, rng):
-    first = save(tmp_path / "a.png", picture(rng))
-    paths = [first, tmp_path / "b.png", save(tmp_path / "c.png", picture(rng))]
-    paths[1].write_bytes(first.read_bytes())
-    rows = pd.DataFrame(
-        {"path": [str(p) for p in paths], "label": [0, 1, 0], "split": ["train", "val", "train"], "error": None}
-    )
-    rows["bytes"] = [path.stat().st_size for path in paths]
-    found = exact_duplicates(rows)
-    assert found["path"].tolist() == [str(paths[0]), str(paths[1])]
-    assert set(found["set"]) == {0}
-
-
-def test_photos_in_two_splits():
-    rows = pd.DataFrame({"group": ["a", "a", "b"], "split": ["train", "val", "val"], "error": None})
-    assert groups_across_splits(rows).index.tolist() == ["a"]
-
-
 @pytest.mark.parametrize("quality", [35, 60, 75, 90, 97])
 def test_jpeg_quality_is_estimated_from_the_header(quality, tmp_path, rng):
     Image.fromarray(picture(rng)).save(tmp_path / "x.jpg", quality=quality)
@@ -155,62 +133,26 @@ def test_different_sizes_do_not_ask_for_recompression(rng):
     assert found.remedies()[0].startswith("size and shape")
 
 
-def photo_table(paths: list[Path], **columns) -> pd.DataFrame:
-    rows = pd.DataFrame({"path": [str(path) for path in paths], "label": 0, "split": "train", "error": None, "data_set": "set"})
-    return rows.assign(group=rows["path"], **columns)
-
-
-def smooth_picture(rng) -> np.ndarray:
-    """Something with large shapes, as photographs have."""
-    return np.asarray(
-        Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((280, 240), Image.Resampling.BICUBIC)
-    )
-
-
-def test_look_alikes_survive_recompression_and_scaling(tmp_path, rng):
-    first, other = smooth_picture(rng), smooth_picture(rng)
-    paths = [save(tmp_path / "a.png", first), tmp_path / "b.jpg", save(tmp_path / "c.png", other)]
-    Image.fromarray(first).resize((140, 120)).save(paths[1], quality=50)
-    paths += [save(tmp_path / f"flat{grey}.png", np.full((50, 50, 3), grey, np.uint8)) for grey in (90, 91)]
-    (tmp_path / "broken.jpg").write_bytes(b"x")
-    rows = photo_table([*paths, tmp_path / "broken.jpg"], split=["train", "val", "train", "train", "val", "val"])
-    near = near_duplicates(rows)
-    assert near.pairs[["path_a", "path_b"]].to_numpy().tolist() == [[str(paths[0]), str(paths[1])]]
-    assert near.across("split") == 1 and near.across("label") == 0
-    assert "1 pairs look alike, 1 across splits, 0 across classes" in near.message()
-    assert near_duplicates(rows.assign(group="one photo")).pairs.empty, "of one photo they are no find"
-
-
-def test_look_alikes_of_many_images_are_sought_among_a_part(tmp_path, rng):
-    rows = photo_table([save(tmp_path / f"{i}.png", smooth_picture(rng)) for i in range(6)], split=["train"] * 4 + ["val"] * 2)
-    near = near_duplicates(rows, limit=3)
-    assert (near.compared, near.of) == (3, 6)
-    assert "3 images compared, drawn from 6" in near.message()
-
-
-def test_photographs_that_two_sets_share():
-    rows = pd.DataFrame(
-        {
-            "group": ["a", "a", "b", "c", "c", "d", "d"],
-            "split": ["train", "val", "val", "train", "train", "val", "val"],
-            "data_set": ["x/one", "x/two", "x/two", "x/one", "x/one", "x/one", "x/two"],
-        }
-    )
-    assert overlapping(rows).tolist() == [True, True, False, False, False, True, True]
-    assert shared_photographs(rows).to_numpy().tolist() == [["one train", "two val", 1], ["one val", "two val", 1]]
-
-
 def test_every_audit_of_sound_data_finds_nothing_and_of_spoiled_data_says_what(tiny_run):
-    assert not audit(build_manifest(tiny_run, "B")).findings["finding"].str.contains("left out|equal").any()
+    assert not audit(tiny_run, "B", build_manifest(tiny_run, "B")).findings["finding"].str.contains("left out|equal").any()
     folder = tiny_run.data / "dataset"
     shutil.copy(folder / "train" / "1_fake" / "src" / "1_fake0.png", folder / "val" / "0_real" / "copy.png")
     (folder / "train" / "1_fake" / "src" / "1_fake1.png").write_bytes(b"")
     (folder / "train" / "1_fake" / "notes.txt").touch()
-    found = audit(build_manifest(tiny_run, "A"))
+    manifest = build_manifest(tiny_run, "A")
+    found = audit(tiny_run, "A", manifest)
     counts = found.findings.set_index("finding")["count"]
     assert counts["files left out"] == 1 and counts["notes on folders and names"] == 1
     assert counts["equal files in both classes"] == 1 and counts["equal files in several splits"] == 1
     assert "2 files with a byte-for-byte twin, 1 twins across classes" in found.duplicates()
+    assert findings_of(tiny_run, "A", manifest) == found.findings.to_dict("records")
+
+
+def test_findings_of_other_data_are_looked_for_again(tiny_run):
+    audit(tiny_run, "A", build_manifest(tiny_run, "A"))
+    (tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake1.png").write_bytes(b"")
+    findings = findings_of(tiny_run, "A", build_manifest(tiny_run, "A"))
+    assert "files left out" in {found["finding"] for found in findings}
 
 
 def test_mask_areas_and_balance(tiny_run):
@@ -224,8 +166,9 @@ def test_mask_areas_and_balance(tiny_run):
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
     manifest = build_manifest(tiny_run, task)
-    found = audit(manifest)
-    figures = [data_plots.balance_bars(manifest, task), data_plots.file_distributions(manifest, task)]
+    found = audit(tiny_run, task, manifest)
+    figures = [data_plots.soundness_bars(found, manifest, task)]
+    figures += [data_plots.balance_bars(manifest, task), data_plots.file_distributions(manifest, task)]
     figures += [data_plots.shortcut_bars(found.shortcut, task), data_plots.near_duplicate_pairs(found.near)]
     figures += [data_plots.class_samples(manifest, task), data_plots.spectra(manifest, task)]
     if task == "B":

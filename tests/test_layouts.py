@@ -39,6 +39,13 @@ def test_upper_case_endings_count_and_other_files_do_not(tmp_path, rng):
     assert [Path(row["path"]).name for row in records(read_test(tmp_path))] == ["A.JPG"]
 
 
+def test_images_below_the_test_folder_are_named(tmp_path, rng, capsys):
+    save(tmp_path / "a.jpg", picture(rng))
+    save(tmp_path / "deeper" / "b.jpg", picture(rng))
+    assert len(records(read_test(tmp_path))) == 1
+    assert str(tmp_path / "deeper") in capsys.readouterr().out
+
+
 def test_an_empty_folder_says_what_was_looked_for_and_found(tmp_path):
     (tmp_path / "training").mkdir()
     with pytest.raises(LayoutError, match=r"0_real.*training/"):

@@ -106,6 +106,7 @@ def test_what_is_passed_over_is_said(tiny_run, capsys):
     (note,) = manifest.attrs["notes"]
     assert note in capsys.readouterr().out
     assert note.startswith("2 file(s) without an image's ending") and "no ending 1" in note and ".txt 1" in note
+    assert str(folder / "noending") in note and str(folder / "notes.txt") in note
 
 
 def test_an_unreadable_folder_is_said_and_the_rest_is_read(tiny_run, monkeypatch):

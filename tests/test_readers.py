@@ -17,8 +17,8 @@ from PIL import Image
 
 from forensics_lib import official
 from forensics_lib.__main__ import main
-from forensics_lib.audits import groups_across_splits, overlapping, shared_photographs
 from forensics_lib.datasets import TrainingCrops
+from forensics_lib.duplicates import groups_across_splits, overlapping, shared_photographs
 from forensics_lib.files import project_root
 from forensics_lib.images import read_image
 from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
@@ -102,6 +102,25 @@ def test_itw_sm_knows_the_platform_from_name_or_folder(tmp_path):
 def test_itw_sm_is_never_trained_on():
     with pytest.raises(ParamsError, match="must not be trained on"):
         make_params({"data": [{"layout": "itw_sm", "root": "x", "split": "train"}]}, "own.yaml")
+
+
+def test_itw_sm_where_its_archive_was_unpacked(tmp_path):
+    touch(tmp_path, "ITW-SM/0_real/x_1.jpg", "ITW-SM/1_fake/x_2.jpg")
+    assert tally(read(tmp_path), "split", "source") == {("val", "itw_sm/x"): 2}
+
+
+@pytest.mark.parametrize("layout", ["own", "cnndetection", "community_forensics"])
+def test_itw_sm_under_another_layout_is_never_trained_on(tiny_run, tmp_path, layout):
+    touch(tmp_path / "ITW-SM", "train/1_fake/x_1.jpg", "train/0_real/x_2.jpg", "a/real/3.jpg")
+    run = with_data(tiny_run, {"root": str(tmp_path / "ITW-SM"), "layout": layout}, run_type="open")
+    with pytest.raises(LayoutError, match="must not be trained on"):
+        data_sets(run, "A")
+
+
+def test_a_table_may_not_train_on_itw_sm(tmp_path):
+    (tmp_path / "t.csv").write_text("path,label,split\nITW-SM/1_fake/x_1.jpg,1,val\nITW-SM/1_fake/x_2.jpg,1,train\n")
+    with pytest.raises(LayoutError, match=r"row 3: .*x_2\.jpg is of ITW-SM"):
+        read(tmp_path / "t.csv")
 
 
 def test_genimage(tmp_path):
@@ -232,6 +251,11 @@ def test_a_folder_of_no_known_layout_says_what_was_looked_for_and_found(tmp_path
     touch(tmp_path, "holiday/1.jpg")
     with pytest.raises(LayoutError, match=r"Looked for .*genimage.*holiday/"):
         detect_layout(tmp_path)
+    touch(tmp_path, "unpacked/sd2-sp/training/cat/1.png")
+    with pytest.raises(LayoutError, match=r"Did you mean root: .*unpacked \(tgif\)\?"):
+        detect_layout(tmp_path)
+    with pytest.raises(LayoutError, match="is a file"):
+        detect_layout(tmp_path / "holiday" / "1.jpg")
 
 
 def test_every_layout_of_the_parameters_has_a_reader():
