@@ -5,7 +5,7 @@ A file that fails does not stop an epoch: its sample carries the error, ``collat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from forensics_lib.degradations import Encoding, degrade
+from forensics_lib.degradations import Encoding, degrade, recompress
 from forensics_lib.images import ImageError, pad_to, read_image, read_mask
+from forensics_lib.params import Degradations
 
+SMALL = 0.05  # share of the images that may be smaller than the squares that crops are taken from
 FOCUS = 0.7  # share of the crops of manipulated images that are placed around a manipulated pixel
 
 
@@ -24,16 +26,26 @@ class TrainingCrops(Dataset):
     """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
 
     Every random choice follows from (seed, epoch, index), so results do not depend on workers or order.  With
-    ``equalize`` the crops of all images end in one distribution of compressions, whatever their files were.  With
-    ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel counts as authentic.
+    ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed as one of the JPEG
+    files were, and every crop ends in one distribution of compressions.  With ``masks``, samples carry the mask's crop,
+    and a spliced image's crop without a manipulated pixel counts as authentic.
     """
 
     def __init__(
-        self, manifest: pd.DataFrame, crop_size: int, *, masks: bool, probability: float, seed: int, equalize: bool = False
+        self,
+        manifest: pd.DataFrame,
+        crop_size: int,
+        *,
+        masks: bool,
+        degradations: Degradations,
+        seed: int,
+        equalize: bool = False,
     ) -> None:
-        self.rows = manifest[["path", "label", "mask_path", "kind"]].to_dict("records")
+        self.rows = manifest[["path", "label", "mask_path", "kind", "format"]].to_dict("records")
         self.crop_size, self.masks, self.seed = crop_size, masks, seed
-        self.probability, self.equalize = probability, equalize
+        self.degradations, self.equalize = degradations, equalize
+        self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
+        self.window = _window(manifest, crop_size)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -79,16 +91,30 @@ class TrainingCrops(Dataset):
         return facts | {"format": encoding.format, "jpeg_quality": quality, "camera": False, "bytes": encoding.bytes * share}
 
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-        """An image's native square of twice the crop's side (enough for the strongest shrinking), degraded."""
+        """A native square of an image, degraded."""
         image = read_image(row["path"])
         mask = self._mask(row, image.shape[:2])
-        image, mask = _crop(image, mask, self.crop_size * 2, rng)
-        return degrade(image, mask, self.probability, rng, equalize=self.equalize)
+        image, mask = _crop(image, mask, self.window, rng)
+        if self.equalize and len(self.qualities) and row["format"] != "JPEG":
+            quality = round(self.qualities[rng.integers(len(self.qualities))])
+            image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)))
+        return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
     def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
         if not self.masks:
             return None
         return read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
+
+
+def _window(manifest: pd.DataFrame, crop_size: int) -> int:
+    """The side of the squares that are taken before degradation, the same for all images.
+
+    It is what nearly every image has, and at most what the crop needs when shrunk to a half: if large images gave more
+    than small ones, padding after shrinking would tell which images are small, and so often the class.
+    """
+    shorter = np.minimum(manifest["width"], manifest["height"]).dropna()
+    common = int(np.quantile(shorter, SMALL)) if len(shorter) else 0
+    return int(np.clip(common, crop_size, 2 * crop_size))
 
 
 def _crop(
@@ -127,18 +153,22 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def epoch_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(labels: np.ndarray, seed: int, epoch: int, sources: np.ndarray | None = None) -> np.ndarray:
     """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
 
-    A class that is short repeats; of one that is plentiful each epoch takes another random part.
+    With ``sources`` (N,) the sources of a class are drawn equally often too.  A class or source that is short repeats; of
+    one that is plentiful each epoch takes another random part.
     """
     rng = np.random.default_rng([seed, epoch])
-    half = -(-len(labels) // 2)
+    sources = np.zeros(len(labels), int) if sources is None else pd.factorize(sources)[0]
     parts = []
     for label in (0, 1):
-        members = np.flatnonzero(labels == label)
-        rounds = [rng.permutation(members) for _ in range(-(-half // len(members)))]
-        parts.append(np.concatenate(rounds)[:half])
+        members = [np.flatnonzero((labels == label) & (sources == source)) for source in np.unique(sources[labels == label])]
+        share = -(-len(labels) // (2 * len(members)))
+        drawn = [
+            rng.permutation(np.concatenate([rng.permutation(m) for _ in range(-(-share // len(m)))])[:share]) for m in members
+        ]
+        parts.append(rng.permutation(np.concatenate(drawn))[: -(-len(labels) // 2)])
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
@@ -148,11 +178,21 @@ def training_loader(dataset: TrainingCrops, order: np.ndarray, batch_size: int, 
 
 
 class InferenceImages(Dataset):
-    """Images for inference: the index with an ``(H, W, 3)`` uint8 image, its chosen crops, or an error."""
+    """Images for inference: the index with an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
 
-    def __init__(self, manifest: pd.DataFrame, *, crop_size: int | None = None, crops: int = 1) -> None:
+    ``change`` is done to each image first, for robustness measurements.
+    """
+
+    def __init__(
+        self,
+        manifest: pd.DataFrame,
+        *,
+        crop_size: int | None = None,
+        crops: int = 1,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.paths = manifest["path"].tolist()
-        self.crop_size, self.crops = crop_size, crops
+        self.crop_size, self.crops, self.change = crop_size, crops, change
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -163,6 +203,7 @@ class InferenceImages(Dataset):
             image = read_image(Path(self.paths[index]))
         except ImageError as error:
             return {"index": index, "error": str(error)}
+        image = image if self.change is None else self.change(image)
         if self.crop_size is None:
             return {"index": index, "image": image}
         return {"index": index, "crops": torch.stack([_to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}

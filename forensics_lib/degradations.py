@@ -1,6 +1,6 @@
-"""What happens to pictures on their way: recompression, scaling, blur, noise.
+"""What happens to pictures on their way: recompression, scaling, blur, noise, and a platform's upload.
 
-One implementation serves training augmentation and robustness measurements.  Images are ``(H, W, 3)`` uint8, masks
+One implementation serves training augmentation and the robustness sweep.  Images are ``(H, W, 3)`` uint8, masks
 ``(H, W)`` bool or None; whatever moves pixels moves both.
 """
 
@@ -13,7 +13,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-KERNELS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+from forensics_lib.params import Degradations
+
+KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,56 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
     return (image + rng.normal(0, sigma, image.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def degrade(
-    image: np.ndarray, mask: np.ndarray | None, probability: float, rng: np.random.Generator, *, equalize: bool = False
-) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-    """Scaling, blur, noise and recompression in the order of a picture's life, and the compression that was last.
+def upload(
+    image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int
+) -> tuple[np.ndarray, np.ndarray | None, Encoding]:
+    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours."""
+    if scale < 1:
+        image, mask = resize(image, mask, scale, Image.Resampling.LANCZOS)
+    image, encoding = _recompressed(image, "JPEG", quality, 2)
+    return image, mask, encoding
 
-    Recompression happens with ``probability``, each of the others with a third of it.  With ``equalize`` every image is
-    recompressed, so that all leave here by one distribution of codecs and qualities, whatever their files were.
+
+def degrade(
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    settings: Degradations,
+    rng: np.random.Generator,
+    *,
+    equalize: bool = False,
+) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
+    """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
+
+    With ``equalize`` an image that nothing has compressed is compressed all the same, so that all leave here by one
+    distribution of codecs and qualities, whatever their files were.
     """
     encoding = None
-    if rng.random() < probability / 3:
-        image, mask = resize(image, mask, float(rng.uniform(0.5, 1.5)), KERNELS[rng.integers(len(KERNELS))])
-    if rng.random() < probability / 3:
-        image = blur(image, float(rng.uniform(0.3, 1.2)))
-    if rng.random() < probability / 3:
-        image = add_noise(image, float(rng.uniform(1, 6)), rng)
-    if rng.random() < probability or equalize:
-        codec = "JPEG" if rng.random() < 0.75 else "WEBP"
-        image, encoding = _recompressed(image, codec, int(rng.integers(60, 98)), int(rng.choice([0, 2])))
+    if rng.random() < settings.resize:
+        image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
+    if rng.random() < settings.blur:
+        image = blur(image, float(rng.uniform(*settings.blur_sigma)))
+    if rng.random() < settings.noise:
+        image = add_noise(image, float(rng.uniform(*settings.noise_sigma)), rng)
+    if rng.random() < settings.double_jpeg:
+        image, encoding = _randomly_compressed(image, "JPEG", settings, rng)
+    if rng.random() < settings.jpeg:
+        image, encoding = _randomly_compressed(image, "JPEG", settings, rng)
+    elif rng.random() < settings.webp:
+        image, encoding = _randomly_compressed(image, "WEBP", settings, rng)
+    if rng.random() < settings.social:
+        quality = _drawn_quality(settings.social_quality, rng)
+        image, mask, encoding = upload(image, mask, float(rng.uniform(*settings.social_scale)), quality)
+    if equalize and encoding is None:
+        image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
     return image, mask, encoding
+
+
+def _randomly_compressed(
+    image: np.ndarray, codec: str, settings: Degradations, rng: np.random.Generator
+) -> tuple[np.ndarray, Encoding]:
+    quality = _drawn_quality(settings.jpeg_quality if codec == "JPEG" else settings.webp_quality, rng)
+    return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)))
+
+
+def _drawn_quality(limits: tuple[int, int], rng: np.random.Generator) -> int:
+    return int(rng.integers(limits[0], limits[1] + 1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from forensics_lib.calibration import at_temperature, expected_calibration_error, fit_temperature
 from forensics_lib.duplicates import overlapping
 from forensics_lib.files import read_json, update_json, write_csv
 from forensics_lib.images import ImageError, read_header, read_image
@@ -26,7 +27,7 @@ from forensics_lib.manifest import build_test_manifest, problems, usable
 from forensics_lib.metrics import (
     best_f1_threshold,
     best_iou_threshold,
-    bootstrap_interval,
+    bootstrap_intervals,
     crossfit_f1,
     f1_score,
     image_metrics,
@@ -38,56 +39,98 @@ from forensics_lib.model import add_to_checkpoint, load_model
 from forensics_lib.runs import Run
 from forensics_lib.training import Predictions, predict, truth_mask
 
-KEPT_COLUMNS = ["label", "split", "source", "method", "kind", "group", "path", "mask_path"]
+KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
+INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")
+PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
 
 
 @dataclass
 class Evaluation:
     """Predictions on labelled images, the thresholds in force, and the scores."""
 
-    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, and pixel scores for Task B
+    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, platform, and pixel scores for Task B
     thresholds: dict[str, float]
     metrics: dict[str, float]
     errors: list[str]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over images
     without_overlap: dict[str, float] | None = None  # the scores without photographs that stand elsewhere in the data too
+    uncalibrated: np.ndarray | None = None  # (N,) probabilities before temperature scaling, of a validation set
 
     def summary(self) -> pd.DataFrame:
-        """The scores as a table, with those without overlapping photographs beside them where there are any."""
+        """The scores as a table with their intervals, and without overlapping photographs where there are any."""
         columns = {"all images": self.metrics}
+        for number, name in enumerate(("95% from", "to")):
+            columns[name] = {key: ends[number] for key, ends in self.intervals.items()}
         if self.without_overlap is not None:
             columns["without overlap"] = self.without_overlap
         return pd.DataFrame(columns).reindex(list(self.metrics)).rename_axis("metric").round(3)
 
+    def threshold_table(self) -> pd.DataFrame:
+        """F1 and false-positive rate at the stored threshold, at 0.5, and at the best threshold in hindsight."""
+        labels, probs = self.table["label"].to_numpy(int), self.table["prob"].to_numpy()
+        choices = {"stored": self.thresholds["threshold"], "0.5": 0.5, "best in hindsight": best_f1_threshold(labels, probs)}
+        lines = {name: image_metrics(labels, probs, value) for name, value in choices.items()}
+        return pd.DataFrame(lines).loc[["threshold", "f1", "fpr", "precision", "recall"]].T.round(3)
+
+    def most_wrong(self, count: int = 8) -> pd.DataFrame:
+        """The images whose probability is furthest on the wrong side of the threshold, half of each class."""
+        away = (self.table["prob"] - self.thresholds["threshold"]) * (1 - 2 * self.table["label"])
+        ranked = self.table.assign(away=away)[away >= 0].sort_values("away", ascending=False, kind="stable")
+        return pd.concat([ranked[ranked["label"] == label].head(count // 2) for label in (0, 1)]).drop(columns="away")
+
     def by(self, *columns: str) -> pd.DataFrame:
-        """Scores of each group of images: how many, the share called positive, and for Task B the mean IoU."""
+        """Scores of each group of images: how many, the share called positive, and for Task B the mean IoU.
+
+        ``auc`` is of the group against all images of the other class.
+        """
         called = self.table.assign(called_positive=self.table["prob"] >= self.thresholds["threshold"])
         called[list(columns)] = called[list(columns)].fillna("-")
         wanted = {"images": ("prob", "size"), "mean_prob": ("prob", "mean"), "called_positive": ("called_positive", "mean")}
         if "iou" in called:
             called["iou"] = called["iou"].where(called["label"] == 1)
             wanted |= {"mean_iou": ("iou", "mean"), "flagged_pixels": ("flagged", "mean")}
-        return called.groupby([*columns, "label"]).agg(**wanted).reset_index().round(3)
+        groups = called.groupby([*columns, "label"])
+        aucs = {name: self._auc_against_others(group) for name, group in groups}
+        return groups.agg(**wanted).assign(auc=pd.Series(aucs)).reset_index().round(3)
+
+    def _auc_against_others(self, group: pd.DataFrame) -> float:
+        others = self.table[self.table["label"] != group["label"].iloc[0]]
+        both = pd.concat([group, others])
+        return image_metrics(both["label"].to_numpy(int), both["prob"].to_numpy(), 0.5)["auc"]
 
 
 def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
-    """Score the fine-tuned model on the whole validation set and choose the thresholds there.
+    """Score the fine-tuned model on the whole validation set; temperature and thresholds are chosen there.
 
-    Writes ``_val_probs.csv`` and ``thresholds.json``, and puts the thresholds into the checkpoint.
+    Writes ``_val_probs.csv`` and ``thresholds.json``, and puts temperature and thresholds into the checkpoint.
     """
-    rows = usable(manifest, "val")
-    result, table, errors = _predict_rows(run, task, rows)
-    labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
+    result, table, errors = _predict_rows(run, task, usable(manifest, "val"), temperature=1.0)
+    labels, uncalibrated = table["label"].to_numpy(int), table["prob"].to_numpy()
+    temperature = fit_temperature(labels, result.probs[result.good()])
+    table["prob"] = round_probs(at_temperature(result.probs[result.good()], temperature))
+    probs = table["prob"].to_numpy()
     threshold = best_f1_threshold(labels, probs)
-    thresholds = {"threshold": threshold}
+    thresholds = {"threshold": threshold, "temperature": temperature}
     if task == "B":
         thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()])
-    evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
-    low, high = bootstrap_interval(lambda y, p: f1_score(y, p >= threshold), labels, probs)
-    evaluation.metrics |= {"f1_low": low, "f1_high": high, "f1_crossfit": crossfit_f1(labels, probs)}
-    evaluation.metrics |= {"f1_at_half": f1_score(labels, probs >= 0.5)}
+    scores = _scores(task, table, result, thresholds)
+    scores |= {"f1_crossfit": crossfit_f1(labels, probs), "f1_at_half": f1_score(labels, probs >= 0.5)}
+    scores |= {"ece_uncalibrated": expected_calibration_error(labels, uncalibrated)}
+    scores |= {"ece": expected_calibration_error(labels, probs), "temperature": temperature}
+    evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=uncalibrated)
+    evaluation.intervals = _intervals(labels, probs, threshold)
+    evaluation.intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     _store(run, task, evaluation, problems(manifest))
     return evaluation
+
+
+def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, tuple[float, float]]:
+    def scores(drawn_labels: np.ndarray, drawn_probs: np.ndarray) -> dict[str, float]:
+        found = image_metrics(drawn_labels, drawn_probs, threshold)
+        return {key: found[key] for key in INTERVALS}
+
+    return bootstrap_intervals(scores, labels, probs)
 
 
 def _without_overlap(
@@ -113,20 +156,29 @@ def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation
     if rows.empty:
         return None
     thresholds = stored_thresholds(run, task)
-    result, table, errors = _predict_rows(run, task, rows)
+    result, table, errors = _predict_rows(run, task, rows, thresholds["temperature"])
     evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
+    labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
+    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"])
     run.record(**{f"task{task}_held_out": evaluation.metrics})
     return evaluation
 
 
-def _predict_rows(run: Run, task: str, rows: pd.DataFrame) -> tuple[Predictions, pd.DataFrame, list[str]]:
+def _predict_rows(run: Run, task: str, rows: pd.DataFrame, temperature: float) -> tuple[Predictions, pd.DataFrame, list[str]]:
     model, _ = load_model(run.finetuned_model(task), task)
     result = predict(model, task, rows, run.params, choose_machine(run.params))
     good = result.good()
     table = rows.loc[good, KEPT_COLUMNS].reset_index(drop=True)
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
-    table.insert(1, "prob", round_probs(result.probs[good]))
+    table.insert(1, "prob", round_probs(at_temperature(result.probs[good], temperature)))
+    table["platform"] = [_platform(source, name) for source, name in zip(table["source"], table["image_id"], strict=True)]
     return result, table, list(result.errors.values())
+
+
+def _platform(source: str, name: str) -> str | None:
+    """The social platform that an image's source (``itw_sm/facebook``) or name (``Facebook_real_1042.jpg``) tells."""
+    words = (source.rpartition("/")[2].lower(), name.partition("_")[0].lower())
+    return next((word for word in words if word in PLATFORMS), None)
 
 
 def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
@@ -145,13 +197,14 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     write_csv(run.val_probs(task), evaluation.table)
     facts: dict[str, Any] = dict(evaluation.thresholds)
     facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.table)}
-    facts |= {"f1_interval": [evaluation.metrics["f1_low"], evaluation.metrics["f1_high"]]}
+    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in ("threshold", "f1")}
     if task == "B":
         facts["loc_rule"] = "best mean IoU over manipulated validation images"
     update_json(run.thresholds, **{task: facts})
     add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds)
     unreadable = excluded["path"].tolist() + evaluation.errors
-    facts = {"validation": evaluation.metrics, "validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
+    facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
+    facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
@@ -160,7 +213,7 @@ def stored_thresholds(run: Run, task: str) -> dict[str, float]:
     facts = read_json(run.thresholds).get(task)
     if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
-    return {key: facts[key] for key in ("threshold", "loc_threshold") if key in facts}
+    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature") if key in facts}
 
 
 # ---- Test images -----------------------------------------------------------------------------------------------------
@@ -172,6 +225,7 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     An image that cannot be read gets ``FALLBACK_PROB`` and, for Task B, an all-zero mask (of its declared size where its
     header can be read, else 1 x 1): no test image may be missing from a submission.  Returns image_id, prob and error.
     """
+    temperature = stored_thresholds(run, task)["temperature"]
     rows = build_test_manifest(run, task)
     run.test_probs(task).unlink(missing_ok=True)  # until this inference is complete there is no result
     model, _ = load_model(run.finetuned_model(task), task)
@@ -182,6 +236,7 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     else:
         table = pd.DataFrame(_infer_masks(run, rows, predict_masks(model, rows, run.params, machine)))
     failed = table["error"].notna()
+    table["prob"] = at_temperature(table["prob"].to_numpy(), temperature)
     table["prob"] = table["prob"].where(~failed, FALLBACK_PROB)
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,17 +23,25 @@ MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
 
 
 @torch.inference_mode()
-def predict_probabilities(model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine) -> pd.DataFrame:
+def predict_probabilities(
+    model: CombinedModel,
+    rows: pd.DataFrame,
+    params: Params,
+    machine: Machine,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+    title: str = "probabilities",
+) -> pd.DataFrame:
     """Task A: the probability of being synthetic for each row's ``path``; columns ``prob`` and ``error``, in row order.
 
     Each image gives up to ``crops_per_image`` native crops; its probability is the sigmoid of their mean logit margin.
-    Crops of several images share a batch.  An unreadable image has prob NaN and its error.
+    Crops of several images share a batch.  An unreadable image has prob NaN and its error.  ``change`` is done to each
+    image first.
     """
     model = model.to(machine.device, memory_format=torch.channels_last).eval()
     margins: dict[int, list[float]] = {index: [] for index in range(len(rows))}
     errors: dict[int, str] = {}
     pending: list[tuple[int, torch.Tensor]] = []
-    dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image)
+    dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
 
     def flush(size: int) -> None:
         batch, pending[:] = pending[:size], pending[size:]
@@ -42,7 +50,7 @@ def predict_probabilities(model: CombinedModel, rows: pd.DataFrame, params: Para
         for (index, _), margin in zip(batch, (logits[:, 1] - logits[:, 0]).tolist(), strict=True):
             margins[index].append(margin)
 
-    for sample in progress(stream(dataset, machine.workers), "probabilities", total=len(rows)):
+    for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
         if "error" in sample:
             errors[sample["index"]] = sample["error"]
             continue

@@ -10,6 +10,8 @@ import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
+from forensics_lib.progress import progress
+
 DECIMALS = 6  # probabilities and thresholds are written, and compared, with this many
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
 
@@ -54,9 +56,9 @@ def f1_score(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
-    """AUC, AP and EER of ``probs``, and F1, accuracies, precision, recall and false-positive rate at ``threshold``.
+    """AUC, AP, EER and recall at 5% false positives of ``probs``; F1, accuracies and rates at ``threshold``.
 
-    AUC, AP and EER are NaN where one class is missing.
+    The first four are NaN where one class is missing.
     """
     labels, probs = np.asarray(labels), round_probs(probs)
     tp, fp, fn, tn = counts(labels, probs >= threshold)
@@ -72,6 +74,7 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
         "recall": recall,
         "fpr": 1 - specificity if tn + fp else math.nan,
         "eer": equal_error_rate(labels, probs) if both else math.nan,
+        "tpr_at_5_fpr": recall_at_fpr(labels, probs, 0.05) if both else math.nan,
         "threshold": threshold,
     }
 
@@ -81,6 +84,12 @@ def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:
     fpr, tpr, _ = roc_curve(labels, probs)
     gap = fpr - (1 - tpr)  # rises from -1 to 1
     return float(np.interp(0.0, gap, fpr))
+
+
+def recall_at_fpr(labels: np.ndarray, probs: np.ndarray, limit: float) -> float:
+    """The highest recall of a threshold whose false-positive rate is at most ``limit``."""
+    fpr, tpr, _ = roc_curve(labels, probs, drop_intermediate=False)
+    return float(tpr[fpr <= limit].max())
 
 
 def crossfit_f1(labels: np.ndarray, probs: np.ndarray, folds: int = 5, seed: int = 0) -> float:
@@ -99,14 +108,23 @@ def bootstrap_interval(
     score: Callable[[np.ndarray, np.ndarray], float], labels: np.ndarray, probs: np.ndarray, rounds: int = 300, seed: int = 0
 ) -> tuple[float, float]:
     """95% interval of ``score(labels, probs)`` over images drawn with replacement within each class."""
+    return bootstrap_intervals(lambda y, p: {"score": score(y, p)}, labels, probs, rounds, seed)["score"]
+
+
+def bootstrap_intervals(
+    scores: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    labels: np.ndarray,
+    probs: np.ndarray,
+    rounds: int = 300,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """``bootstrap_interval`` of several scores from the same draws."""
     labels, probs = np.asarray(labels), np.asarray(probs)
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(labels == label) for label in (0, 1)]
-    values = []
-    for _ in range(rounds):
-        drawn = np.concatenate([rng.choice(group, len(group)) for group in members if len(group)])
-        values.append(score(labels[drawn], probs[drawn]))
-    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
+    draws = (np.concatenate([rng.choice(group, len(group)) for group in members if len(group)]) for _ in range(rounds))
+    table = pd.DataFrame([scores(labels[drawn], probs[drawn]) for drawn in progress(draws, "bootstrap", total=rounds)])
+    return {name: (float(values.quantile(0.025)), float(values.quantile(0.975))) for name, values in table.items()}
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------------

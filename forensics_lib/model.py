@@ -54,6 +54,48 @@ class NoiseResidual(nn.Module):
         return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
 
 
+class NeighbourResidual(nn.Module):
+    """RGB ``(N, 3, H, W)`` in [0, 1] to neighbouring-pixel relations ``(N, 3, H, W)`` in [-3, 3]; not trained.
+
+    What an image differs by from its half, doubled by its nearest pixels (NPR: Tan et al., CVPR 2024): generators'
+    upsampling relates neighbours in ways that cameras do not.  H and W must be even.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        doubled = x[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return ((x - doubled) * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+
+class ConstrainedConvolution(nn.Module):
+    """RGB ``(N, 3, H, W)`` in [0, 1] to learned prediction errors ``(N, 9, H, W)`` in [-3, 3].
+
+    Each 5x5 filter predicts a pixel from its neighbours and takes the pixel away: its centre is -1 and the others sum
+    to 1 (Bayar and Stamm, IEEE TIFS 2018).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(9, 1, 5, 5))
+        centre = torch.zeros(1, 1, 5, 5)
+        centre[..., 2, 2] = 1
+        self.register_buffer("centre", centre, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        around = self.weight * (1 - self.centre)
+        total = around.sum((2, 3), keepdim=True)
+        kernels = around / torch.where(total.abs() < 1e-3, torch.full_like(total, 1e-3), total) - self.centre
+        residual = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)
+        return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+
+# Per front end: what makes the channels beside RGB, and how many they are
+FRONTENDS: dict[str, tuple[type[nn.Module], int]] = {
+    "srm": (NoiseResidual, 9),
+    "npr": (NeighbourResidual, 3),
+    "bayar": (ConstrainedConvolution, 9),
+}
+
+
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, group normalisation (so that batch size does not matter), GELU."""
     return nn.Sequential(
@@ -126,12 +168,13 @@ class CombinedModel(nn.Module):
             "drop_path": drop_path,
             "dropout": dropout,
         }
-        channels = 3 if frontend == "rgb" else 12
-        self.backbone = _create_backbone(backbone, channels, drop_path, pretrained, pretrained_file)
+        residual, extra = FRONTENDS.get(frontend, (None, 0))
+        self.backbone = _create_backbone(backbone, drop_path, pretrained, pretrained_file)
+        self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
         statistics = timm.data.resolve_data_config({}, model=self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
-        self.residual = NoiseResidual() if frontend == "srm" else None
+        self.residual = residual() if residual else None
         stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info]
         self.segmentation = SegmentationBranch(stage_channels, decoder_channels) if task == "B" else None
         evidence = 2 if task == "B" else 0
@@ -140,6 +183,10 @@ class CombinedModel(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features + evidence, 2))
 
     def forward(self, images: torch.Tensor) -> Output:
+        return self.decide(images, *self.encode(images))
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The backbone's last feature map, and those of its stages, finest first."""
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
             up = [-(-side // STRIDE) * STRIDE for side in (height, width)]
@@ -147,7 +194,10 @@ class CombinedModel(nn.Module):
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)
-        final, stages = self.backbone.forward_intermediates(x)
+        return self.backbone.forward_intermediates(x)
+
+    def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
+        """Both branches on what ``encode`` gave for the same images."""
         features = self.norm(self.backbone.forward_head(final, pre_logits=True))
         mask_logits = None
         if self.segmentation is not None:
@@ -172,7 +222,33 @@ class CombinedModel(nn.Module):
         last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
         first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(trainable_stages != 0 and layer_of[name] >= first)
+            trained = layer_of[name] >= first or name == self.first_conv  # which has learned nothing of residuals yet
+            parameter.requires_grad_(trainable_stages != 0 and trained)
+
+
+def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
+    """Give the first convolution ``extra`` input channels; returns its weight's name.
+
+    Pretrained weights for RGB stay and the new ones begin at zero, so that the network begins as it was.
+    """
+    name = backbone.pretrained_cfg.get("first_conv")
+    old = backbone.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(old, nn.Conv2d) or old.groups != 1:
+        raise ValueError(
+            f"backbone: {backbone.pretrained_cfg.get('architecture')} has no single first convolution; set frontend: rgb"
+        )
+    options = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    with torch.random.fork_rng(devices=[]):  # of the same type, since some of timm's pad by themselves
+        new = type(old)(old.in_channels + extra, old.out_channels, bias=old.bias is not None, **options)
+    with torch.no_grad():
+        if pretrained:
+            new.weight.zero_()
+            new.weight[:, : old.in_channels] = old.weight
+        if pretrained and old.bias is not None:
+            new.bias.copy_(old.bias)
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, new)
+    return f"{name}.weight"
 
 
 def _mask_evidence(mask_logits: torch.Tensor) -> torch.Tensor:
@@ -182,7 +258,7 @@ def _mask_evidence(mask_logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([coarse.mean(1), top.mean(1)], 1)
 
 
-def _create_backbone(name: str, channels: int, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
+def _create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
     """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be had."""
     if not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
@@ -192,7 +268,7 @@ def _create_backbone(name: str, channels: int, drop_path: float, pretrained: boo
     overlay = {"file": file} if file else None
     if pretrained:
         print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
-    options = {"pretrained": pretrained, "num_classes": 0, "in_chans": channels, "pretrained_cfg_overlay": overlay}
+    options = {"pretrained": pretrained, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
         backbone = _seeded_backbone(name, options, drop_path)
         if file:

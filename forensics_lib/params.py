@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -46,6 +46,39 @@ class DataSet(BaseModel):
         return self
 
 
+Scales = tuple[Annotated[float, Field(gt=0, le=4)], Annotated[float, Field(gt=0, le=4)]]
+Qualities = tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]]
+Sigmas = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+
+
+class Degradations(BaseModel):
+    """How often and how strongly training crops are changed, both classes alike; ranges are [lowest, highest]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    resize: float = Field(0.3, **PROBABILITY, description="probability of scaling, by a random kernel")
+    resize_scale: Scales = Field((0.5, 1.5), description="range of the scale")
+    blur: float = Field(0.1, **PROBABILITY, description="probability of Gaussian blur")
+    blur_sigma: Sigmas = Field((0.3, 1.5), description="range of the blur's sigma, pixels")
+    noise: float = Field(0.1, **PROBABILITY, description="probability of Gaussian noise")
+    noise_sigma: Sigmas = Field((1.0, 6.0), description="range of the noise's sigma, grey levels")
+    double_jpeg: float = Field(0.1, **PROBABILITY, description="probability of a JPEG compression before the next")
+    jpeg: float = Field(0.4, **PROBABILITY, description="probability of JPEG")
+    jpeg_quality: Qualities = Field((55, 97), description="range of JPEG's quality")
+    webp: float = Field(0.15, **PROBABILITY, description="probability of WebP where JPEG did not happen")
+    webp_quality: Qualities = Field((55, 97), description="range of WebP's quality")
+    social: float = Field(0.3, **PROBABILITY, description="probability of an upload: shrinking, then JPEG 4:2:0")
+    social_scale: Scales = Field((0.5, 1.0), description="range of an upload's scale")
+    social_quality: Qualities = Field((60, 92), description="range of an upload's JPEG quality")
+
+    @field_validator("*")
+    @classmethod
+    def _lowest_first(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("a range is [lowest, highest]")
+        return value
+
+
 class Params(BaseModel):
     """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
@@ -72,7 +105,9 @@ class Params(BaseModel):
     backbone: str = Field("convnext_base", description="any timm model name")
     pretrained: bool = Field(True, description="start from pretrained weights")
     pretrained_file: str | None = Field(None, description="local weight file to use instead of timm's download")
-    frontend: Literal["rgb", "srm"] = Field("rgb", description="network input: RGB, or RGB and SRM noise residuals")
+    frontend: Literal["rgb", "srm", "npr", "bayar"] = Field(
+        "rgb", description="what the network sees: RGB, or RGB and noise residuals of this kind"
+    )
     decoder_channels: int = Field(128, ge=16, multiple_of=16, description="Task B decoder width, channels")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
@@ -89,9 +124,16 @@ class Params(BaseModel):
     warmup: float = Field(0.1, **PROBABILITY, description="share of each step's updates in which the rate rises")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
     ema: float = Field(0.9998, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
-    degrade: float = Field(0.3, **PROBABILITY, description="probability of each training degradation (JPEG, WebP, ...)")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor of the rate from each backbone layer to the one below")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of each label that goes to the other class")
+    mixup: float = Field(0.0, ge=0, description="Task A: alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="Task A: alpha of cutmix; 0: none")
+    balance: Literal["class", "source"] = Field(
+        "class", description="what an epoch draws equally often: the classes, or within each the sources too"
+    )
+    degrade: Degradations = Field(Degradations(), description="what happens to training crops: JPEG, scaling, ...")
     equalize: Literal["auto", "always", "never"] = Field(
-        "auto", description="recompress every training crop alike; auto: where format or quality tell the class"
+        "always", description="recompress every training crop alike; auto: where format or quality tell the class"
     )
     val_limit: int = Field(2000, ge=2, description="validation images scored after each epoch (all at the end)")
 
@@ -183,7 +225,8 @@ def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        known = list((DataSet if item["loc"][0] == "data" and len(item["loc"]) > 1 else Params).model_fields)
+        model = {"data": DataSet, "degrade": Degradations}.get(str(item["loc"][0])) if len(item["loc"]) > 1 else Params
+        known = list((model or Params).model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key (value {item['input']!r}); {hint}"

@@ -22,8 +22,6 @@ figcaption{font-size:.9rem;color:#444} @media print{h2{break-after:avoid} figure
 """
 _RANKED = {  # metric key: what the reader sees, in the order of importance
     "f1": "F1 at the threshold",
-    "f1_low": "F1, lower end of the 95% interval",
-    "f1_high": "F1, upper end of the 95% interval",
     "f1_crossfit": "F1 with thresholds chosen on other folds",
     "f1_at_half": "F1 at 0.5",
     "auc": "AUC",
@@ -34,6 +32,10 @@ _RANKED = {  # metric key: what the reader sees, in the order of importance
     "recall": "recall",
     "fpr": "false-positive rate on authentic images",
     "eer": "equal error rate",
+    "tpr_at_5_fpr": "recall at 5% false positives",
+    "ece": "calibration error (ECE)",
+    "ece_uncalibrated": "calibration error before temperature scaling",
+    "temperature": "temperature",
     "threshold": "threshold",
     "iou_manipulated": "mean IoU over manipulated images",
     "pixel_f1_manipulated": "mean pixel F1 over manipulated images",
@@ -85,6 +87,9 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     columns = {title: facts.get(f"task{task}_{name}") for name, title in names.items()}
     validation = columns["validation"] or {}
     table = pd.DataFrame({title: scores for title, scores in columns.items() if scores})
+    for number, name in enumerate(("95% from", "to")):
+        ends = facts.get(f"task{task}_validation_intervals") or {}
+        table.insert(number + 1, name, pd.Series({key: value[number] for key, value in ends.items()}))
     table = table.reindex([key for key in _RANKED if key in validation]).rename(index=_RANKED)
     note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
     if columns["without overlap"]:

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -138,7 +139,7 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
 
 def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
     """The crops that a task trains on."""
-    options = {"masks": task == "B", "probability": params.degrade, "seed": seed, "equalize": equalize}
+    options = {"masks": task == "B", "degradations": params.degrade, "seed": seed, "equalize": equalize}
     return TrainingCrops(rows, params.crop_size, **options)
 
 
@@ -255,7 +256,13 @@ def _publish(fit: Fit, step: str, target: Path) -> None:
 
 
 def _optimizer(model: CombinedModel, rate: float, params: Params) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups_weight_decay(model, params.weight_decay), lr=rate)
+    """AdamW; with ``layer_decay`` each backbone layer below the last learns that much slower (Bao et al., BEiT, 2022)."""
+    if params.layer_decay == 1:
+        return torch.optim.AdamW(param_groups_weight_decay(model, params.weight_decay), lr=rate)
+    new = [module for name, module in model.named_children() if name != "backbone"]
+    groups = [group for module in new for group in param_groups_weight_decay(module, params.weight_decay) if group["params"]]
+    layers = param_groups_layer_decay(model.backbone, params.weight_decay, layer_decay=params.layer_decay)
+    return torch.optim.AdamW([*groups, *layers], lr=rate)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, updates: int, warmup: float) -> CosineLRScheduler:
@@ -285,9 +292,12 @@ def _train_epoch(
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
     torch.manual_seed(seed)  # dropout and stochastic depth
     dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
-    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch)
+    sources = fit.train["source"].to_numpy() if fit.params.balance == "source" else None
+    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, sources)
     loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
+    mix = _mixup(fit)
+    np.random.seed(seed)  # noqa: NPY002 (timm's mixup draws from it)
     started, losses, seen = time.monotonic(), [], 0
     bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
     for number, batch in enumerate(bar):
@@ -296,7 +306,7 @@ def _train_epoch(
             continue
         update = epoch * fit.updates + number
         schedule.step_update(update)
-        loss = _loss(fit, batch)
+        loss = _loss(fit, batch, mix)
         if not torch.isfinite(loss):
             files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
             raise FloatingPointError(
@@ -327,11 +337,24 @@ def _train_epoch(
     }
 
 
-def _loss(fit: Fit, batch: dict[str, Any]) -> torch.Tensor:
+def _mixup(fit: Fit) -> Mixup | None:
+    """Blends of two images with blended labels (Zhang et al. 2018; cutmix: Yun et al. 2019), for Task A."""
+    params = fit.params
+    if fit.task == "B" or not (params.mixup or params.cutmix):
+        return None
+    return Mixup(params.mixup, params.cutmix, label_smoothing=params.label_smoothing, num_classes=2, mode="elem")
+
+
+def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
+    images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
+    smoothing = fit.params.label_smoothing
+    if mix is not None and len(images) % 2 == 0:  # pairs are mixed; a last batch of an odd number is not
+        images, labels = mix(images, labels)
+        smoothing = 0.0
     with fit.machine.autocast():
-        output = fit.model(fit.machine.to_device(batch["image"]))
-    loss = F.cross_entropy(output.logits.float(), batch["label"].to(fit.machine.device))
+        output = fit.model(images)
+    loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
     if output.mask_logits is not None:
         loss = loss + fit.params.mask_weight * mask_loss(output.mask_logits.float(), batch["mask"].to(fit.machine.device))
     return loss
@@ -382,14 +405,20 @@ def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
 
 
 def _validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
-    """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU)."""
+    """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU).
+
+    Task A is judged on images of sources that training does not have, where validation has such of both classes.
+    """
     result = predict(model, fit.task, fit.val, fit.params, fit.machine)
-    good = result.good()
-    scores = image_metrics(fit.val["label"].to_numpy(int)[good], result.probs[good], 0.5)
+    good, labels = result.good(), fit.val["label"].to_numpy(int)
+    scores = image_metrics(labels[good], result.probs[good], 0.5)
     if not np.isfinite(scores["auc"]):
         reasons = "; ".join(list(result.errors.values())[:3])
         raise ImageError(f"validation needs readable images of both classes; {len(result.errors)} could not be read: {reasons}")
     values = {"val_auc": scores["auc"], "score": scores["auc"]}
+    unseen = good & ~fit.val["source"].isin(fit.train["source"]).to_numpy()
+    if fit.task == "A" and len(set(labels[unseen])) == 2:
+        values["score"] = image_metrics(labels[unseen], result.probs[unseen], 0.5)["auc"]
     if result.histograms is not None:
         manipulated = result.histograms[good & (fit.val["label"] == 1)]
         values["val_iou"] = float(pixel_curves(manipulated)[0].mean(0)[1:].max())

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from test_degradations import EVERYTHING, NOTHING
 
 from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, epoch_order, training_loader
 from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.params import Degradations
 
 
 @pytest.fixture
@@ -13,7 +15,7 @@ def rows(tiny_run):
 
 
 def crops(rows, **changes):
-    options = {"crop_size": 32, "masks": True, "probability": 0.5, "seed": 0} | changes
+    options = {"crop_size": 32, "masks": True, "degradations": Degradations(), "seed": 0} | changes
     return TrainingCrops(rows, **options)
 
 
@@ -40,7 +42,7 @@ def test_workers_change_nothing(rows):
 
 def test_a_spliced_crop_without_its_region_is_authentic(rows):
     spliced = rows[rows["kind"] == "sp"].reset_index(drop=True)
-    dataset = crops(spliced, probability=0.0, crop_size=16)
+    dataset = crops(spliced, degradations=NOTHING, crop_size=16)
     labels = []
     for dataset.epoch in range(30):
         for sample in dataset:
@@ -58,8 +60,9 @@ def test_image_and_mask_stay_aligned_through_degradations(tmp_path):
     square[20:60, 20:60] = 255
     path = str(save(tmp_path / "x.png", np.repeat(square[..., None], 3, 2)))
     mask = str(save(tmp_path / "m.png", square))
-    table = pd.DataFrame([{"path": path, "label": 1, "mask_path": mask, "kind": "sp"}])
-    dataset = crops(table, crop_size=64, probability=1.0)
+    table = pd.DataFrame([{"path": path, "label": 1, "mask_path": mask, "kind": "sp", "format": "PNG"}])
+    table[["jpeg_quality", "width", "height"]] = np.nan, 80, 80
+    dataset = crops(table, crop_size=64, degradations=EVERYTHING)
     for dataset.epoch in range(20):
         sample = dataset[0]
         bright = sample["image"].float().mean(0) > 127
@@ -107,3 +110,28 @@ def test_the_textured_place_is_chosen(rng):
     centre, textured = chosen_crops(image, 32, 2)
     assert (centre == image[32:64, 32:64]).all()
     assert (textured == image[64:, 64:]).all()
+
+
+def test_equalizing_gives_other_formats_a_jpeg_history(tmp_path, rng):
+    """A PNG is first compressed as one of the JPEG files were: what is left of it is what such a JPEG holds."""
+    import pandas as pd
+    from conftest import save
+
+    path = str(save(tmp_path / "x.png", picture(rng, 64, 64)))
+    columns = {"label": 1, "mask_path": None, "kind": "full", "width": 64, "height": 64}
+    table = pd.DataFrame([{"path": path, "format": "PNG", "jpeg_quality": np.nan, **columns}] * 2)
+    table.loc[1, ["format", "jpeg_quality"]] = "JPEG", 20.0
+    fine = NOTHING.model_copy(update={"jpeg_quality": (100, 100), "webp_quality": (100, 100)})
+    options = {"masks": False, "degradations": fine, "crop_size": 64}
+    plain = crops(table.iloc[:1], **options, equalize=True)[0]["image"].float()
+    history = crops(table, **options, equalize=True)[0]["image"].float()
+    assert (history - plain).abs().mean() > 5
+
+
+def test_sources_of_a_class_are_drawn_equally_often():
+    labels = np.array([0] * 50 + [1] * 50)
+    sources = np.array(["a"] * 45 + ["b"] * 5 + ["c"] * 50)
+    drawn = epoch_order(labels, 0, 0, sources)
+    assert len(drawn) == 100 and labels[drawn].sum() == 50
+    assert (sources[drawn] == "b").sum() == 25
+    assert len(set(drawn[labels[drawn] == 1])) == 50, "a single source is drawn without repetition"

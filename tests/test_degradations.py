@@ -3,7 +3,12 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize
+from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize, upload
+from forensics_lib.params import Degradations
+
+OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
+NOTHING = Degradations(**dict.fromkeys(OPERATIONS, 0.0))
+EVERYTHING = Degradations(**dict.fromkeys(OPERATIONS, 1.0))
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
@@ -33,18 +38,36 @@ def test_blur_and_noise_do_what_they_say(rng):
 
 def test_probability_zero_changes_nothing(rng):
     image = picture(rng)
-    assert (degrade(image, None, 0.0, rng)[0] == image).all()
+    assert (degrade(image, None, NOTHING, rng)[0] == image).all()
 
 
 def test_the_same_generator_state_gives_the_same_result(rng):
     image = picture(rng)
-    results = [degrade(image, None, 1.0, np.random.default_rng(3))[0] for _ in range(2)]
+    results = [degrade(image, None, EVERYTHING, np.random.default_rng(3))[0] for _ in range(2)]
     assert np.array_equal(*results)
 
 
 def test_equalizing_compresses_every_image_by_one_distribution(rng):
     image = picture(rng, 64, 64)
-    found = [degrade(image, None, 0.0, rng, equalize=True)[2] for _ in range(200)]
+    found = [degrade(image, None, NOTHING, rng, equalize=True)[2] for _ in range(200)]
     assert {encoding.format for encoding in found} == {"JPEG", "WEBP"}
-    assert min(e.quality for e in found) < 65 and max(e.quality for e in found) > 92
-    assert degrade(image, None, 0.0, rng)[2] is None
+    assert min(e.quality for e in found) < 62 and max(e.quality for e in found) > 92
+    assert degrade(image, None, NOTHING, rng)[2] is None
+
+
+def test_an_upload_shrinks_image_and_mask_and_never_enlarges(rng):
+    image, mask, encoding = upload(picture(rng), np.ones((48, 56), bool), 0.5, 80)
+    assert image.shape == (24, 28, 3) and mask.shape == (24, 28)
+    assert (encoding.format, encoding.quality) == ("JPEG", 80)
+    assert upload(picture(rng), None, 1.5, 80)[0].shape == (48, 56, 3)
+
+
+@pytest.mark.parametrize(
+    ("operation", "codec"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("social", "JPEG"), ("double_jpeg", "JPEG")]
+)
+def test_qualities_stay_in_their_ranges(operation, codec, rng):
+    limits = {"jpeg_quality": (70, 72), "webp_quality": (70, 72), "social_quality": (70, 72)}
+    settings = NOTHING.model_copy(update={operation: 1.0, **limits})
+    found = [degrade(picture(rng), None, settings, rng)[2] for _ in range(20)]
+    assert {encoding.format for encoding in found} == {"WEBP" if operation == "webp" else "JPEG"}
+    assert {encoding.quality for encoding in found} == {70, 71, 72}

@@ -23,7 +23,7 @@ from forensics_lib.files import project_root
 from forensics_lib.images import read_image
 from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
 from forensics_lib.manifest import build_manifest, data_sets, usable
-from forensics_lib.params import DataSet, ParamsError, make_params
+from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
 from forensics_lib.readers import detect_layout, read_data_set, task_of
 from forensics_lib.runs import Run
 
@@ -199,7 +199,7 @@ def test_hub_parquet_goes_through_the_manifest_and_the_crops(tiny_run, tmp_path,
     manifest = build_manifest(run, "B")
     assert manifest["error"].isna().all()
     assert set(manifest["format"]) == {"PNG"} and (manifest["bytes"] > 100).all()
-    crops = TrainingCrops(usable(manifest, "train"), 32, masks=True, probability=0.5, seed=0)
+    crops = TrainingCrops(usable(manifest, "train"), 32, masks=True, degradations=Degradations(), seed=0)
     assert all("error" not in crops[i] for i in range(4))
 
 

