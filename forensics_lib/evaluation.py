@@ -36,8 +36,9 @@ from forensics_lib.metrics import (
     round_probs,
 )
 from forensics_lib.model import add_to_checkpoint, load_model
+from forensics_lib.robustness import robustness
 from forensics_lib.runs import Run
-from forensics_lib.training import Predictions, predict, truth_mask
+from forensics_lib.training import Predictions, predict, sampled, truth_mask
 
 KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
 INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")
@@ -77,6 +78,12 @@ class Evaluation:
         away = (self.table["prob"] - self.thresholds["threshold"]) * (1 - 2 * self.table["label"])
         ranked = self.table.assign(away=away)[away >= 0].sort_values("away", ascending=False, kind="stable")
         return pd.concat([ranked[ranked["label"] == label].head(count // 2) for label in (0, 1)]).drop(columns="away")
+
+    def surest(self, count: int = 8) -> pd.DataFrame:
+        """The images whose probability is furthest on the right side of the threshold, half of each class."""
+        ranked = self.table.sort_values("prob", ascending=False, kind="stable")
+        positive, authentic = ranked[ranked["label"] == 1], ranked[ranked["label"] == 0]
+        return pd.concat([authentic.tail(count // 2)[::-1], positive.head(count // 2)])
 
     def by(self, *columns: str) -> pd.DataFrame:
         """Scores of each group of images: how many, the share called positive, and for Task B the mean IoU.
@@ -205,6 +212,7 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
+    facts["by_source"] = evaluation.by("source").to_dict("records")
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
@@ -214,6 +222,19 @@ def stored_thresholds(run: Run, task: str) -> dict[str, float]:
     if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
     return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature") if key in facts}
+
+
+def evaluate_robustness(run: Run, manifest: pd.DataFrame) -> pd.DataFrame:
+    """``robustness`` of Task A on validation images at the stored threshold, also kept in ``run.json``.
+
+    At most ``robustness_images`` images are used, the same share of each class and source.
+    """
+    rows = sampled(usable(manifest, "val"), run.params.robustness_images, run.params.seed)
+    model, _ = load_model(run.finetuned_model("A"), "A")
+    stored = stored_thresholds(run, "A")
+    table = robustness(model, rows, run.params, choose_machine(run.params), stored["threshold"], stored["temperature"])
+    run.record(taskA_robustness=table.astype(object).where(table.notna(), None).round(4).to_dict("records"))
+    return table
 
 
 # ---- Test images -----------------------------------------------------------------------------------------------------

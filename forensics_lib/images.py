@@ -45,7 +45,7 @@ class Header:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
@@ -72,7 +72,7 @@ def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header
     With ``complete`` a truncated file is an error too: it is told by its format's end mark, and where the mark is not in
     its place, or the format has none, by decoding.
     """
-    with _opened(source) as image:
+    with open_image(source) as image:
         tables = getattr(image, "quantization", None)
         length, ended = _length_and_end(image)
         readable = image.format != "PNG" or "exif" in image.info  # else Pillow would decode a PNG to its end for it
@@ -122,7 +122,7 @@ def _hash_of(path: str) -> int | None:
     from imagehash import phash  # imports scipy and wavelets, which nothing else here needs
 
     try:
-        with _opened(path) as image:
+        with open_image(path) as image:
             image.draft("L", (128, 128))  # JPEG decodes at a fraction of its size: the hash looks at 32 x 32 pixels
             grey = image.convert("L").resize((64, 64), Image.Resampling.BOX)
     except ImageError:
@@ -148,7 +148,7 @@ def _quality(table: tuple[int, ...]) -> float:
 
 def read_image(source: str | Path | bytes) -> np.ndarray:
     """An image as ``(H, W, 3)`` uint8 RGB, by the policy above.  Raises ``ImageError``."""
-    with _opened(source) as image:
+    with open_image(source) as image:
         return np.array(_to_rgb(image))
 
 

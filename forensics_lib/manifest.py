@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from forensics_lib.aligned import make_twins
 from forensics_lib.facts import file_facts
 from forensics_lib.files import from_home, home
 from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
@@ -26,6 +27,8 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [note for table in tables for note in table.attrs.pop("notes")]
+    if run.params.aligned and task == "A":
+        tables.append(_aligned_twins(run, tables))
     table = pd.concat(tables, ignore_index=True)
     table["error"] = table["error"].fillna(_contradictions(table))
     table = table.drop(columns="identity")
@@ -42,6 +45,15 @@ def indexed(entry: DataSet) -> pd.DataFrame:
     table = _with_file_facts(rows, facts_cache(entry.root, entry.layout)).assign(data_set=entry.root, layout=entry.layout)
     table.attrs["notes"] = rows.notes()
     return table
+
+
+def _aligned_twins(run: Run, tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The synthetic twins of all usable training photographs, with the facts of their files."""
+    photos = pd.concat(tables, ignore_index=True)
+    photos = photos[photos["split"].eq("train") & photos["label"].eq(0) & photos["error"].isna()]
+    twins = make_twins(photos, run.params.aligned, run.params.seed)
+    facts = file_facts(twins["path"].tolist(), facts_cache(run.folder, "aligned"))
+    return twins.join(facts).assign(data_set="aligned", layout="aligned")
 
 
 def sources(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -83,7 +95,8 @@ def _of_data_root(run: Run, task: str) -> list[DataSet]:
         return [_own(folder / "TGIF", "tgif"), _own(folder / "validation", "task_b_validation")]
     opened = run.data / "dataset_open"
     if run.params.run_type == "open":
-        return [_own(run.data / "dataset", "own"), _own(opened, "own")]
+        both = [_own(run.data / "dataset", "own"), _own(opened, "own")]
+        return both if opened.exists() or not run.params.aligned else both[:1]
     if opened.is_dir():
         print(f"constrained run: {opened} is there and is not used")
     return [_own(run.data / "dataset", "own")]

@@ -79,6 +79,17 @@ class Degradations(BaseModel):
         return value
 
 
+class Aligned(BaseModel):
+    """Synthetic twins of the training photographs, made by an autoencoder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
+    count: int = Field(10_000, ge=1, description="photographs that get a twin, at most")
+    side: int = Field(512, ge=64, description="twins are of squares of at most this side, pixels")
+    mix: float = Field(0.5, **PROBABILITY, description="highest share of the photograph in its twin")
+
+
 class Params(BaseModel):
     """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
@@ -98,6 +109,7 @@ class Params(BaseModel):
     data_root: str = Field("data", description="folder with dataset, dataset_open, dataset_taskB and test")
     data: list[DataSet] | None = Field(None, description="data sets where they lie; null: data_root's folders")
     sample: bool = Field(False, description="use the built-in sample instead of data_root")
+    aligned: Aligned | None = Field(None, description="open runs, Task A: synthetic twins of the photographs; null: none")
     test_folder_a: str | None = Field(None, description="Task A test images; null: <data_root>/test/taskA")
     test_folder_b: str | None = Field(None, description="Task B test images; null: <data_root>/test/taskB")
 
@@ -139,6 +151,7 @@ class Params(BaseModel):
 
     # Inference
     crops_per_image: int = Field(5, ge=1, description="Task A: native crops scored per image: centre, then most textured")
+    robustness_images: int = Field(300, ge=2, description="Task A: validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
     tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
 
@@ -179,6 +192,8 @@ class Params(BaseModel):
     def _no_contradictions(self) -> Params:
         if self.pretrained_file and not self.pretrained:
             raise ValueError("pretrained_file is given but pretrained is false: set pretrained: true, or remove the file")
+        if self.aligned and self.run_type == "constrained":
+            raise ValueError("aligned twins are for open runs: set run_type: open, or aligned: null")
         if self.epochs_head + self.epochs_finetune == 0:
             raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
         if self.tile_overlap > self.tile_size // 2:
@@ -225,7 +240,11 @@ def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        model = {"data": DataSet, "degrade": Degradations}.get(str(item["loc"][0])) if len(item["loc"]) > 1 else Params
+        model = (
+            {"data": DataSet, "degrade": Degradations, "aligned": Aligned}.get(str(item["loc"][0]))
+            if len(item["loc"]) > 1
+            else Params
+        )
         known = list((model or Params).model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

@@ -14,11 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from forensics_lib.attribution import grad_cam
+from forensics_lib.calibration import reliability
 from forensics_lib.evaluation import Evaluation, MaskExample
 from forensics_lib.files import whole
 from forensics_lib.images import read_image
 from forensics_lib.inference import load_mask
+from forensics_lib.machine import choose_machine
 from forensics_lib.metrics import counts
+from forensics_lib.model import load_model
 from forensics_lib.runs import Run
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
@@ -86,6 +90,58 @@ def score_curves(evaluation: Evaluation, task: str) -> Figure:
     hist.set(title="probabilities", xlabel="probability", ylabel="images", ylim=(0, hist.get_ylim()[1] * 1.4))  # legend
     hist.legend(frameon=False)
     figure.suptitle(f"Task {task}: validation", fontsize=10)
+    return figure
+
+
+def reliability_diagram(evaluation: Evaluation, task: str) -> Figure:
+    """What share of images is positive at each predicted probability, before and after temperature scaling."""
+    figure, axes = new_figure(1, 1, 4, 3.4)
+    axis, labels = axes[0, 0], evaluation.table["label"].to_numpy(int)
+    axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="exact")
+    scores = evaluation.metrics
+    for name, probs, error, colour in (
+        ("as trained", evaluation.uncalibrated, scores["ece_uncalibrated"], ORANGE),
+        (f"temperature {scores['temperature']:.2f}", evaluation.table["prob"].to_numpy(), scores["ece"], BLUE),
+    ):
+        found = reliability(labels, probs)
+        axis.plot(found[:, 0], found[:, 1], color=colour, marker="o", ms=4, label=f"{name}: ECE {error:.3f}")
+    axis.set(xlabel="predicted probability", ylabel=f"share {CLASS_NAMES[task][1]}", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Task {task}: calibration on validation", fontsize=10)
+    return figure
+
+
+def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
+    """AUC, F1 and false-positive rate at the stored threshold after each change of ``robustness``."""
+    changes = [name for name in table["change"].unique() if name != "unchanged"]
+    start = table[table["change"] == "unchanged"].iloc[0]
+    figure, axes = new_figure(2, -(-len(changes) // 2), 2.7 * -(-len(changes) // 2), 4.6)
+    for axis, name in zip(axes.flat, changes, strict=False):
+        rows = table[table["change"] == name]
+        places = np.arange(len(rows) + 1)
+        for key, colour, label in (("auc", BLUE, "AUC"), ("f1", GREEN, "F1"), ("fpr", RED, "false-positive rate")):
+            axis.plot(places, [start[key], *rows[key]], color=colour, marker=".", label=label)
+        axis.set_xticks(places, ["none", *(f"{value:g}" for value in rows["strength"])])
+        axis.set(xlabel=name, ylim=(0, 1.02))
+    for axis in axes.flat[len(changes) :]:
+        axis.set_axis_off()
+    axes[0, 0].legend(frameon=False, fontsize=7, loc="lower left")
+    figure.suptitle(f"Task {task}: what is left after common changes, {int(start['images'])} validation images", fontsize=10)
+    return figure
+
+
+def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
+    """Task A images of an evaluation, and below each where the model sees signs of generation."""
+    figure, axes = new_figure(2, max(1, len(rows)), 1.8 * max(3, len(rows)), 4.2)
+    hide_axes(axes)
+    model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)
+    for column, (_, row) in zip(axes.T, rows.iterrows(), strict=False):
+        shown, heat = grad_cam(model, read_image(row["path"]), machine)
+        column[0].imshow(shown, interpolation="nearest")
+        column[1].imshow(shown.mean(2), cmap="gray", vmin=0, vmax=255)
+        column[1].imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+        column[0].set_title(f"{row['source']}\n{CLASS_NAMES['A'][row['label']]}, prob {row['prob']:.2f}", fontsize=7)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

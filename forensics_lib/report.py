@@ -20,7 +20,7 @@ td+td,th+th{font-variant-numeric:tabular-nums} .wide{overflow-x:auto} img{max-wi
 .sample{background:#fff3cd;border:2px solid #8a6d00;padding:.8rem;font-weight:600} figure{margin:1rem 0}
 figcaption{font-size:.9rem;color:#444} @media print{h2{break-after:avoid} figure{break-inside:avoid}}
 """
-_RANKED = {  # metric key: what the reader sees, in the order of importance
+METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
     "f1": "F1 at the threshold",
     "f1_crossfit": "F1 with thresholds chosen on other folds",
     "f1_at_half": "F1 at 0.5",
@@ -55,6 +55,10 @@ _CAPTIONS = {
     "files": "File facts by class",
     "learning": "Loss and validation scores over the epochs",
     "validation": "ROC, precision and recall, probabilities on validation images",
+    "calibration": "Calibration: predicted probabilities against what they turned out to be",
+    "robustness": "What is left after recompression, scaling, blur, noise and an upload",
+    "wrong": "The most wrong images, and where the model sees signs of generation",
+    "right": "Images that were judged right, and where the model sees signs of generation",
     "confusion": "Confusion matrix at the threshold",
     "masks": "Predicted masks beside image and truth, from best to worst",
     "test": "What the test images got",
@@ -90,11 +94,14 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     for number, name in enumerate(("95% from", "to")):
         ends = facts.get(f"task{task}_validation_intervals") or {}
         table.insert(number + 1, name, pd.Series({key: value[number] for key, value in ends.items()}))
-    table = table.reindex([key for key in _RANKED if key in validation]).rename(index=_RANKED)
+    table = table.reindex([key for key in METRIC_NAMES if key in validation]).rename(index=METRIC_NAMES)
     note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
     if columns["without overlap"]:
         note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
+    for name, title in (("by_source", "By source"), ("robustness", "After common changes")):
+        if facts.get(f"task{task}_{name}"):
+            parts += [f"<h3>{title}</h3>", _frame(pd.DataFrame(facts[f"task{task}_{name}"]))]
     parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]
     findings = facts.get(f"task{task}_findings", {}).get("rows")
     if findings:

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from forensics_lib.calibration import at_temperature
 from forensics_lib.degradations import add_noise, blur, recompress, resize, upload
 from forensics_lib.inference import predict_probabilities
 from forensics_lib.machine import Machine
-from forensics_lib.metrics import image_metrics
+from forensics_lib.metrics import image_metrics, round_probs
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
 
@@ -54,6 +55,7 @@ def robustness(
     params: Params,
     machine: Machine,
     threshold: float,
+    temperature: float = 1.0,
     sweep: dict[str, tuple[float, ...]] | None = None,
 ) -> pd.DataFrame:
     """AUC, F1 and false-positive rate at ``threshold`` of Task A after each change; the first row is of unchanged images.
@@ -67,6 +69,7 @@ def robustness(
         name, strength = (step.name, step.strength) if step else ("unchanged", np.nan)
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
         probs = predict_probabilities(model, rows, params, machine, step, title)["prob"].to_numpy()
+        probs = round_probs(at_temperature(probs, temperature))
         good = np.isfinite(probs)
         scores = image_metrics(rows["label"].to_numpy(int)[good], probs[good], threshold)
         facts = {key: scores[key] for key in ("auc", "f1", "fpr")}

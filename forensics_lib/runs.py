@@ -98,7 +98,7 @@ class Run:
             "Task A validation": self.data / "dataset" / "val",
             "Task A test images": self.test_folder("A"),
         }
-        if self.params.run_type == "open":
+        if self.params.run_type == "open" and not self.params.aligned:  # twins are open data too
             folders["Task A open data"] = self.data / "dataset_open"
         return folders
 

@@ -105,7 +105,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
     fit = Fit(
-        run, task, model, machine, train_rows, equalize=equalize, val=_sampled(val_rows, run.params.val_limit, run.params.seed)
+        run, task, model, machine, train_rows, equalize=equalize, val=sampled(val_rows, run.params.val_limit, run.params.seed)
     )
     if not state:
         _forget(run, task)
@@ -187,7 +187,7 @@ def _without_pretrained(params: Params) -> Params:
     return params.model_copy(update={"pretrained": False, "pretrained_file": None})
 
 
-def _sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
     """At most ``limit`` rows, the same share of each class and source."""
     if len(rows) <= limit:
         return rows

@@ -1,0 +1,75 @@
+"""``model_card.md``: what a trained model is, what it was measured on, and what it must not be used for.
+
+The headings follow Mitchell et al., Model Cards for Model Reporting, FAccT 2019.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forensics_lib.files import read_json, write_text
+from forensics_lib.report import METRIC_NAMES
+from forensics_lib.runs import Run
+
+_USE = """Finding AI-generated images ({A}) or AI-manipulated regions ({B}) in research and in the MediaEval *Synthetic Images*
+challenge, as one hint among others. A probability is no proof: it must not decide alone over a person or a publication."""
+_LIMITS = """- Scores hold for the sources below. On generators and platforms that are not among them expect less; the
+  tables per source and the robustness table say how much less to expect of pictures that were changed.
+- Validation images chose epoch, temperature and threshold, so scores at the threshold are slightly kind.
+- Probabilities are calibrated for the share of positive images in validation ({share:.0%}). Where another share q is
+  expected, add log(q / (1 - q)) - log({share:.2f} / {rest:.2f}) to the log-odds.
+- Only pixels are looked at: no metadata, no provenance, no watermark."""
+
+
+def build_card(run: Run, task: str) -> Path:
+    """Write ``outputs/<run_name>/task<X>_model_card.md`` from the run's files; returns its path."""
+    facts = read_json(run.folder / "run.json")
+    params, validation = facts["params"], facts[f"task{task}_validation"]
+    data = pd.DataFrame(facts[f"task{task}_data"])
+    val = data[data["split"] == "val"]
+    share = val["positive"].sum() / max(1, val["images"].sum())
+    sample = "**Trained on the built-in sample: it shows that everything works and knows no real generator.**\n\n"
+    parts = [
+        f"# {run.name}, Task {task}\n\n{sample if run.sample else ''}",
+        f"- Model: `{params['backbone']}`, front end {params['frontend']}, file `{run.finetuned_model(task).name}`\n",
+        f"- Run: {params['run_type']}, seed {params['seed']}, {facts['updated']}, code {facts.get('git') or 'not in git'}\n",
+        f"- Input: native-resolution crops of {params['crop_size']} pixels, {params['crops_per_image']} an image\n\n",
+        f"## Intended use\n\n{_USE.format(A='Task A', B='Task B')}\n\n",
+        f"## Data\n\n{_table(data)}\n\n",
+        f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",
+        _optional("Scores on held-out images", facts.get(f"task{task}_held_out"), _scores),
+        _optional("Scores by source", facts.get(f"task{task}_by_source"), lambda rows: _table(pd.DataFrame(rows))),
+        _optional("Robustness", facts.get(f"task{task}_robustness"), lambda rows: _table(pd.DataFrame(rows))),
+        f"## Limits\n\n{_LIMITS.format(share=share, rest=1 - share)}\n",
+    ]
+    path = run.folder / f"task{task}_model_card.md"
+    write_text(path, "".join(parts))
+    return path
+
+
+def _optional(title: str, value: Any, show: Any) -> str:
+    return f"## {title}\n\n{show(value)}\n\n" if value else ""
+
+
+def _scores(scores: dict[str, float], intervals: dict[str, list[float]] | None = None) -> str:
+    rows = []
+    for key, name in METRIC_NAMES.items():
+        if key in scores:
+            low, high = (intervals or {}).get(key, (None, None))
+            interval = f"{low:.3f} to {high:.3f}" if low is not None else ""
+            rows.append({"metric": name, "value": f"{scores[key]:.3f}", "95% interval": interval})
+    return _table(pd.DataFrame(rows))
+
+
+def _table(table: pd.DataFrame) -> str:
+    """A table in Markdown."""
+    shown = table.astype(object).where(table.notna(), "")
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
