@@ -49,14 +49,14 @@ def load_autoencode(name: str) -> Autoencode:
         ) from None
 
 
-def make_twins(photos: pd.DataFrame, settings: Aligned, seed: int, autoencode: Autoencode | None = None) -> pd.DataFrame:
+def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode | None = None) -> pd.DataFrame:
     """Twins of authentic images: rows with ``layouts.COLUMNS``, label 1, and the group of their photograph.
 
     At most ``settings.count`` photographs are drawn.  Twins are kept in ``outputs/.cache/aligned`` and made again only
-    where photograph or settings changed; the same seed gives the same twins.  Unreadable photographs are passed over.
+    where photograph or settings changed; the same photographs give the same twins.  Unreadable ones are passed over.
     """
-    drawn = photos.sample(min(settings.count, len(photos)), random_state=seed).sort_index()
-    key = hashlib.sha256(json.dumps([settings.model_dump(exclude={"count"}), seed]).encode()).hexdigest()[:12]
+    drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
+    key = hashlib.sha256(json.dumps(settings.model_dump(exclude={"count"})).encode()).hexdigest()[:12]
     folder = home() / "outputs" / ".cache" / "aligned" / key
     rows, passed_over = [], 0
     for photo in progress(drawn.to_dict("records"), "aligned twins"):
@@ -65,7 +65,7 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, seed: int, autoencode: A
         if not path.is_file():
             autoencode = autoencode or load_autoencode(settings.autoencoder)
             try:
-                _write_twin(path, photo["path"], settings, autoencode, np.random.default_rng([seed, int(name[:8], 16)]))
+                _write_twin(path, photo["path"], settings, autoencode, np.random.default_rng(int(name, 16)))
             except ImageError:
                 passed_over += 1
                 continue

@@ -27,16 +27,16 @@ _LIMITS = """- Scores hold for the sources below. On generators and platforms th
 def build_card(run: Run, task: str) -> Path:
     """Write ``outputs/<run_name>/task<X>_model_card.md`` from the run's files; returns its path."""
     facts = read_json(run.folder / "run.json")
-    params, validation = facts["params"], facts[f"task{task}_validation"]
+    params, validation = run.params, facts[f"task{task}_validation"]
     data = pd.DataFrame(facts[f"task{task}_data"])
     val = data[data["split"] == "val"]
-    share = val["positive"].sum() / max(1, val["images"].sum())
+    share = val["positive"].sum() / max(1, val[["authentic", "positive"]].to_numpy().sum())
     sample = "**Trained on the built-in sample: it shows that everything works and knows no real generator.**\n\n"
     parts = [
         f"# {run.name}, Task {task}\n\n{sample if run.sample else ''}",
-        f"- Model: `{params['backbone']}`, front end {params['frontend']}, file `{run.finetuned_model(task).name}`\n",
-        f"- Run: {params['run_type']}, seed {params['seed']}, {facts['updated']}, code {facts.get('git') or 'not in git'}\n",
-        f"- Input: native-resolution crops of {params['crop_size']} pixels, {params['crops_per_image']} an image\n\n",
+        f"- Model: `{params.backbone}`, front end {params.frontend}, file `{run.finetuned_model(task).name}`\n",
+        f"- Run: {params.run_type}, seed {params.seed}, {facts.get('updated', '')}, code {facts.get('git') or 'not in git'}\n",
+        f"- Input: native-resolution crops of {params.crop_size} pixels, {params.crops_per_image} an image\n\n",
         f"## Intended use\n\n{_USE.format(A='Task A', B='Task B')}\n\n",
         f"## Data\n\n{_table(data)}\n\n",
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",

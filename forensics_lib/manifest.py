@@ -51,7 +51,7 @@ def _aligned_twins(run: Run, tables: list[pd.DataFrame]) -> pd.DataFrame:
     """The synthetic twins of all usable training photographs, with the facts of their files."""
     photos = pd.concat(tables, ignore_index=True)
     photos = photos[photos["split"].eq("train") & photos["label"].eq(0) & photos["error"].isna()]
-    twins = make_twins(photos, run.params.aligned, run.params.seed)
+    twins = make_twins(photos, run.params.aligned)
     facts = file_facts(twins["path"].tolist(), facts_cache(run.folder, "aligned"))
     return twins.join(facts).assign(data_set="aligned", layout="aligned")
 

@@ -31,7 +31,7 @@ def photos(tiny_run):
 
 
 def test_a_twin_has_its_photographs_size_codec_and_group(photos):
-    twins = make_twins(photos, Aligned(mix=0.0), 0, smear)
+    twins = make_twins(photos, Aligned(mix=0.0), smear)
     assert twins["group"].tolist() == photos["group"].tolist()
     assert set(twins["label"]) == {1} and set(twins["split"]) == {"train"}
     for twin, photo in zip(twins["path"], photos["path"], strict=True):
@@ -44,7 +44,7 @@ def test_a_twin_has_its_photographs_size_codec_and_group(photos):
 
 def test_a_share_of_the_photograph_is_mixed_in(photos):
     photos = photos[photos["format"] == "PNG"]
-    twins = make_twins(photos, Aligned(mix=1.0), 0, smear)
+    twins = make_twins(photos, Aligned(mix=1.0), smear)
     for twin, photo in zip(twins["path"], photos["path"], strict=True):
         image = read_image(photo).astype(float)
         far, near = np.abs(smear(image) - image).mean(), np.abs(read_image(twin) - image).mean()
@@ -52,32 +52,32 @@ def test_a_share_of_the_photograph_is_mixed_in(photos):
 
 
 def test_twins_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
-    first = make_twins(photos, Aligned(), 0, smear)
+    first = make_twins(photos, Aligned(), smear)
     content = [Path(path).read_bytes() for path in first["path"]]
     monkeypatch.setattr(aligned, "load_autoencode", lambda name: pytest.fail("made again"))
-    assert make_twins(photos, Aligned(), 0).equals(first)
+    assert make_twins(photos, Aligned()).equals(first)
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "other"))
-    again = make_twins(photos, Aligned(), 0, smear)
+    again = make_twins(photos, Aligned(), smear)
     assert [Path(path).read_bytes() for path in again["path"]] == content
-    assert len(make_twins(photos, Aligned(count=2), 0, smear)) == 2
+    assert len(make_twins(photos, Aligned(count=2), smear)) == 2
 
 
 def test_large_photographs_give_a_square(tmp_path, photos, rng):
     save(Path(photos["path"][0]), picture(rng, 90, 200))
-    twins = make_twins(photos.head(1), Aligned(side=64), 0, smear)
+    twins = make_twins(photos.head(1), Aligned(side=64), smear)
     header = read_header(twins["path"][0])
     assert (header.width, header.height) == (64, 64)
 
 
 def test_an_unreadable_photograph_has_no_twin(photos, capsys):
     Path(photos["path"][0]).write_bytes(b"")
-    assert len(make_twins(photos, Aligned(), 0, smear)) == len(photos) - 1
+    assert len(make_twins(photos, Aligned(), smear)) == len(photos) - 1
     assert "1 photograph(s) could not be read" in capsys.readouterr().out
 
 
 def test_a_callable_that_changes_the_size_is_refused(photos):
     with pytest.raises(ValueError, match="must return an image of the same shape"):
-        make_twins(photos, Aligned(), 0, lambda image: image[:-1])
+        make_twins(photos, Aligned(), lambda image: image[:-1])
 
 
 def test_callables_are_found_by_name(monkeypatch, tmp_path):

@@ -2,12 +2,15 @@ import pickle
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from forensics_lib.model import (
+    FRONTENDS,
     CheckpointError,
     CombinedModel,
     NoiseResidual,
+    _widen,
     add_to_checkpoint,
     load_model,
     read_checkpoint,
@@ -20,7 +23,7 @@ def model(task="B", backbone="test_convnext", **options):
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "tf_efficientnet_lite0", "resnet18", "test_vit"])
-@pytest.mark.parametrize("frontend", ["rgb", "srm"])
+@pytest.mark.parametrize("frontend", ["rgb", *FRONTENDS])
 def test_outputs_of_any_backbone(backbone, frontend):
     output = model(backbone=backbone, frontend=frontend)(torch.rand(2, 3, 160, 160))
     assert output.logits.shape == (2, 2)
@@ -138,3 +141,40 @@ def test_pretrained_file_that_is_missing_or_of_another_model(tmp_path: Path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(OSError, match="do not load into test_convnext"):
         model("A", pretrained=True, pretrained_file=str(tmp_path / "w.pth"))
+
+
+def test_a_pretrained_network_begins_as_it_was_when_it_gets_residuals(tmp_path: Path):
+    torch.manual_seed(0)
+    plain = CombinedModel("A", "tf_efficientnet_lite0")
+    torch.save(plain.backbone.state_dict(), tmp_path / "w.pth")
+    options = {"pretrained": True, "pretrained_file": str(tmp_path / "w.pth")}
+    images = torch.rand(2, 3, 64, 64)
+    backbones = [CombinedModel("A", "tf_efficientnet_lite0", frontend=kind, **options).eval() for kind in ("rgb", "srm")]
+    first, second = (model.encode(images)[0] for model in backbones)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("frontend", list(FRONTENDS))
+def test_the_widened_convolution_is_trained_with_the_last_stages(frontend):
+    model = CombinedModel("A", "test_convnext", frontend=frontend)
+    model.freeze_backbone(1)
+    trained = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert model.first_conv in trained and not any(name.startswith("stages.0") for name in trained)
+    model.freeze_backbone(0)
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("frontend", list(FRONTENDS))
+def test_residuals_of_every_kind_ignore_flat_images(frontend):
+    residual = FRONTENDS[frontend][0]()
+    flat = residual(torch.full((1, 3, 32, 32), 0.4))
+    assert flat.shape[1] == FRONTENDS[frontend][1]
+    assert flat.abs().max() < 1e-3
+    assert 0.1 < residual(torch.rand(1, 3, 32, 32)).abs().max() <= 3
+
+
+def test_a_backbone_without_a_single_first_convolution_says_so():
+    backbone = timm.create_model("test_convnext")
+    backbone.pretrained_cfg["first_conv"] = ("stem.0", "stem.1")
+    with pytest.raises(ValueError, match="set frontend: rgb"):
+        _widen(backbone, 3, pretrained=False)

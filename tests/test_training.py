@@ -6,14 +6,25 @@ import pytest
 import torch
 from conftest import picture, save
 
-from forensics_lib import training
-from forensics_lib.evaluation import evaluate, evaluate_held_out, infer, mask_examples, mask_names, stored_thresholds
+from forensics_lib import plots, training
+from forensics_lib.attribution import grad_cam
+from forensics_lib.card import build_card
+from forensics_lib.evaluation import (
+    _platform,
+    evaluate,
+    evaluate_held_out,
+    evaluate_robustness,
+    infer,
+    mask_examples,
+    mask_names,
+    stored_thresholds,
+)
 from forensics_lib.files import read_json
 from forensics_lib.images import ImageError
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import read_checkpoint
+from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.model import Output, build_model, read_checkpoint
 from forensics_lib.runs import Run
 from forensics_lib.training import mask_loss, read_metrics, train
 
@@ -142,11 +153,11 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
     assert written.columns[:2].tolist() == ["image_id", "prob"]
     assert len(written) == len(evaluation.table) == 10
     thresholds = stored_thresholds(tiny_run, "B")
-    assert set(thresholds) == {"threshold", "loc_threshold"}
+    assert set(thresholds) == {"threshold", "loc_threshold", "temperature"}
     assert read_checkpoint(tiny_run.finetuned_model("B"))["thresholds"] == thresholds
     assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
     assert evaluation.without_overlap["images"] == 6, "four images show photographs that TGIF's training split holds too"
-    assert evaluation.summary().columns.tolist() == ["all images", "without overlap"]
+    assert evaluation.summary().columns.tolist() == ["all images", "95% from", "to", "without overlap"]
     held_out = evaluate_held_out(tiny_run, "B", manifest)
     assert set(held_out.table["split"]) == {"test"}
     assert held_out.thresholds == thresholds
@@ -191,3 +202,113 @@ def test_metrics_are_lines_of_json_while_training_runs(tiny_run):
     lines = tiny_run.metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == ["head", "finetune"]
     assert np.isfinite([json.loads(line)["train_loss"] for line in lines]).all()
+
+
+def test_lower_layers_learn_slower_with_layer_decay(tiny_run):
+    model = build_model(tiny_run.params, "A")
+    model.freeze_backbone("all")
+    params = tiny_run.params.model_copy(update={"layer_decay": 0.5})
+    optimizer = training._optimizer(model, 1e-3, params)
+    schedule = training._schedule(optimizer, 100, 0.1)
+    schedule.step_update(10)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    of = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len(list(model.parameters())), "every parameter is trained"
+    assert of["classifier.1.weight"] == pytest.approx(max(of.values()))
+    assert of["backbone.stem.0.weight"] < of["backbone.stages.0.blocks.0.mlp.fc1.weight"] < of["classifier.1.weight"]
+
+
+@pytest.mark.parametrize("changes", [{"mixup": 0.4, "cutmix": 0.5}, {"label_smoothing": 0.1}, {"balance": "source"}])
+def test_every_switch_of_training_trains(tiny_run, changes):
+    run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
+    metrics = train(run, "A", build_manifest(run, "A"))
+    assert np.isfinite(metrics["train_loss"]).all()
+
+
+def test_mixed_labels_cost_what_they_should():
+    """With labels half and half, a model that is sure of one class pays."""
+    sure = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
+    soft = torch.full((2, 2), 0.5)
+    assert torch.nn.functional.cross_entropy(sure, soft) > torch.nn.functional.cross_entropy(sure * 0, soft)
+
+
+def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch):
+    """Right on the seen source, wrong on the unseen one: the score must be the latter's."""
+    manifest = build_manifest(tiny_run, "A")
+    val = usable(manifest, "val")
+    val["source"] = np.where(val.groupby("label").cumcount() < 2, "src", "other")
+    probs = np.where(val["source"] == "src", val["label"], 1 - val["label"]).astype(float)
+    monkeypatch.setattr(training, "predict", lambda *_: training.Predictions(probs, {}))
+    fit = training.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
+    assert training._validate(fit, None)["score"] == 0.0
+    fit.val = val.assign(source="src")
+    assert training._validate(fit, None)["score"] == training._validate(fit, None)["val_auc"] == 0.5
+
+
+def test_calibrated_probabilities_are_what_is_written_for_test_images(tiny_run):
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    evaluation = evaluate(tiny_run, "A", manifest)
+    plain = infer(tiny_run, "A")["prob"]
+    stored = json.loads(tiny_run.thresholds.read_text())
+    assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
+    stored["A"]["temperature"] = 2 * stored["A"]["temperature"]
+    tiny_run.thresholds.write_text(json.dumps(stored))
+    assert ((infer(tiny_run, "A")["prob"] - 0.5).abs() <= (plain - 0.5).abs() + 1e-6).all()
+
+
+def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    evaluation = evaluate(tiny_run, "A", manifest)
+    for low, high in evaluation.intervals.values():
+        assert low <= high
+    assert set(evaluation.intervals) >= {"auc", "f1", "fpr", "threshold", "tpr_at_5_fpr"}
+    table = evaluation.threshold_table()
+    assert table.loc["best in hindsight", "f1"] >= table["f1"].max() - 1e-9
+    wrong = evaluation.most_wrong()
+    called = wrong["prob"] >= evaluation.thresholds["threshold"]
+    assert (called != wrong["label"].astype(bool)).all()
+    sweep = evaluate_robustness(tiny_run, manifest)
+    assert sweep["images"].eq(8).all()
+    card = build_card(tiny_run, "A").read_text()
+    for part in ("Intended use", "| AUC |", "Robustness", "test_convnext", "Limits"):
+        assert part in card
+    for figure in (
+        plots.reliability_diagram(evaluation, "A"),
+        plots.robustness_curves(sweep, "A"),
+        plots.attribution_gallery(tiny_run, evaluation.surest(), "surest"),
+    ):
+        figure.canvas.draw()
+
+
+def test_without_a_mistake_the_gallery_of_mistakes_is_empty(tiny_run):
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    evaluation = evaluate(tiny_run, "A", manifest)
+    evaluation.table["prob"] = evaluation.table["label"].astype(float)
+    assert evaluation.most_wrong().empty
+    plots.attribution_gallery(tiny_run, evaluation.most_wrong(), "none").canvas.draw()
+
+
+def test_platforms_are_known_by_source_or_name():
+    assert _platform("itw_sm/facebook", "a.jpg") == "facebook"
+    assert _platform("src", "X_618.jpg") == "x"
+    assert _platform("src", "holiday_1.jpg") is None
+
+
+def test_grad_cam_follows_what_speaks_for_synthetic(tiny_run):
+    """A model whose margin is the mean of one feature map must show just that map."""
+    model = build_model(tiny_run.params, "A").eval()
+    image = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    machine = training.choose_machine(tiny_run.params)
+    shown, heat = grad_cam(model, image, machine)
+    assert shown.shape == (96, 64, 3) and heat.shape == (96, 64)
+    assert heat.min() >= 0 and heat.max() <= 1
+
+    maps = torch.zeros(1, 2, 3, 2)
+    maps[0, 1, 2, 1] = 5.0
+    model.encode = lambda x: (maps, [])
+    model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None)
+    heat = grad_cam(model, image, machine)[1]
+    assert np.unravel_index(heat.argmax(), heat.shape)[0] > 64 and heat[:32].max() == 0

@@ -1,0 +1,54 @@
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import picture
+
+from forensics_lib import robustness as module
+from forensics_lib.machine import choose_machine
+from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.model import build_model
+from forensics_lib.plots import robustness_curves
+from forensics_lib.robustness import SWEEP, Change, robustness
+
+
+@pytest.mark.parametrize(("name", "strengths"), SWEEP.items())
+def test_every_change_does_something_the_same_every_time(name, strengths, rng):
+    image = picture(rng, 64, 80)
+    for strength in strengths:
+        changed = Change(name, strength)(image)
+        assert changed.dtype == np.uint8 and changed.shape[2] == 3
+        assert changed.shape != image.shape or not np.array_equal(changed, image)
+        assert np.array_equal(changed, Change(name, strength)(image))
+
+
+@pytest.mark.parametrize("name", ["JPEG quality", "WebP quality", "blur, sigma", "noise, sigma"])
+def test_changes_grow_stronger_along_the_sweep(name, rng):
+    image = picture(rng, 64, 80).astype(float)
+    away = [np.abs(Change(name, strength)(image.astype(np.uint8)) - image).mean() for strength in SWEEP[name]]
+    assert away == sorted(away)
+
+
+def test_the_sweep_measures_what_the_model_makes_of_changed_images(tiny_run, monkeypatch):
+    rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
+    seen = []
+
+    def predicted(model, rows, params, machine, change, title):
+        seen.append(change)
+        right = change is None or change.strength > 50
+        return pd.DataFrame({"prob": np.abs(rows["label"] - (0.2 if right else 0.8))})
+
+    monkeypatch.setattr(module, "predict_probabilities", predicted)
+    model, machine = build_model(params, "A"), choose_machine(params)
+    table = robustness(model, rows, params, machine, 0.5, sweep={"JPEG quality": (90, 40)})
+    assert seen == [None, Change("JPEG quality", 90), Change("JPEG quality", 40)]
+    assert table["auc"].tolist() == [1.0, 1.0, 0.0] and table["fpr"].tolist() == [0.0, 0.0, 1.0]
+    robustness_curves(table, "A").canvas.draw()
+
+
+def test_changes_reach_the_images(tiny_run):
+    rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
+    model, machine = build_model(params, "A").eval(), choose_machine(params)
+    plain, changed = (
+        module.predict_probabilities(model, rows, params, machine, change)["prob"] for change in (None, Change("shrunk", 0.5))
+    )
+    assert (plain - changed).abs().max() > 1e-6
