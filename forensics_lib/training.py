@@ -38,6 +38,7 @@ from forensics_lib.runs import Run
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
+    "robustness_images",
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -312,3 +313,18 @@ def test_grad_cam_follows_what_speaks_for_synthetic(tiny_run):
     model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None)
     heat = grad_cam(model, image, machine)[1]
     assert np.unravel_index(heat.argmax(), heat.shape)[0] > 64 and heat[:32].max() == 0
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_images_of_one_pixel_are_trained_on_and_judged(tiny_run, task):
+    """Padding by reflection makes a crop of anything."""
+    manifest = build_manifest(tiny_run, task)
+    authentic = manifest[manifest["label"] == 0]
+    for split in ("train", "val"):
+        save(Path(authentic.loc[authentic["split"] == split, "path"].iloc[0]), picture(np.random.default_rng(0), 1, 1))
+    save(tiny_run.test_folder(task) / "dot.png", picture(np.random.default_rng(0), 1, 1))
+    manifest = build_manifest(tiny_run, task)
+    assert manifest["error"].isna().all()
+    train(tiny_run, task, manifest)
+    assert evaluate(tiny_run, task, manifest).table["prob"].between(0, 1).all()
+    assert pd.isna(infer(tiny_run, task).set_index("image_id").loc["dot.png", "error"])

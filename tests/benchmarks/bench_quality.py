@@ -52,6 +52,8 @@ from forensics_lib.training import train
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus")).resolve()
 BUILD, DOCS = project_root() / "build" / "quality", project_root() / "docs"
 BACKBONES = {"pretrained": "tf_efficientnet_lite0", "scratch": "convnext_atto"}
+# Epochs of step 2 that take 8 to 15 minutes on 2 cores
+EPOCHS = {("pretrained", "constrained"): 14, ("pretrained", "open"): 9, ("scratch", "constrained"): 28, ("scratch", "open"): 18}
 SOCIAL = Change("upload, scale", 0.7)
 SIDE = 224  # of the naive recipe
 
@@ -79,6 +81,7 @@ def params_for(data: str, start: str, seed: int, name: str, settings: dict[str, 
     values: dict[str, Any] = {"run_name": name, "run_type": data, "tasks": ["A"], "seed": seed, "data_root": str(CORPUS)}
     values |= {"backbone": BACKBONES[start], "pretrained": start == "pretrained"}
     values |= {"pretrained_file": str(weights_file()) if start == "pretrained" else None}
+    values |= {"epochs_head": 1, "epochs_finetune": EPOCHS[start, data]}
     return load_params("params/laptop.yaml", values | settings)
 
 
