@@ -38,7 +38,8 @@ from forensics_lib.metrics import (
 from forensics_lib.model import add_to_checkpoint, load_model
 from forensics_lib.robustness import robustness
 from forensics_lib.runs import Run
-from forensics_lib.training import Predictions, predict, sampled, truth_mask
+from forensics_lib.scoring import Predictions, predict, truth_mask
+from forensics_lib.training import sampled
 
 KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
 INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")

@@ -25,33 +25,22 @@ from timm.utils import ModelEmaV3
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
 from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
-from forensics_lib.images import ImageError, read_mask
-from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.images import ImageError
+from forensics_lib.losses import make_mixup, mask_loss
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import data_fingerprint, sources, usable
-from forensics_lib.metrics import image_metrics, pixel_curves, pixel_histogram
+from forensics_lib.metrics import image_metrics, pixel_curves
 from forensics_lib.model import CombinedModel, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
+from forensics_lib.scoring import predict
 
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
     "robustness_images",
 }  # fmt: skip
-
-
-@dataclass
-class Predictions:
-    """What a model says of the labelled rows of a manifest; rows that failed have NaN."""
-
-    probs: np.ndarray  # (N,)
-    errors: dict[int, str]
-    histograms: np.ndarray | None = None  # (N, 2, 256) pixel counts, Task B
-
-    def good(self) -> np.ndarray:
-        return np.isfinite(self.probs)
 
 
 @dataclass
@@ -297,7 +286,7 @@ def _train_epoch(
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, sources)
     loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
-    mix = _mixup(fit)
+    mix = make_mixup(fit.params, fit.task)
     np.random.seed(seed)  # noqa: NPY002 (timm's mixup draws from it)
     started, losses, seen = time.monotonic(), [], 0
     bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
@@ -338,14 +327,6 @@ def _train_epoch(
     }
 
 
-def _mixup(fit: Fit) -> Mixup | None:
-    """Blends of two images with blended labels (Zhang et al. 2018; cutmix: Yun et al. 2019), for Task A."""
-    params = fit.params
-    if fit.task == "B" or not (params.mixup or params.cutmix):
-        return None
-    return Mixup(params.mixup, params.cutmix, label_smoothing=params.label_smoothing, num_classes=2, mode="elem")
-
-
 def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
     images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
@@ -361,48 +342,7 @@ def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
     return loss
 
 
-def mask_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy plus Dice (Milletari et al., 3DV 2016); ``(N, 1, H, W)`` logits and bool masks to a scalar.
-
-    Dice is taken over images that have manipulated pixels: on authentic ones cross-entropy alone keeps the mask empty.
-    """
-    target = masks.float()
-    loss = F.binary_cross_entropy_with_logits(logits, target)
-    marked = masks.flatten(1).any(1)
-    if marked.any():
-        probs, target = logits[marked].sigmoid().flatten(1), target[marked].flatten(1)
-        overlap = 2 * (probs * target).sum(1) / (probs.sum(1) + target.sum(1)).clamp_min(1e-6)
-        loss = loss + (1 - overlap).mean()
-    return loss
-
-
 # ---- Validation ------------------------------------------------------------------------------------------------------
-
-
-def predict(model: CombinedModel, task: str, rows: pd.DataFrame, params: Params, machine: Machine) -> Predictions:
-    """Predict the labelled ``rows``, and for Task B count their pixels against the truth."""
-    if task == "A":
-        table = predict_probabilities(model, rows, params, machine)
-        return Predictions(table["prob"].to_numpy(), table["error"].dropna().to_dict())
-    probs, errors = np.full(len(rows), np.nan), {}
-    histograms = np.zeros((len(rows), 2, 256), np.uint32)
-    for prediction in predict_masks(model, rows, params, machine):
-        row = rows.iloc[prediction.index]
-        try:
-            if prediction.error:
-                raise ImageError(prediction.error)
-            truth = truth_mask(row, prediction.mask.shape)
-        except ImageError as error:
-            errors[prediction.index] = str(error)
-            continue
-        histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
-        probs[prediction.index] = prediction.prob
-    return Predictions(probs, errors, histograms)
-
-
-def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
-    """The true mask ``(H, W)`` bool of a labelled row: empty for an authentic image."""
-    return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
 
 
 def _validate(fit: Fit, model: CombinedModel) -> dict[str, float]:

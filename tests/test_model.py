@@ -6,16 +6,15 @@ import timm
 import torch
 
 from forensics_lib.model import (
-    FRONTENDS,
     CheckpointError,
     CombinedModel,
-    NoiseResidual,
     _widen,
     add_to_checkpoint,
     load_model,
     read_checkpoint,
     save_checkpoint,
 )
+from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
 
 def model(task="B", backbone="test_convnext", **options):

@@ -24,10 +24,12 @@ from forensics_lib.files import read_json
 from forensics_lib.images import ImageError
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
+from forensics_lib.losses import mask_loss
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.model import Output, build_model, read_checkpoint
 from forensics_lib.runs import Run
-from forensics_lib.training import mask_loss, read_metrics, train
+from forensics_lib.scoring import Predictions
+from forensics_lib.training import read_metrics, train
 
 
 def changed(run: Run, **values) -> Run:
@@ -239,7 +241,7 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     val = usable(manifest, "val")
     val["source"] = np.where(val.groupby("label").cumcount() < 2, "src", "other")
     probs = np.where(val["source"] == "src", val["label"], 1 - val["label"]).astype(float)
-    monkeypatch.setattr(training, "predict", lambda *_: training.Predictions(probs, {}))
+    monkeypatch.setattr(training, "predict", lambda *_: Predictions(probs, {}))
     fit = training.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
     assert training._validate(fit, None)["score"] == 0.0
     fit.val = val.assign(source="src")

@@ -1,0 +1,54 @@
+"""What a model says of labelled images: probabilities, and for Task B how its pixels agree with the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from forensics_lib.images import ImageError, read_mask
+from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.machine import Machine
+from forensics_lib.metrics import pixel_histogram
+from forensics_lib.model import CombinedModel
+from forensics_lib.params import Params
+
+
+@dataclass
+class Predictions:
+    """What a model says of the labelled rows of a manifest; rows that failed have NaN."""
+
+    probs: np.ndarray  # (N,)
+    errors: dict[int, str]
+    histograms: np.ndarray | None = None  # (N, 2, 256) pixel counts, Task B
+
+    def good(self) -> np.ndarray:
+        return np.isfinite(self.probs)
+
+
+def predict(model: CombinedModel, task: str, rows: pd.DataFrame, params: Params, machine: Machine) -> Predictions:
+    """Predict the labelled ``rows``, and for Task B count their pixels against the truth."""
+    if task == "A":
+        table = predict_probabilities(model, rows, params, machine)
+        return Predictions(table["prob"].to_numpy(), table["error"].dropna().to_dict())
+    probs, errors = np.full(len(rows), np.nan), {}
+    histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    for prediction in predict_masks(model, rows, params, machine):
+        row = rows.iloc[prediction.index]
+        try:
+            if prediction.error:
+                raise ImageError(prediction.error)
+            truth = truth_mask(row, prediction.mask.shape)
+        except ImageError as error:
+            errors[prediction.index] = str(error)
+            continue
+        histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
+        probs[prediction.index] = prediction.prob
+    return Predictions(probs, errors, histograms)
+
+
+def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
+    """The true mask ``(H, W)`` bool of a labelled row: empty for an authentic image."""
+    return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)
