@@ -217,6 +217,7 @@ def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings:
             raise SystemExit(f"{name} trains for as long as ours did: run ours for this seed first")
         facts = naive(run, manifest, same["seconds"])
     facts |= {"recipe": recipe, "data": data, "start": start, "seed": seed, "label": label, "settings": settings}
+    facts["params"] = run.params.model_dump(exclude={"data_root", "pretrained_file"})
     facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "timm": timm.__version__}
     write_json(target, facts)
     shown = {key: facts[key] for key in ("seconds", "threshold", "val", "test", "test_generators")}

