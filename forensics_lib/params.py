@@ -69,7 +69,7 @@ class Degradations(BaseModel):
     jpeg_quality: Qualities = Field((55, 97), description="range of JPEG's quality")
     webp: float = Field(0.15, **PROBABILITY, description="probability of WebP where JPEG did not happen")
     webp_quality: Qualities = Field((55, 97), description="range of WebP's quality")
-    social: float = Field(0.3, **PROBABILITY, description="probability of an upload: shrinking, then JPEG 4:2:0")
+    social: float = Field(0.7, **PROBABILITY, description="probability of an upload: shrinking, then JPEG 4:2:0")
     social_scale: Scales = Field((0.5, 1.0), description="range of an upload's scale")
     social_quality: Qualities = Field((60, 92), description="range of an upload's JPEG quality")
 
