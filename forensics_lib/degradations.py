@@ -10,7 +10,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from forensics_lib.params import Degradations
@@ -61,15 +61,6 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
     return (image + rng.normal(0, sigma, image.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def recolor(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """An edit of a picture's look; each factor is 1 where nothing changes."""
-    picture = Image.fromarray(image)
-    steps = ((ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast), (ImageEnhance.Color, saturation))
-    for enhance, factor in steps:
-        picture = enhance(picture).enhance(factor)
-    return np.array(picture)
-
-
 def upload(
     image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding]:
@@ -88,14 +79,12 @@ def degrade(
     *,
     equalize: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-    """Colours, scaling, blur, noise, compression, upload, in the order of a picture's life; and the compression that was last.
+    """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
 
     With ``equalize`` an image that nothing has compressed is compressed all the same, so that all leave here by one
     distribution of codecs and qualities, whatever their files were.
     """
     encoding = None
-    if rng.random() < settings.color:
-        image = recolor(image, *(float(factor) for factor in rng.uniform(*settings.color_factor, 3)))
     if rng.random() < settings.resize:
         image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:

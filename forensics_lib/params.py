@@ -56,8 +56,6 @@ class Degradations(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    color: float = Field(0.0, **PROBABILITY, description="probability of other brightness, contrast and saturation")
-    color_factor: Scales = Field((0.6, 1.5), description="range of each one's factor")
     resize: float = Field(0.3, **PROBABILITY, description="probability of scaling, by a random kernel")
     resize_scale: Scales = Field((0.5, 1.5), description="range of the scale")
     blur: float = Field(0.1, **PROBABILITY, description="probability of Gaussian blur")

@@ -3,10 +3,10 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from forensics_lib.degradations import add_noise, blur, degrade, recolor, recompress, resize, upload
+from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize, upload
 from forensics_lib.params import Degradations
 
-OPERATIONS = ("color", "resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
+OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
 NOTHING = Degradations(**dict.fromkeys(OPERATIONS, 0.0))
 EVERYTHING = Degradations(**dict.fromkeys(OPERATIONS, 1.0))
 
@@ -71,12 +71,3 @@ def test_qualities_stay_in_their_ranges(operation, codec, rng):
     found = [degrade(picture(rng), None, settings, rng)[2] for _ in range(20)]
     assert {encoding.format for encoding in found} == {"WEBP" if operation == "webp" else "JPEG"}
     assert {encoding.quality for encoding in found} == {70, 71, 72}
-
-
-def test_colours_change_by_their_factors_alone(rng):
-    image = picture(rng)
-    assert np.array_equal(recolor(image, 1.0, 1.0, 1.0), image)
-    assert recolor(image, 0.5, 1.0, 1.0).mean() < 0.55 * image.mean()
-    assert recolor(image, 1.0, 0.5, 1.0).astype(float).std() < 0.6 * image.astype(float).std()
-    grey = recolor(image, 1.0, 1.0, 0.0)
-    assert (grey[..., 0] == grey[..., 2]).all()
