@@ -56,6 +56,7 @@ def test_ablations_stand_apart_and_say_whether_they_were_kept(folders):
         a=made_run(0.9),
         b=made_run(0.99, label="kept", settings=shipped),
         c=made_run(0.99, label="tried", settings={"mixup": 0.7}),
+        d=made_run(0.99, label="gone", settings={"no_longer_there": 1}),
     )
     assert "| constrained, AUC on val | at least 0.88 | 0.900 | met |" in text
     (kept,) = [line for line in text.splitlines() if line.startswith("| kept ")]

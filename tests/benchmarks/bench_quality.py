@@ -44,7 +44,7 @@ from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import build_manifest, test_images, usable
 from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics
 from forensics_lib.model import CombinedModel, load_model
-from forensics_lib.params import Params, load_params
+from forensics_lib.params import Params, ParamsError, load_params
 from forensics_lib.robustness import Change
 from forensics_lib.runs import Run
 from forensics_lib.training import train
@@ -351,9 +351,12 @@ def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
     shipped = load_params("params/laptop.yaml")
     rows = []
     for run in (run for run in runs if run["label"]):
-        values = load_params("params/laptop.yaml", run["settings"])
         varied = {key: value for key, value in run["settings"].items() if key not in _SCALE}
-        kept = all(getattr(values, key) == getattr(shipped, key) for key in varied)
+        try:
+            values = load_params("params/laptop.yaml", run["settings"])
+            kept = all(getattr(values, key) == getattr(shipped, key) for key in varied)
+        except ParamsError:  # a parameter that is no longer there
+            kept = False
         row = {"ablation": run["label"], "data": run["data"], "seed": run["seed"], "changed": str(varied or "nothing")}
         row |= {"AUC val": run["val"]["auc"], "AUC uploaded val": run["val"]["auc_social"], "AUC test": run["test"]["auc"]}
         rows.append(row | {"seconds": run["seconds"], "kept": "yes" if kept else "no"})
