@@ -377,7 +377,7 @@ same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: 
 threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. With 150 + 150 images (val) and 60 + 60 (test) a difference below
 about 0.04 is noise.
 """
-_ABLATIONS = """One run each, shorter than the runs above; compare rows of the same crop size. *Kept*: `params/laptop.yaml` holds what
+_ABLATIONS = """One run each, shorter than the runs above; compare rows of one crop size. *Kept*: `params/laptop.yaml` has what
 is varied. Choices were made on val; test is shown, not chosen on.
 """
 
