@@ -21,7 +21,7 @@ from forensics_lib.audits import (
 from forensics_lib.files import project_root
 from forensics_lib.images import read_header
 from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.params import Params
+from forensics_lib.params import Degradations, Params
 from forensics_lib.runs import Run
 from forensics_lib.traces import average_spectrum, radial_profile
 from forensics_lib.training import training_crops
@@ -122,7 +122,9 @@ def test_equalizing_closes_a_codec_shortcut_and_nothing_else_does(tiny_run, rng)
     found = shortcut_audit(rows)
     assert found.of_codecs and found.auc > 0.95
     assert any("equalize" in remedy for remedy in found.remedies())
-    left = {on: equalized_audit(rows, training_crops(rows, "A", tiny_run.params, equalize=on, seed=0)) for on in (True, False)}
+    rare = Degradations(**dict.fromkeys(("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social"), 0.1))
+    params = tiny_run.params.model_copy(update={"degrade": rare})
+    left = {on: equalized_audit(rows, training_crops(rows, "A", params, equalize=on, seed=0)) for on in (True, False)}
     assert left[False].found
     assert left[True].facts["format"] < 0.65 and left[True].facts["JPEG quality"] < 0.65
 

@@ -69,7 +69,7 @@ def test_a_failed_cell_stops_with_notebook_cell_cause_and_resume_command(home):
         run_pipeline("params/constrained.yaml", {"data_root": str(data), **SETTINGS}, start="04_infer")
     block = str(caught.value)
     assert "notebook 04_infer, cell [" in block
-    assert "no checkpoint" in block
+    assert "run the training notebook of this run first" in block
     assert "make run PARAMS=params/constrained.yaml FROM=04_infer" in block
 
 
