@@ -6,9 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from forensics_lib.datasets import to_tensor
 from forensics_lib.images import pad_to
 from forensics_lib.machine import Machine
-from forensics_lib.model import STRIDE, CombinedModel
+from forensics_lib.model import CombinedModel, padded_side
 from forensics_lib.traces import centre_crop
 
 SIDE = 512  # the centre of larger images is shown
@@ -23,8 +24,8 @@ def grad_cam(model: CombinedModel, image: np.ndarray, machine: Machine) -> tuple
     model = model.to(machine.device).eval()
     shown = centre_crop(image, SIDE)
     height, width = shown.shape[:2]
-    padded = pad_to(shown, *(-(-side // STRIDE) * STRIDE for side in (height, width)))
-    x = machine.to_device(torch.from_numpy(np.ascontiguousarray(padded.transpose(2, 0, 1)))[None])
+    padded = pad_to(shown, padded_side(height), padded_side(width))
+    x = machine.to_device(to_tensor(padded)[None])
     with torch.enable_grad():
         final, stages = model.encode(x)
         final = final.detach().requires_grad_()

@@ -14,9 +14,10 @@ from forensics_lib.files import read_json, write_text
 from forensics_lib.report import METRIC_NAMES
 from forensics_lib.runs import Run
 
-_USE = """Finding AI-generated images ({A}) or AI-manipulated regions ({B}) in research and in the MediaEval *Synthetic Images*
-challenge, as one hint among others. A probability is no proof: it must not decide alone over a person or a publication."""
-_LIMITS = """- Scores hold for the sources below. On generators and platforms that are not among them expect less; the
+_USE = """Finding AI-generated images (Task A) or AI-manipulated regions (Task B) in research and in the MediaEval *Synthetic
+Images* challenge, as one hint among others. A probability is no proof: it must not decide alone over a person or a
+publication."""
+_LIMITS = """- Scores hold for the sources above. On generators and platforms that are not among them expect less; the
   tables per source and the robustness table say how much less to expect of pictures that were changed.
 - Validation images chose epoch, temperature and threshold, so scores at the threshold are slightly kind.
 - Probabilities are calibrated for the share of positive images in validation ({share:.0%}). Where another share q is
@@ -37,12 +38,12 @@ def build_card(run: Run, task: str) -> Path:
         f"- Model: `{params.backbone}`, front end {params.frontend}, file `{run.finetuned_model(task).name}`\n",
         f"- Run: {params.run_type}, seed {params.seed}, {facts.get('updated', '')}, code {facts.get('git') or 'not in git'}\n",
         f"- Input: native-resolution crops of {params.crop_size} pixels, {params.crops_per_image} an image\n\n",
-        f"## Intended use\n\n{_USE.format(A='Task A', B='Task B')}\n\n",
-        f"## Data\n\n{_table(data)}\n\n",
+        f"## Intended use\n\n{_USE}\n\n",
+        f"## Data\n\n{markdown_table(data)}\n\n",
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",
         _optional("Scores on held-out images", facts.get(f"task{task}_held_out"), _scores),
-        _optional("Scores by source", facts.get(f"task{task}_by_source"), lambda rows: _table(pd.DataFrame(rows))),
-        _optional("Robustness", facts.get(f"task{task}_robustness"), lambda rows: _table(pd.DataFrame(rows))),
+        _optional("Scores by source", facts.get(f"task{task}_by_source"), lambda rows: markdown_table(pd.DataFrame(rows))),
+        _optional("Robustness", facts.get(f"task{task}_robustness"), lambda rows: markdown_table(pd.DataFrame(rows))),
         f"## Limits\n\n{_LIMITS.format(share=share, rest=1 - share)}\n",
     ]
     path = run.folder / f"task{task}_model_card.md"
@@ -61,12 +62,12 @@ def _scores(scores: dict[str, float], intervals: dict[str, list[float]] | None =
             low, high = (intervals or {}).get(key, (None, None))
             interval = f"{low:.3f} to {high:.3f}" if low is not None else ""
             rows.append({"metric": name, "value": f"{scores[key]:.3f}", "95% interval": interval})
-    return _table(pd.DataFrame(rows))
+    return markdown_table(pd.DataFrame(rows))
 
 
-def _table(table: pd.DataFrame) -> str:
-    """A table in Markdown."""
-    shown = table.astype(object).where(table.notna(), "")
+def markdown_table(table: pd.DataFrame, missing: str = "") -> str:
+    """A table in Markdown, floats with three decimals, ``missing`` for values that are not there."""
+    shown = table.astype(object).where(table.notna(), missing)
     lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
 

@@ -62,7 +62,7 @@ class TrainingCrops(Dataset):
         image, mask = _crop(image, mask, self.crop_size, rng)
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
-        sample = {"index": index, "label": int(row["label"]), "image": _to_tensor(image)}
+        sample = {"index": index, "label": int(row["label"]), "image": to_tensor(image)}
         if mask is not None:
             sample["mask"] = torch.from_numpy(np.ascontiguousarray(mask))[None]
             if row["kind"] == "sp":
@@ -135,7 +135,7 @@ def _crop(
     return image[top : top + size, left : left + size], mask
 
 
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """``(H, W, 3)`` uint8 to ``(3, H, W)`` uint8."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
@@ -206,7 +206,7 @@ class InferenceImages(Dataset):
         image = image if self.change is None else self.change(image)
         if self.crop_size is None:
             return {"index": index, "image": image}
-        return {"index": index, "crops": torch.stack([_to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}
+        return {"index": index, "crops": torch.stack([to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}
 
 
 def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,7 @@ from forensics_lib.metrics import (
     image_metrics,
     localization_metrics,
     pixel_table,
+    roc_auc,
     round_probs,
 )
 from forensics_lib.model import add_to_checkpoint, load_model
@@ -104,7 +105,7 @@ class Evaluation:
     def _auc_against_others(self, group: pd.DataFrame) -> float:
         others = self.table[self.table["label"] != group["label"].iloc[0]]
         both = pd.concat([group, others])
-        return image_metrics(both["label"].to_numpy(int), both["prob"].to_numpy(), 0.5)["auc"]
+        return roc_auc(both["label"].to_numpy(int), both["prob"].to_numpy())
 
 
 def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:

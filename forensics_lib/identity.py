@@ -9,7 +9,7 @@ from pathlib import Path
 from forensics_lib.files import from_home
 from forensics_lib.layouts import TASK_A_LABELS, LayoutError
 from forensics_lib.params import DataSet
-from forensics_lib.readers import CONSTRAINED_LAYOUTS, ITW_SM, SPLITS
+from forensics_lib.readers import CONSTRAINED_LAYOUTS, SPLITS, of_itw_sm
 
 _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
@@ -39,7 +39,7 @@ def refuse_training_on_validation(entries: list[DataSet]) -> None:
         elif entry.layout in ("itw_sm", "table", "parquet") or entry.split in ("val", "test"):
             continue
         for place, target in places:
-            if ITW_SM.lower() in map(str.lower, target.parts):
+            if of_itw_sm(target):
                 raise LayoutError(f"{place} leads into {target}: ITW-SM is the validation set and must not be trained on")
 
 

@@ -14,7 +14,7 @@ from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
 from forensics_lib.images import pad_to
 from forensics_lib.machine import Machine
-from forensics_lib.model import STRIDE, CombinedModel
+from forensics_lib.model import CombinedModel, padded_side
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
 
@@ -96,7 +96,7 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     masks are blended with weights that fall off linearly in the overlap; its probability is the highest of its tiles.
     """
     height, width = image.shape[:2]
-    padded = pad_to(image, *(-(-side // STRIDE) * STRIDE for side in (height, width)))
+    padded = pad_to(image, padded_side(height), padded_side(width))
     tile = params.tile_size
     tile_h, tile_w = (min(tile, side) for side in padded.shape[:2])
     tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in padded.shape[:2])

@@ -65,7 +65,7 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
     recall, specificity = tp / max(tp + fn, 1), tn / max(tn + fp, 1)
     both = 0 < labels.sum() < len(labels)
     return {
-        "auc": float(roc_auc_score(labels, probs)) if both else math.nan,
+        "auc": roc_auc(labels, probs),
         "ap": float(average_precision_score(labels, probs)) if both else math.nan,
         "f1": f1_score(labels, probs >= threshold),
         "accuracy": (tp + tn) / max(len(labels), 1),
@@ -77,6 +77,12 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
         "tpr_at_5_fpr": recall_at_fpr(labels, probs, 0.05) if both else math.nan,
         "threshold": threshold,
     }
+
+
+def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
+    """Area under the ROC curve; NaN where one class is missing."""
+    labels = np.asarray(labels)
+    return float(roc_auc_score(labels, round_probs(probs))) if 0 < labels.sum() < len(labels) else math.nan
 
 
 def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:

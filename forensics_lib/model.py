@@ -20,6 +20,11 @@ CHECKPOINT_FORMAT = 1
 STRIDE = 32  # images are padded to multiples of this before they go in
 
 
+def padded_side(side: int) -> int:
+    """The next multiple of ``STRIDE``."""
+    return -(-side // STRIDE) * STRIDE
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
@@ -124,8 +129,8 @@ class CombinedModel(nn.Module):
         """The backbone's last feature map, and those of its stages, finest first."""
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
-            up = [-(-side // STRIDE) * STRIDE for side in (height, width)]
-            raise ValueError(f"images of {height} x {width}: sides must be multiples of {STRIDE}; {up[0]} x {up[1]} would work")
+            works = f"{padded_side(height)} x {padded_side(width)}"
+            raise ValueError(f"images of {height} x {width}: sides must be multiples of {STRIDE}; {works} would work")
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)
@@ -175,12 +180,12 @@ def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
     options = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
     with torch.random.fork_rng(devices=[]):  # of the same type, since some of timm's pad by themselves
         new = type(old)(old.in_channels + extra, old.out_channels, bias=old.bias is not None, **options)
-    with torch.no_grad():
-        if pretrained:
+    if pretrained:
+        with torch.no_grad():
             new.weight.zero_()
             new.weight[:, : old.in_channels] = old.weight
-        if pretrained and old.bias is not None:
-            new.bias.copy_(old.bias)
+            if old.bias is not None:
+                new.bias.copy_(old.bias)
     parent, _, attribute = name.rpartition(".")
     setattr(backbone.get_submodule(parent), attribute, new)
     return f"{name}.weight"

@@ -240,12 +240,8 @@ def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        model = (
-            {"data": DataSet, "degrade": Degradations, "aligned": Aligned}.get(str(item["loc"][0]))
-            if len(item["loc"]) > 1
-            else Params
-        )
-        known = list((model or Params).model_fields)
+        nested = {"data": DataSet, "degrade": Degradations, "aligned": Aligned} if len(item["loc"]) > 1 else {}
+        known = list(nested.get(str(item["loc"][0]), Params).model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key (value {item['input']!r}); {hint}"

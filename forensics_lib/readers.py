@@ -122,6 +122,11 @@ def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataS
     rows.add([f"{from_home(place)}/{name}" for name in names], 0, split, source, kind="orig", groups=groups)
 
 
+def of_itw_sm(path: Path) -> bool:
+    """Whether a path leads into ITW-SM, the validation set, by the name of a folder on it."""
+    return ITW_SM.lower() in map(str.lower, path.parts)
+
+
 def read_itw_sm(root: Path, entry: DataSet) -> Rows:
     """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name.
 
@@ -208,7 +213,7 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
     image, mask = (
         str(table.parent / name.replace("\\", "/")) if name else None for name in (item["path"], values["mask_path"])
     )
-    if split == "train" and ITW_SM.lower() in map(str.lower, Path(str(image)).parts):
+    if split == "train" and of_itw_sm(Path(str(image))):
         raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
     label = int(item["label"])
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}

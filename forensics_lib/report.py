@@ -90,10 +90,10 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     names = {"validation": "validation", "validation_without_overlap": "without overlap", "held_out": "held out"}
     columns = {title: facts.get(f"task{task}_{name}") for name, title in names.items()}
     validation = columns["validation"] or {}
-    table = pd.DataFrame({title: scores for title, scores in columns.items() if scores})
-    for number, name in enumerate(("95% from", "to")):
-        ends = facts.get(f"task{task}_validation_intervals") or {}
-        table.insert(number + 1, name, pd.Series({key: value[number] for key, value in ends.items()}))
+    ends = facts.get(f"task{task}_validation_intervals") or {}
+    intervals = {name: {key: value[number] for key, value in ends.items()} for number, name in enumerate(("95% from", "to"))}
+    ordered = {"validation": columns["validation"], **intervals, **columns}
+    table = pd.DataFrame({title: scores for title, scores in ordered.items() if scores})
     table = table.reindex([key for key in METRIC_NAMES if key in validation]).rename(index=METRIC_NAMES)
     note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
     if columns["without overlap"]:

@@ -17,6 +17,15 @@ RESIDUAL_SCALE = 20.0  # residuals of photographs lie around a few grey levels; 
 RESIDUAL_LIMIT = 3.0
 
 
+def _limited(residual: torch.Tensor) -> torch.Tensor:
+    return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+
+def _filtered(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Each colour through its share of the 5x5 ``kernels``, the borders reflected."""
+    return _limited(F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3))
+
+
 class NoiseResidual(nn.Module):
     """RGB ``(N, 3, H, W)`` in [0, 1] to SRM residuals ``(N, 9, H, W)`` in [-3, 3]; not trained."""
 
@@ -26,9 +35,7 @@ class NoiseResidual(nn.Module):
         self.register_buffer("weight", kernels[:, None].repeat(3, 1, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
-        residual = F.conv2d(padded, self.weight.to(x.dtype), groups=3)
-        return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+        return _filtered(x, self.weight)
 
 
 class NeighbourResidual(nn.Module):
@@ -40,7 +47,7 @@ class NeighbourResidual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         doubled = x[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)
-        return ((x - doubled) * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+        return _limited(x - doubled)
 
 
 class ConstrainedConvolution(nn.Module):
@@ -61,8 +68,7 @@ class ConstrainedConvolution(nn.Module):
         around = self.weight * (1 - self.centre)
         total = around.sum((2, 3), keepdim=True)
         kernels = around / torch.where(total.abs() < 1e-3, torch.full_like(total, 1e-3), total) - self.centre
-        residual = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)
-        return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+        return _filtered(x, kernels)
 
 
 # Per front end: what makes the channels beside RGB, and how many they are

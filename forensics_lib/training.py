@@ -29,7 +29,7 @@ from forensics_lib.images import ImageError
 from forensics_lib.losses import make_mixup, mask_loss
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import data_fingerprint, sources, usable
-from forensics_lib.metrics import image_metrics, pixel_curves
+from forensics_lib.metrics import pixel_curves, roc_auc
 from forensics_lib.model import CombinedModel, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
@@ -352,14 +352,14 @@ def _validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
     """
     result = predict(model, fit.task, fit.val, fit.params, fit.machine)
     good, labels = result.good(), fit.val["label"].to_numpy(int)
-    scores = image_metrics(labels[good], result.probs[good], 0.5)
-    if not np.isfinite(scores["auc"]):
+    auc = roc_auc(labels[good], result.probs[good])
+    if not np.isfinite(auc):
         reasons = "; ".join(list(result.errors.values())[:3])
         raise ImageError(f"validation needs readable images of both classes; {len(result.errors)} could not be read: {reasons}")
-    values = {"val_auc": scores["auc"], "score": scores["auc"]}
+    values = {"val_auc": auc, "score": auc}
     unseen = good & ~fit.val["source"].isin(fit.train["source"]).to_numpy()
     if fit.task == "A" and len(set(labels[unseen])) == 2:
-        values["score"] = image_metrics(labels[unseen], result.probs[unseen], 0.5)["auc"]
+        values["score"] = roc_auc(labels[unseen], result.probs[unseen])
     if result.histograms is not None:
         manipulated = result.histograms[good & (fit.val["label"] == 1)]
         values["val_iou"] = float(pixel_curves(manipulated)[0].mean(0)[1:].max())

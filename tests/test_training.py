@@ -228,11 +228,21 @@ def test_every_switch_of_training_trains(tiny_run, changes):
     assert np.isfinite(metrics["train_loss"]).all()
 
 
-def test_mixed_labels_cost_what_they_should():
+def test_mixed_labels_cost_what_they_should(tiny_run):
     """With labels half and half, a model that is sure of one class pays."""
+    batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([0, 1])}
     sure = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
-    soft = torch.full((2, 2), 0.5)
-    assert torch.nn.functional.cross_entropy(sure, soft) > torch.nn.functional.cross_entropy(sure * 0, soft)
+
+    def cost(logits: torch.Tensor, mix) -> torch.Tensor:
+        machine = training.choose_machine(tiny_run.params)
+        fit = training.Fit(tiny_run, "A", lambda images: Output(logits, None), machine, None, None, equalize=False)
+        return training._loss(fit, batch, mix)
+
+    def halves(images, labels):
+        return images, torch.full((2, 2), 0.5)
+
+    assert cost(sure, halves) > cost(sure * 0, halves)
+    assert cost(sure, None) < cost(sure * 0, None), "as they are, the labels agree with it"
 
 
 def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch):

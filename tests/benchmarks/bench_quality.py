@@ -25,7 +25,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from forensics_lib.__main__ import parse_settings
+from forensics_lib.card import markdown_table
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_probabilities
 from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import build_manifest, test_images, usable
-from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics
+from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics, roc_auc
 from forensics_lib.model import CombinedModel, load_model
 from forensics_lib.params import Params, ParamsError, load_params
 from forensics_lib.robustness import Change
@@ -88,7 +91,7 @@ def params_for(data: str, start: str, seed: int, name: str, settings: dict[str, 
 def scored(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
     """The figures of the table, at the stored threshold, at 0.5 and at the best one in hindsight."""
     scores = image_metrics(labels, probs, threshold)
-    low, high = bootstrap_interval(lambda y, p: image_metrics(y, p, 0.5)["auc"], labels, probs)
+    low, high = bootstrap_interval(roc_auc, labels, probs)
     hindsight = image_metrics(labels, probs, best_f1_threshold(labels, probs))
     facts = {key: scores[key] for key in ("auc", "ap", "f1", "fpr", "eer", "balanced_accuracy")}
     facts |= {
@@ -100,7 +103,7 @@ def scored(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str,
     return {key: round(float(value), 4) for key, value in facts.items()}
 
 
-def sets(run: Run, manifest: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def sets(manifest: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The labelled images that are scored: validation, and the test images with their labels."""
     test = test_images(CORPUS / "test" / "taskA")
     labels = pd.read_csv(CORPUS / "labels" / "taskA_test.csv").set_index("image_id")
@@ -121,7 +124,7 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     def predict(rows: pd.DataFrame, change: Change | None) -> np.ndarray:
         return predict_probabilities(model, rows, run.params, machine, change)["prob"].to_numpy()
 
-    found = sets(run, manifest)
+    found = sets(manifest)
     val = predict(found["val"], None)
     threshold = best_f1_threshold(found["val"]["label"].to_numpy(int), val)
     epochs = metrics[["step", "epoch", "train_loss", "val_auc", "seconds"]].round(4).to_dict("records")
@@ -170,7 +173,7 @@ def naive(run: Run, manifest: pd.DataFrame, seconds: float) -> dict[str, Any]:
                 probs.append(model(machine.to_device(batch)).logits.float().softmax(1)[:, 1].cpu().numpy())
         return np.concatenate(probs)
 
-    found = sets(run, manifest)
+    found = sets(manifest)
     trained = time.monotonic() - started
     return results(found, predict, 0.5, predict(found["val"], None)) | {"seconds": round(trained, 1), "passes": passes}
 
@@ -186,13 +189,12 @@ def results(found: dict[str, pd.DataFrame], predict: Any, threshold: float, val:
         labels = rows["label"].to_numpy(int)
         probs = val if name == "val" else predict(rows, None)
         facts[name] = scored(labels, probs, threshold)
-        facts[name]["auc_social"] = round(image_metrics(labels, predict(rows, SOCIAL), 0.5)["auc"], 4)
+        facts[name]["auc_social"] = round(roc_auc(labels, predict(rows, SOCIAL)), 4)
         if name == "test":
             real = probs[labels == 0]
             made = rows.loc[labels == 1, "generator"]
             facts["test_generators"] = {
-                generator: round(image_metrics(*_against(real, probs[part.index]), 0.5)["auc"], 4)
-                for generator, part in made.groupby(made)
+                generator: round(roc_auc(*_against(real, probs[part.index])), 4) for generator, part in made.groupby(made)
             }
     return facts
 
@@ -226,34 +228,6 @@ def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings:
 
 # ---- Report ------------------------------------------------------------------------------------------------------------
 
-# What is wanted of the pretrained case, medians over seeds: a name, the value from the groups of runs, and its limit
-TARGETS: list[tuple[str, Callable[[Groups], float], Callable[[float], bool], str]] = [
-    ("constrained, AUC on val", lambda g: g.of("ours", "constrained", "val", "auc"), lambda v: v >= 0.88, "at least 0.88"),
-    ("constrained, AUC on test", lambda g: g.of("ours", "constrained", "test", "auc"), lambda v: v >= 0.92, "at least 0.92"),
-    ("open less constrained, AUC on val", lambda g: g.gain("val"), lambda v: v >= 0.02, "at least 0.02"),
-    ("open less constrained, AUC on test", lambda g: g.gain("test"), lambda v: v >= 0.02, "at least 0.02"),
-    (
-        "F1 on test, best in hindsight less stored threshold",
-        lambda g: g.of("ours", "constrained", "test", "f1_oracle") - g.of("ours", "constrained", "test", "f1"),
-        lambda v: v <= 0.03,
-        "at most 0.03",
-    ),
-    (
-        "false-positive rate on val's photographs",
-        lambda g: g.of("ours", "constrained", "val", "fpr"),
-        lambda v: v <= 0.15,
-        "at most 0.15",
-    ),
-    (
-        "false-positive rate on test's photographs",
-        lambda g: g.of("ours", "constrained", "test", "fpr"),
-        lambda v: v <= 0.15,
-        "at most 0.15",
-    ),
-    ("AUC lost to an upload, val", lambda g: g.lost("val"), lambda v: v <= 0.05, "at most 0.05"),
-    ("AUC lost to an upload, test", lambda g: g.lost("test"), lambda v: v <= 0.05, "at most 0.05"),
-]
-
 
 class Groups:
     """The runs of one start (pretrained or scratch) that are no ablations."""
@@ -270,6 +244,10 @@ class Groups:
 
     def gain(self, split: str) -> float:
         return self.of("ours", "open", split, "auc") - self.of("ours", "constrained", split, "auc")
+
+    def lead(self, split: str) -> float:
+        """How far our AUC on constrained data is above the naive recipe's."""
+        return self.of("ours", "constrained", split, "auc") - self.of("naive", "constrained", split, "auc")
 
     def lost(self, split: str) -> float:
         return _median([run[split]["auc"] - run[split]["auc_social"] for run in self.members("ours", "constrained")])
@@ -298,37 +276,55 @@ def known_runs() -> dict[str, dict[str, Any]]:
 
 
 def _targets(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    groups, rows = Groups(runs, "pretrained"), []
-    for name, value, met, limit in TARGETS:
-        found = value(groups)
-        verdict = "not measured" if np.isnan(found) else "met" if met(found) else "MISSED"
-        rows.append({"target": name, "wanted": limit, "median": found, "": verdict})
-    for start, wanted in (("pretrained", 0.0), ("scratch", 0.10)):
-        for split in ("val", "test"):
-            groups = Groups(runs, start)
-            found = groups.of("ours", "constrained", split, "auc") - groups.of("naive", "constrained", split, "auc")
-            verdict = "not measured" if np.isnan(found) else "met" if found >= wanted else "MISSED"
-            name = f"{start}, AUC above the naive recipe's, {split}"
-            rows.append({"target": name, "wanted": f"at least {wanted:.2f}", "median": found, "": verdict})
+    """What is wanted of the medians over seeds, and whether it was reached."""
+    groups, scratch = Groups(runs, "pretrained"), Groups(runs, "scratch")
+    ours = partial(groups.of, "ours", "constrained")
+    photographs = "false-positive rate on {}'s photographs"
+    targets = [
+        ("constrained, AUC on val", ours("val", "auc"), "at least", 0.88),
+        ("constrained, AUC on test", ours("test", "auc"), "at least", 0.92),
+        ("open less constrained, AUC on val", groups.gain("val"), "at least", 0.02),
+        ("open less constrained, AUC on test", groups.gain("test"), "at least", 0.02),
+        (
+            "F1 on test, best in hindsight less stored threshold",
+            ours("test", "f1_oracle") - ours("test", "f1"),
+            "at most",
+            0.03,
+        ),
+        (photographs.format("val"), ours("val", "fpr"), "at most", 0.15),
+        (photographs.format("test"), ours("test", "fpr"), "at most", 0.15),
+        ("AUC lost to an upload, val", groups.lost("val"), "at most", 0.05),
+        ("AUC lost to an upload, test", groups.lost("test"), "at most", 0.05),
+        ("pretrained, AUC above the naive recipe's, val", groups.lead("val"), "at least", 0.0),
+        ("pretrained, AUC above the naive recipe's, test", groups.lead("test"), "at least", 0.0),
+        ("scratch, AUC above the naive recipe's, val", scratch.lead("val"), "at least", 0.10),
+        ("scratch, AUC above the naive recipe's, test", scratch.lead("test"), "at least", 0.10),
+    ]
+    rows = []
+    for name, found, bound, limit in targets:
+        met = found >= limit if bound == "at least" else found <= limit
+        verdict = "not measured" if np.isnan(found) else "met" if met else "MISSED"
+        rows.append({"target": name, "wanted": f"{bound} {limit:.2f}", "median": found, "": verdict})
     return pd.DataFrame(rows)
+
+
+def _measured(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Start, data, recipe and the runs over seeds of everything that was measured."""
+    for start, data, recipe in product(BACKBONES, ("constrained", "open"), ("ours", "naive")):
+        if members := Groups(runs, start).members(recipe, data):
+            yield start, data, recipe, members
 
 
 def _summary(runs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
-    for start in BACKBONES:
-        groups = Groups(runs, start)
-        for data in ("constrained", "open"):
-            for recipe in ("ours", "naive"):
-                members = groups.members(recipe, data)
-                if not members:
-                    continue
-                row: dict[str, Any] = {"start": start, "data": data, "recipe": recipe, "seeds": len(members)}
-                for split in ("val", "test"):
-                    values = [run[split]["auc"] for run in members]
-                    row[f"AUC {split}"] = f"{_median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-                    for key, name in _COLUMNS.items():
-                        row[f"{name} {split}"] = _median([run[split][key] for run in members])
-                rows.append(row | {"seconds": _median([run["seconds"] for run in members])})
+    for start, data, recipe, members in _measured(runs):
+        row: dict[str, Any] = {"start": start, "data": data, "recipe": recipe, "seeds": len(members)}
+        for split in ("val", "test"):
+            values = [run[split]["auc"] for run in members]
+            row[f"AUC {split}"] = f"{_median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            for key, name in _COLUMNS.items():
+                row[f"{name} {split}"] = _median([run[split][key] for run in members])
+        rows.append(row | {"seconds": _median([run["seconds"] for run in members])})
     return pd.DataFrame(rows)
 
 
@@ -337,14 +333,10 @@ _COLUMNS = {"f1": "F1", "f1_oracle": "F1 best", "f1_half": "F1 at 0.5", "fpr": "
 
 def _generators(runs: list[dict[str, Any]]) -> pd.DataFrame:
     columns = {}
-    for start in BACKBONES:
-        for data in ("constrained", "open"):
-            for recipe in ("ours", "naive"):
-                members = Groups(runs, start).members(recipe, data)
-                if members:
-                    names = members[0]["test_generators"]
-                    found = {name: _median([run["test_generators"][name] for run in members]) for name in names}
-                    columns[f"{recipe}, {data}, {start}"] = found
+    for start, data, recipe, members in _measured(runs):
+        names = members[0]["test_generators"]
+        found = {name: _median([run["test_generators"][name] for run in members]) for name in names}
+        columns[f"{recipe}, {data}, {start}"] = found
     return pd.DataFrame(columns).rename_axis("generator").reset_index()
 
 
@@ -383,11 +375,7 @@ is varied. Choices were made on val; test is shown, not chosen on.
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    if table.empty:
-        return "Nothing measured yet."
-    cells = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in table.to_numpy(object)]
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "Nothing measured yet." if table.empty else markdown_table(table, missing="nan")
 
 
 def main() -> None:
@@ -408,11 +396,8 @@ def main() -> None:
     if options.command == "report":
         report()
         return
-    for seed in options.seeds:
-        for start in options.start:
-            for data in options.data:
-                for recipe in options.recipes:
-                    run_one(recipe, data, start, seed, options.name, parse_settings(options.set))
+    for seed, start, data, recipe in product(options.seeds, options.start, options.data, options.recipes):
+        run_one(recipe, data, start, seed, options.name, parse_settings(options.set))
 
 
 if __name__ == "__main__":
