@@ -221,7 +221,7 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
 def stored_thresholds(run: Run, task: str) -> dict[str, float]:
     """The thresholds chosen on validation.  Raises ``FileNotFoundError`` where none were stored."""
     facts = read_json(run.thresholds).get(task)
-    if not facts or "temperature" not in facts:  # none, or of a version that did not calibrate
+    if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
     return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature") if key in facts}
 
