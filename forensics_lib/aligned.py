@@ -22,7 +22,7 @@ import pandas as pd
 from PIL import Image, JpegImagePlugin
 
 from forensics_lib.files import home, whole
-from forensics_lib.images import ImageError, open_image, read_image
+from forensics_lib.images import ImageError, open_image, random_square, read_image
 from forensics_lib.layouts import COLUMNS
 from forensics_lib.params import Aligned
 from forensics_lib.progress import progress
@@ -78,9 +78,7 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode |
 
 
 def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencode, rng: np.random.Generator) -> None:
-    image = read_image(photo)
-    top, left = (int(rng.integers(max(0, side - settings.side) + 1)) for side in image.shape[:2])
-    image = image[top : top + settings.side, left : left + settings.side]
+    image = random_square(read_image(photo), settings.side, rng)
     twin = autoencode(image)
     if twin.shape != image.shape or twin.dtype != np.uint8:
         raise ValueError(

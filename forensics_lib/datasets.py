@@ -6,6 +6,7 @@ A file that fails does not stop an epoch: its sample carries the error, ``collat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from forensics_lib.degradations import Encoding, degrade, recompress
+from forensics_lib.forgeries import fitted, pasted
 from forensics_lib.images import ImageError, pad_to, read_image, read_mask
-from forensics_lib.params import Degradations
+from forensics_lib.params import Degradations, Params
 
 SMALL = 0.05  # share of the images that may be smaller than the squares that crops are taken from
-FOCUS = 0.7  # share of the crops of manipulated images that are placed around a manipulated pixel
+# Where crops of manipulated images are placed: around a manipulated pixel, around one of the border, or anywhere
+PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 
 
 class TrainingCrops(Dataset):
@@ -28,7 +31,8 @@ class TrainingCrops(Dataset):
     Every random choice follows from (seed, epoch, index), so results do not depend on workers or order.  With
     ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed as one of the JPEG
     files were, and every crop ends in one distribution of compressions.  With ``masks``, samples carry the mask's crop,
-    and a spliced image's crop without a manipulated pixel counts as authentic.
+    and a spliced image's crop without a manipulated pixel counts as authentic.  ``paste`` is the share of authentic crops
+    that get a region from elsewhere in the image or from another authentic one, and count as spliced.
     """
 
     def __init__(
@@ -40,10 +44,12 @@ class TrainingCrops(Dataset):
         degradations: Degradations,
         seed: int,
         equalize: bool = False,
+        paste: float = 0.0,
     ) -> None:
         self.rows = manifest[["path", "label", "mask_path", "kind", "format"]].to_dict("records")
         self.crop_size, self.masks, self.seed = crop_size, masks, seed
-        self.degradations, self.equalize = degradations, equalize
+        self.degradations, self.equalize, self.paste = degradations, equalize, paste
+        self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
         self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
         self.window = _window(manifest, crop_size)
         self.epoch = 0
@@ -65,7 +71,7 @@ class TrainingCrops(Dataset):
         sample = {"index": index, "label": int(row["label"]), "image": to_tensor(image)}
         if mask is not None:
             sample["mask"] = torch.from_numpy(np.ascontiguousarray(mask))[None]
-            if row["kind"] == "sp":
+            if row["kind"] == "sp" or not row["label"]:
                 sample["label"] = int(mask.any())
         return sample
 
@@ -95,10 +101,20 @@ class TrainingCrops(Dataset):
         image = read_image(row["path"])
         mask = self._mask(row, image.shape[:2])
         image, mask = _crop(image, mask, self.window, rng)
+        if not row["label"] and rng.random() < self.paste:
+            image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)))
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
+
+    def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        donor = None
+        if rng.random() < 0.5:
+            with suppress(ImageError):  # the image itself then gives the region; its own sample reports the bad file
+                other = read_image(self.rows[self.authentic[rng.integers(len(self.authentic))]]["path"])
+                donor = fitted(other, image.shape[:2], rng)
+        return pasted(image, donor, rng)
 
     def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
         if not self.masks:
@@ -120,12 +136,13 @@ def _window(manifest: pd.DataFrame, crop_size: int) -> int:
 def _crop(
     image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A random ``size`` square, or what there is of it; often around a masked pixel."""
+    """A random ``size`` square, or what there is of it; of a mask that marks something by ``PLACES``."""
     limits = max(0, image.shape[0] - size), max(0, image.shape[1] - size)
     top, left = (int(rng.integers(limit + 1)) for limit in limits)
     if mask is not None:
-        if rng.random() < FOCUS and mask.any():
-            marked = np.flatnonzero(mask)
+        place = rng.choice(PLACES, p=SHARES)
+        marked = np.flatnonzero(_border(mask) if place == "border" else mask) if place != "anywhere" else []
+        if len(marked):
             y, x = divmod(int(marked[rng.integers(len(marked))]), mask.shape[1])
             top, left = (
                 int(np.clip(centre - rng.integers(size // 4, 3 * size // 4 + 1), 0, limit))
@@ -133,6 +150,14 @@ def _crop(
             )
         mask = mask[top : top + size, left : left + size]
     return image[top : top + size, left : left + size], mask
+
+
+def _border(mask: np.ndarray) -> np.ndarray:
+    """The manipulated pixels that have an authentic neighbour below or to the right, and those that are one."""
+    border = np.zeros_like(mask)
+    border[:-1] |= mask[:-1] != mask[1:]
+    border[:, :-1] |= mask[:, :-1] != mask[:, 1:]
+    return border
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -153,22 +178,46 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def epoch_order(labels: np.ndarray, seed: int, epoch: int, sources: np.ndarray | None = None) -> np.ndarray:
+def drawing_groups(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.ndarray, dict[Any, float]]:
+    """For ``epoch_order``: what each image is drawn as, and the shares of groups that are not drawn equally often.
+
+    With ``balance: source`` the sources of a class are groups.  For Task B manipulated images are spliced or fully
+    regenerated (``fr_share``) too.
+    """
+    groups = rows["source"].astype(str) if params.balance == "source" else pd.Series("", rows.index)
+    if task == "A":
+        return groups.to_numpy(), {}
+    regenerated = rows["kind"].eq("fr")
+    groups = groups.where(rows["label"].eq(0), groups + np.where(regenerated, "/fr", "/sp"))
+    shares: dict[Any, float] = {}
+    for kind, share in (("/fr", params.fr_share), ("/sp", 1 - params.fr_share)):
+        members = [name for name in groups.unique() if name.endswith(kind)]
+        shares |= {name: share / len(members) for name in members}
+    return groups.to_numpy(), shares
+
+
+def epoch_order(
+    labels: np.ndarray, seed: int, epoch: int, groups: np.ndarray | None = None, shares: dict[Any, float] | None = None
+) -> np.ndarray:
     """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
 
-    With ``sources`` (N,) the sources of a class are drawn equally often too.  A class or source that is short repeats; of
-    one that is plentiful each epoch takes another random part.
+    With ``groups`` (N,) the groups of a class are drawn equally often too, or by their ``shares`` of the class.  A class or
+    group that is short repeats; of one that is plentiful each epoch takes another random part.
     """
     rng = np.random.default_rng([seed, epoch])
-    sources = np.zeros(len(labels), int) if sources is None else pd.factorize(sources)[0]
-    parts = []
+    groups = np.zeros(len(labels), int) if groups is None else groups
+    shares, half, parts = shares or {}, -(-len(labels) // 2), []
     for label in (0, 1):
-        members = [np.flatnonzero((labels == label) & (sources == source)) for source in np.unique(sources[labels == label])]
-        share = -(-len(labels) // (2 * len(members)))
-        drawn = [
-            rng.permutation(np.concatenate([rng.permutation(m) for _ in range(-(-share // len(m)))])[:share]) for m in members
-        ]
-        parts.append(rng.permutation(np.concatenate(drawn))[: -(-len(labels) // 2)])
+        names = pd.unique(groups[labels == label])
+        weights = np.array([shares.get(name, 1 / len(names)) for name in names])
+        weights = weights if weights.any() else np.ones(len(names))
+        drawn = []
+        for name, weight in zip(names, weights / weights.sum(), strict=True):
+            members = np.flatnonzero((labels == label) & (groups == name))
+            count = int(np.ceil(half * weight - 1e-9))
+            repeated = [rng.permutation(members) for _ in range(-(-count // len(members)))]
+            drawn.append(rng.permutation(np.concatenate(repeated)[:count]) if repeated else members[:0])
+        parts.append(rng.permutation(np.concatenate(drawn))[:half])
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 

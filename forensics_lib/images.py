@@ -183,6 +183,12 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def random_square(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of at most ``side`` of ``(H, W, 3)``: all of a smaller image."""
+    top, left = (int(rng.integers(max(0, length - side) + 1)) for length in image.shape[:2])
+    return image[top : top + side, left : left + side]
+
+
 def pad_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Pad ``(H, W, ...)`` at its lower and right side by reflection to at least ``height`` x ``width``."""
     missing = [(0, max(0, height - image.shape[0])), (0, max(0, width - image.shape[1]))]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
@@ -93,30 +94,64 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     """Probability of being manipulated, and mask ``(H, W)`` float16 in [0, 1], of one ``(H, W, 3)`` uint8 image.
 
     An image of at most ``tile_size`` on both sides goes through whole.  A larger one is cut into overlapping tiles whose
-    masks are blended with weights that fall off linearly in the overlap; its probability is the highest of its tiles.
+    masks are blended with weights that fall off linearly in the overlap.  With ``mask_flips`` the mirrored image is looked
+    at too, with ``mask_scales`` the image at those scales, and masks are averaged.  The classifier then sees the whole
+    mask and the mean features of all tiles.  Beside the image the memory needed is that of one float32 mask for each
+    scale but the first, one float16 mask, and a batch of tiles.
     """
     height, width = image.shape[:2]
-    padded = pad_to(image, padded_side(height), padded_side(width))
+    features: list[torch.Tensor] = []
+    total: np.ndarray | None = None
+    for scale in params.mask_scales:
+        mask = _blended_mask(model, _scaled(image, scale), params, machine, features)
+        if mask.shape != (height, width):
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+        total = mask if total is None else np.add(total, mask, out=total)
+    total /= len(params.mask_scales)
+    np.clip(total, 0, 1, out=total)
+    with machine.autocast():
+        whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
+        logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
+    return logits.softmax(1)[0, 1].item(), total.astype(np.float16)
+
+
+def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _blended_mask(
+    model: CombinedModel, image: np.ndarray, params: Params, machine: Machine, features: list[torch.Tensor]
+) -> np.ndarray:
+    """The mask ``(H, W)`` float32 of an image from its tiles, whose pooled features are added to ``features``."""
+    height, width = image.shape[:2]
     tile = params.tile_size
+    padded = pad_to(image, *(padded_side(side) if side <= tile else side for side in (height, width)))
     tile_h, tile_w = (min(tile, side) for side in padded.shape[:2])
     tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in padded.shape[:2])
     weight_y, weight_x = _weights(tile_h, params.tile_overlap), _weights(tile_w, params.tile_overlap)
     total = np.zeros(padded.shape[:2], np.float32)
     places = [(top, left) for top in tops for left in lefts]
-    per_batch = max(1, params.batch_size * params.crop_size**2 // (tile_h * tile_w))
-    best = 0.0
+    views = 2 if params.mask_flips else 1
+    per_batch = max(1, params.batch_size * params.crop_size**2 // (tile_h * tile_w * views))
     for start in range(0, len(places), per_batch):
         batch = places[start : start + per_batch]
         tiles = np.stack([padded[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
-        with machine.autocast():
-            output = model(machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles))))
-        best = max(best, output.logits.float().softmax(1)[:, 1].max().item())
-        probs = output.mask_logits.float().sigmoid()[:, 0].cpu().numpy()
-        for (y, x), prob in zip(batch, probs, strict=True):
+        tensor = machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles)))
+        probs = torch.zeros(len(batch), tile_h, tile_w, device=machine.device)
+        for flipped in (False, True)[:views]:
+            with machine.autocast():
+                output = model(tensor.flip(-1) if flipped else tensor)
+            found = output.mask_logits.float().sigmoid()[:, 0]
+            probs += (found.flip(-1) if flipped else found) / views
+            features += output.features.float().unbind()
+        for (y, x), prob in zip(batch, probs.cpu().numpy(), strict=True):
             total[y : y + tile_h, x : x + tile_w] += prob * (weight_y[:, None] * weight_x)
     total /= _weight_sum(tops, weight_y, padded.shape[0])[:, None]
     total /= _weight_sum(lefts, weight_x, padded.shape[1])
-    return best, total[:height, :width].clip(0, 1).astype(np.float16)
+    return total[:height, :width]
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

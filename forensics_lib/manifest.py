@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from forensics_lib.aligned import make_twins
 from forensics_lib.facts import file_facts
 from forensics_lib.files import from_home, home
+from forensics_lib.forgeries import make_forgeries
 from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
 from forensics_lib.layouts import LayoutError, Rows, read_test
 from forensics_lib.params import DataSet
@@ -28,7 +30,9 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [note for table in tables for note in table.attrs.pop("notes")]
     if run.params.aligned and task == "A":
-        tables.append(_aligned_twins(run, tables))
+        tables.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), tables))
+    if run.params.forgeries and task == "B":
+        tables.append(_made(run, "forgeries", lambda photos: make_forgeries(photos, run.params.forgeries), tables))
     table = pd.concat(tables, ignore_index=True)
     table["error"] = table["error"].fillna(_contradictions(table))
     table = table.drop(columns="identity")
@@ -47,13 +51,13 @@ def indexed(entry: DataSet) -> pd.DataFrame:
     return table
 
 
-def _aligned_twins(run: Run, tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """The synthetic twins of all usable training photographs, with the facts of their files."""
+def _made(run: Run, name: str, make: Callable[[pd.DataFrame], pd.DataFrame], tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The images that are made of all usable training photographs, with the facts of their files."""
     photos = pd.concat(tables, ignore_index=True)
     photos = photos[photos["split"].eq("train") & photos["label"].eq(0) & photos["error"].isna()]
-    twins = make_twins(photos, run.params.aligned)
-    facts = file_facts(twins["path"].tolist(), facts_cache(run.folder, "aligned"))
-    return twins.join(facts).assign(data_set="aligned", layout="aligned")
+    made = make(photos)
+    facts = file_facts(made["path"].tolist(), facts_cache(run.folder, name))
+    return made.join(facts).assign(data_set=name, layout=name)
 
 
 def sources(manifest: pd.DataFrame) -> pd.DataFrame:

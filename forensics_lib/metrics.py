@@ -14,6 +14,7 @@ from forensics_lib.progress import progress
 
 DECIMALS = 6  # probabilities and thresholds are written, and compared, with this many
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
+FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
 
 
 def round_probs(probs: np.ndarray) -> np.ndarray:
@@ -167,25 +168,70 @@ def best_iou_threshold(histograms: np.ndarray) -> float:
     return (int(pixel_curves(histograms[manipulated])[0].mean(0)[1:].argmax()) + 1) / BINS
 
 
+def pixel_auc(histograms: np.ndarray) -> np.ndarray:
+    """ROC AUC of the pixels of N images' histograms ``(N, 2, 256)``; NaN where all pixels are of one class.
+
+    Pixels in one bin count as equal, so this is scikit-learn's value for probabilities cut to multiples of 1/256.
+    """
+    authentic, manipulated = histograms[:, 0].astype(float), histograms[:, 1].astype(float)
+    below = authentic.cumsum(1) - authentic / 2
+    pairs = authentic.sum(1) * manipulated.sum(1)
+    return np.divide((manipulated * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def pixel_ap(histograms: np.ndarray) -> np.ndarray:
+    """Average precision of the pixels, as ``pixel_auc``; NaN without manipulated pixels."""
+    manipulated = histograms[:, 1, ::-1].astype(float)
+    found, flagged = manipulated.cumsum(1), histograms[:, :, ::-1].sum(1).cumsum(1).astype(float)
+    precision = np.divide(found, flagged, out=np.zeros_like(found), where=flagged > 0)
+    total = manipulated.sum(1)
+    return np.divide((precision * manipulated).sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
 def pixel_table(histograms: np.ndarray, loc_threshold: float) -> pd.DataFrame:
-    """IoU, F1 and flagged share of each image at ``loc_threshold`` (a multiple of 1/256)."""
+    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (a multiple of 1/256), and threshold-free ones.
+
+    ``best_pixel_f1`` is F1 at the image's own best threshold, ``truth`` the share of manipulated pixels.
+    """
     column = round(loc_threshold * BINS)
-    iou, f1, flagged = (curve[:, column] for curve in pixel_curves(histograms))
-    return pd.DataFrame({"iou": iou, "pixel_f1": f1, "flagged": flagged, "truth": histograms[:, 1].sum(1) > 0})
+    iou, f1, flagged = pixel_curves(histograms)
+    facts = {"iou": iou[:, column], "pixel_f1": f1[:, column], "flagged": flagged[:, column], "best_pixel_f1": f1.max(1)}
+    facts |= {"pixel_auc": pixel_auc(histograms), "pixel_ap": pixel_ap(histograms)}
+    return pd.DataFrame(facts | {"truth": histograms[:, 1].sum(1) / histograms.sum((1, 2))})
 
 
 def localization_metrics(histograms: np.ndarray, loc_threshold: float) -> dict[str, float]:
-    """Mean pixel scores at ``loc_threshold``, named by their convention.
+    """Mean pixel scores, named by their convention; IoU, F1 and flagged shares are at ``loc_threshold``.
 
-    ``iou_manipulated``: over manipulated images; ``iou_all``: over all, with empty against empty as 1;
-    ``flagged_authentic``: share of authentic images with more than 1% of their pixels at or above the threshold.
+    ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
+    ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
+    more than 1% of their pixels at or above the threshold.
     """
-    table = pixel_table(histograms, loc_threshold)
-    manipulated, authentic = table[table["truth"]], table[~table["truth"]]
-    return {
-        "iou_manipulated": float(manipulated["iou"].mean()),
-        "pixel_f1_manipulated": float(manipulated["pixel_f1"].mean()),
-        "iou_all": float(table["iou"].mean()),
-        "flagged_authentic": float((authentic["flagged"] > 0.01).mean()),
-        "loc_threshold": loc_threshold,
-    }
+    return _localization_means(pixel_table(histograms, loc_threshold)) | {"loc_threshold": loc_threshold}
+
+
+def _localization_means(table: pd.DataFrame) -> dict[str, float]:
+    manipulated, authentic = table[table["truth"] > 0], table[table["truth"] == 0]
+    scores = ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "pixel_ap")
+    means = {f"{score}_manipulated": float(manipulated[score].mean()) for score in scores}
+    flagged = float((authentic["flagged"] > FLAGGED).mean()) if len(authentic) else math.nan
+    return means | {"iou_all": float(table["iou"].mean()), "flagged_authentic": flagged}
+
+
+def localization_intervals(
+    histograms: np.ndarray, loc_threshold: float, rounds: int = 300, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of ``localization_metrics``, by bootstrap over images within each class.
+
+    That of ``loc_threshold`` is of the threshold chosen anew on every draw.
+    """
+    table, iou = pixel_table(histograms, loc_threshold), pixel_curves(histograms)[0]
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero((table["truth"] > 0) == manipulated) for manipulated in (False, True)]
+    lines = []
+    for _ in range(rounds):
+        authentic, manipulated = (rng.choice(group, len(group)) for group in members)
+        means = _localization_means(table.iloc[np.concatenate([authentic, manipulated])])
+        lines.append(means | {"loc_threshold": (int(iou[manipulated].mean(0)[1:].argmax()) + 1) / BINS})
+    drawn = pd.DataFrame(lines)
+    return {name: (float(values.quantile(0.025)), float(values.quantile(0.975))) for name, values in drawn.items()}

@@ -34,6 +34,7 @@ class Output(NamedTuple):
 
     logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
     mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
+    features: torch.Tensor  # (N, C): what the backbone's pooled features are
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -49,18 +50,19 @@ class SegmentationBranch(nn.Module):
     """Backbone stages and noise residuals to mask logits at input resolution.
 
     A feature pyramid (Lin et al., CVPR 2017) brings all stages to the finest one's stride, where they are fused as in
-    UPerNet (Xiao et al., ECCV 2018).  ConvNeXt's finest stage has stride 4, so a shallow branch on SRM residuals adds
-    what is finer, and the result is refined at stride 2.
+    UPerNet (Xiao et al., ECCV 2018).  ConvNeXt's finest stage has stride 4, so with ``residual_branch`` a shallow branch
+    on SRM residuals adds what is finer, and the result is refined at stride 2.
     """
 
-    def __init__(self, stage_channels: list[int], channels: int) -> None:
+    def __init__(self, stage_channels: list[int], channels: int, *, residual_branch: bool) -> None:
         super().__init__()
-        fine = max(8, channels // 4 // 8 * 8)
+        fine = max(8, channels // 4 // 8 * 8) if residual_branch else 0
         self.lateral = nn.ModuleList(_conv(stage, channels, 1) for stage in stage_channels)
         self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
         self.fuse = _conv(channels * len(stage_channels), channels)
-        self.residual = NoiseResidual()
-        self.shallow = nn.Sequential(_conv(9, fine), _conv(fine, fine, stride=2), _conv(fine, fine))
+        self.shallow = None
+        if residual_branch:
+            self.shallow = nn.Sequential(NoiseResidual(), _conv(9, fine), _conv(fine, fine, stride=2), _conv(fine, fine))
         self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
         nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
 
@@ -69,8 +71,10 @@ class SegmentationBranch(nn.Module):
         for i in range(len(levels) - 1, 0, -1):
             levels[i - 1] = levels[i - 1] + _resize_like(levels[i], levels[i - 1])
         smooth = [_resize_like(layer(level), levels[0]) for layer, level in zip(self.smooth, levels, strict=True)]
-        fine = self.shallow(self.residual(image))
-        merged = torch.cat([_resize_like(self.fuse(torch.cat(smooth, 1)), fine), fine], 1)
+        merged = self.fuse(torch.cat(smooth, 1))
+        if self.shallow is not None:
+            fine = self.shallow(image)
+            merged = torch.cat([_resize_like(merged, fine), fine], 1)
         return _resize_like(self.refine(merged), image)
 
 
@@ -84,7 +88,8 @@ class CombinedModel(nn.Module):
     """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 32, to ``Output``.
 
     Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (mean, and
-    mean of the strongest twentieth of the pixels) also goes to the classifier, so that both agree.
+    mean of the strongest twentieth of the pixels) also goes to the classifier, so that both agree.  The classifier sees
+    means over the image, so that it can be asked once for an image whose tiles were looked at one by one.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class CombinedModel(nn.Module):
         *,
         frontend: str = "rgb",
         decoder_channels: int = 128,
+        residual_branch: bool = True,
         drop_path: float = 0.0,
         dropout: float = 0.0,
         pretrained: bool = False,
@@ -105,6 +111,7 @@ class CombinedModel(nn.Module):
             "backbone": backbone,
             "frontend": frontend,
             "decoder_channels": decoder_channels,
+            "residual_branch": residual_branch,
             "drop_path": drop_path,
             "dropout": dropout,
         }
@@ -116,7 +123,9 @@ class CombinedModel(nn.Module):
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
         self.residual = residual() if residual else None
         stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info]
-        self.segmentation = SegmentationBranch(stage_channels, decoder_channels) if task == "B" else None
+        self.segmentation = None
+        if task == "B":
+            self.segmentation = SegmentationBranch(stage_channels, decoder_channels, residual_branch=residual_branch)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.norm = nn.LayerNorm(features)
@@ -138,12 +147,16 @@ class CombinedModel(nn.Module):
 
     def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
         """Both branches on what ``encode`` gave for the same images."""
-        features = self.norm(self.backbone.forward_head(final, pre_logits=True))
-        mask_logits = None
-        if self.segmentation is not None:
-            mask_logits = self.segmentation(images, stages)
-            features = torch.cat([features, _mask_evidence(mask_logits)], 1)
-        return Output(self.classifier(features), mask_logits)
+        features = self.backbone.forward_head(final, pre_logits=True)
+        if self.segmentation is None:
+            return Output(self.classify(features), None, features)
+        mask_logits = self.segmentation(images, stages)
+        return Output(self.classify(features, mask_logits.float().sigmoid()), mask_logits, features)
+
+    def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``."""
+        features = self.norm(features)
+        return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask)], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
         """As usual, but whatever has no trainable parameter left stays in evaluation mode: frozen means frozen."""
@@ -191,9 +204,9 @@ def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
     return f"{name}.weight"
 
 
-def _mask_evidence(mask_logits: torch.Tensor) -> torch.Tensor:
-    """``(N, 1, H, W)`` logits to ``(N, 2)``: mean probability, and mean of the strongest twentieth of a coarse map."""
-    coarse = F.avg_pool2d(mask_logits.float().sigmoid(), 8).flatten(1)
+def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
+    """``(N, 1, H, W)`` probabilities to ``(N, 2)``: their mean, and the mean of the strongest twentieth of a coarse map."""
+    coarse = F.avg_pool2d(mask, 8, ceil_mode=True).flatten(1)
     top = coarse.topk(max(1, coarse.shape[1] // 20), 1).values
     return torch.stack([coarse.mean(1), top.mean(1)], 1)
 
@@ -261,6 +274,7 @@ def build_model(params: Params, task: str) -> CombinedModel:
         params.backbone,
         frontend=params.frontend,
         decoder_channels=params.decoder_channels,
+        residual_branch=params.residual_branch,
         drop_path=params.drop_path,
         dropout=params.dropout,
         pretrained=params.pretrained,

@@ -90,6 +90,16 @@ class Aligned(BaseModel):
     mix: float = Field(0.5, **PROBABILITY, description="highest share of the photograph in its twin")
 
 
+class Forgeries(BaseModel):
+    """Manipulated images made from the authentic training images, beside the given ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
+    count: int = Field(10_000, ge=1, description="photographs that give a forgery, at most")
+    side: int = Field(512, ge=64, description="forgeries are of squares of at most this side, pixels")
+
+
 class Params(BaseModel):
     """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
@@ -110,6 +120,7 @@ class Params(BaseModel):
     data: list[DataSet] | None = Field(None, description="data sets where they lie; null: data_root's folders")
     sample: bool = Field(False, description="use the built-in sample instead of data_root")
     aligned: Aligned | None = Field(None, description="open runs, Task A: synthetic twins of the photographs; null: none")
+    forgeries: Forgeries | None = Field(None, description="open runs, Task B: forgeries of the photographs; null: none")
     test_folder_a: str | None = Field(None, description="Task A test images; null: <data_root>/test/taskA")
     test_folder_b: str | None = Field(None, description="Task B test images; null: <data_root>/test/taskB")
 
@@ -121,9 +132,14 @@ class Params(BaseModel):
         "rgb", description="what the network sees: RGB, or RGB and noise residuals of this kind"
     )
     decoder_channels: int = Field(128, ge=16, multiple_of=16, description="Task B decoder width, channels")
+    residual_branch: bool = Field(True, description="Task B: whether the decoder also sees noise residuals at full resolution")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
     mask_weight: float = Field(1.0, ge=0, description="Task B loss = cross-entropy + mask_weight x mask loss")
+    mask_loss: Literal["bce_dice", "focal_dice", "bce_lovasz"] = Field(
+        "bce_dice", description="mask loss: of each pixel (bce or focal) plus of each region (Dice or Lovász)"
+    )
+    boundary_weight: float = Field(0.0, ge=0, description="how much more pixels near a region's border weigh in the mask loss")
 
     # Training
     crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")
@@ -143,6 +159,12 @@ class Params(BaseModel):
     balance: Literal["class", "source"] = Field(
         "class", description="what an epoch draws equally often: the classes, or within each the sources too"
     )
+    fr_share: float = Field(
+        0.5, **PROBABILITY, description="Task B: share of fully regenerated images among an epoch's manipulated ones"
+    )
+    paste: float = Field(
+        0.0, **PROBABILITY, description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced"
+    )
     degrade: Degradations = Field(Degradations(), description="what happens to training crops: JPEG, scaling, ...")
     equalize: Literal["auto", "always", "never"] = Field(
         "always", description="recompress every training crop alike; auto: where format or quality tell the class"
@@ -154,6 +176,11 @@ class Params(BaseModel):
     robustness_images: int = Field(300, ge=2, description="Task A: validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
     tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
+
+    mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
+        [1.0], min_length=1, description="Task B: scales at which an image is looked at; masks are averaged"
+    )
+    mask_flips: bool = Field(False, description="Task B: whether the mirrored image is looked at too")
 
     # Machine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
@@ -194,6 +221,8 @@ class Params(BaseModel):
             raise ValueError("pretrained_file is given but pretrained is false: set pretrained: true, or remove the file")
         if self.aligned and self.run_type == "constrained":
             raise ValueError("aligned twins are for open runs: set run_type: open, or aligned: null")
+        if self.forgeries and self.run_type == "constrained":
+            raise ValueError("forgeries are for open runs: set run_type: open, or forgeries: null")
         if self.epochs_head + self.epochs_finetune == 0:
             raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
         if self.tile_overlap > self.tile_size // 2:
@@ -240,8 +269,9 @@ def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        nested = {"data": DataSet, "degrade": Degradations, "aligned": Aligned} if len(item["loc"]) > 1 else {}
-        known = list(nested.get(str(item["loc"][0]), Params).model_fields)
+        nested = {"data": DataSet, "degrade": Degradations, "aligned": Aligned, "forgeries": Forgeries}
+        owner = nested.get(str(item["loc"][0]), Params) if len(item["loc"]) > 1 else Params
+        known = list(owner.model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key (value {item['input']!r}); {hint}"

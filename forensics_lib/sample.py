@@ -25,9 +25,9 @@ import pandas as pd
 import skimage
 import sklearn
 from PIL import Image
-from scipy.ndimage import binary_dilation, gaussian_filter
 
-from forensics_lib.autoencoder import Autoencoder, load_autoencoder, regenerate
+from forensics_lib.aligned import Autoencode, load_autoencode
+from forensics_lib.forgeries import composed, enlarged, outlined
 from forensics_lib.progress import progress
 
 VERSION = 1  # raise it when the bytes change: older copies are then rebuilt
@@ -117,14 +117,14 @@ def _move_into_place(building: Path, root: Path) -> None:
 
 
 def _build(root: Path) -> None:
-    model = load_autoencoder()
+    autoencode = load_autoencode("own")
     jobs: list[Callable[[], None]] = []
     for index, name in enumerate(PHOTOS):
-        jobs.append(lambda n=name, i=index: _write_task_a(root, n, np.random.default_rng([1, i]), model))
+        jobs.append(lambda n=name, i=index: _write_task_a(root, n, np.random.default_rng([1, i]), autoencode))
     for split, source in TGIF_SPLITS.items():
-        jobs.append(lambda s=split, p=source: _write_tgif(root, s, p, model))
-    jobs.append(lambda: _write_task_b_validation(root, model))
-    jobs.append(lambda: _write_task_b_test(root, model))
+        jobs.append(lambda s=split, p=source: _write_tgif(root, s, p, autoencode))
+    jobs.append(lambda: _write_task_b_validation(root, autoencode))
+    jobs.append(lambda: _write_task_b_test(root, autoencode))
     for job in progress(jobs, "sample data"):
         job()
     credits = [f"{name}: {photo.licence}" for name, photo in PHOTOS.items()]
@@ -135,12 +135,12 @@ def _build(root: Path) -> None:
 # ---- Task A ----------------------------------------------------------------------------------------------------------
 
 
-def _write_task_a(root: Path, name: str, rng: np.random.Generator, model: Autoencoder) -> None:
+def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: Autoencode) -> None:
     """Crops of one photograph and their synthetic twins, both as JPEG of the same quality."""
     photo, split = load_photo(name), PHOTOS[name].split
     for index in range(TASK_A_COUNTS[split]):
         real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
-        fake = _enlarged(model, real) if split.startswith("open") else regenerate(model, real)
+        fake = enlarged(autoencode)(real) if split.startswith("open") else autoencode(real)
         quality, subsampling = int(rng.integers(82, 97)), int(rng.choice([0, 2]))
         for label, image in enumerate((real, fake)):
             path = _task_a_path(root, split, name, label, index, rng)
@@ -164,28 +164,7 @@ def _textured_crop(photo: np.ndarray, size: tuple[int, int], rng: np.random.Gene
     return max(crops, key=lambda crop: float(np.abs(np.diff(crop.astype(np.int16), axis=0)).mean()))
 
 
-def _enlarged(model: Autoencoder, image: np.ndarray) -> np.ndarray:
-    """Through the autoencoder at 1.5 times the size and back: another trace of the same generator."""
-    height, width = image.shape[:2]
-    large = Image.fromarray(image).resize((width * 3 // 2, height * 3 // 2), Image.Resampling.BICUBIC)
-    return np.asarray(Image.fromarray(regenerate(model, np.asarray(large))).resize((width, height), Image.Resampling.LANCZOS))
-
-
 # ---- Task B ----------------------------------------------------------------------------------------------------------
-
-
-def _blob(shape: tuple[int, int], box: tuple[int, int, int, int], segm: bool, rng: np.random.Generator) -> np.ndarray:
-    """A boolean mask ``shape`` inside ``box`` (top, left, height, width): an object-like outline, or a rectangle."""
-    top, left, height, width = box
-    size = rng.uniform(0.35, 0.62, 2) * (height, width)
-    cy, cx = (top, left) + size / 2 + rng.random(2) * ((height, width) - size)
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    dy, dx = (y - cy) / (size[0] / 2), (x - cx) / (size[1] / 2)
-    if not segm:
-        return (np.abs(dy) <= 1) & (np.abs(dx) <= 1)
-    angle = np.arctan2(dy, dx)
-    outline = 0.85 + sum(rng.uniform(0, 0.09) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in range(2, 6))
-    return np.hypot(dy, dx) <= outline
 
 
 @dataclass
@@ -198,28 +177,6 @@ class _Scene:
     segm: bool
 
 
-Generator = Callable[[Autoencoder, np.ndarray], np.ndarray]
-
-
-def _compose(scene: _Scene, model: Autoencoder, generator: Generator = regenerate) -> np.ndarray:
-    """The scene with generated content inside its mask: colours matched to the surroundings, edge softened."""
-    base, mask = scene.base, scene.mask
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    box = (slice(max(rows[0] - 8, 0), rows[-1] + 9), slice(max(columns[0] - 8, 0), columns[-1] + 9))
-    content = generator(model, np.ascontiguousarray(scene.donor[box])).astype(float)
-    inside = content[mask[box]]
-    around = base[binary_dilation(mask, iterations=6) & ~mask].astype(float)
-    gain = np.clip((around.std(0) + 8) / (inside.std(0) + 8), 0.6, 1.6)
-    result = base.copy()
-    result[box] = _blend(base[box], (content - inside.mean(0)) * gain + around.mean(0), mask[box])
-    return result
-
-
-def _blend(base: np.ndarray, content: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    soft = np.minimum(gaussian_filter(binary_dilation(mask).astype(float), 1.0), 1)[..., None]
-    return (base * (1 - soft) + content * soft).round().clip(0, 255).astype(np.uint8)
-
-
 def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
     photo = load_photo(name)
     base = _textured_crop(photo, tuple(rng.integers(208, 257, 2)), rng)
@@ -228,27 +185,27 @@ def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
     donor = np.asarray(Image.fromarray(donor).resize((base.shape[1], base.shape[0]), Image.Resampling.LANCZOS))
     segm = bool(rng.random() < 0.5)
     box = (base.shape[0] // 8, base.shape[1] // 8, base.shape[0] * 3 // 4, base.shape[1] * 3 // 4)
-    return _Scene(base, _blob(base.shape[:2], box, segm, rng), donor, segm)
+    return _Scene(base, outlined(base.shape[:2], box, segm, rng), donor, segm)
 
 
-def _spliced(scene: _Scene, model: Autoencoder) -> np.ndarray:
+def _spliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     """Only the region is regenerated; every other pixel is the photograph's."""
-    return _compose(scene, model)
+    return composed(scene.base, scene.mask, scene.donor, autoencode)
 
 
-def _respliced(scene: _Scene, model: Autoencoder) -> np.ndarray:
+def _respliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     """As ``_spliced`` with the region generated at 1.5 times its size."""
-    return _compose(scene, model, _enlarged)
+    return _spliced(scene, enlarged(autoencode))
 
 
-def _fully(scene: _Scene, model: Autoencoder) -> np.ndarray:
+def _fully(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     """New content in the region, then the whole image regenerated."""
-    return regenerate(model, _compose(scene, model))
+    return autoencode(_spliced(scene, autoencode))
 
 
-def _fully_enlarged(scene: _Scene, model: Autoencoder) -> np.ndarray:
+def _fully_enlarged(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     """As ``_fully`` with the whole image regenerated at 1.5 times its size."""
-    return _enlarged(model, _compose(scene, model))
+    return enlarged(autoencode)(_spliced(scene, autoencode))
 
 
 def _inner(scene: _Scene) -> _Scene:
@@ -265,7 +222,7 @@ def _outer(scene: _Scene) -> _Scene:
     return _Scene(scene.base[cut], scene.mask[cut], scene.donor[cut], scene.segm)
 
 
-def _write_tgif(root: Path, split: str, source: str, model: Autoencoder) -> None:
+def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> None:
     """TGIF's tree and names for one split: an original and four manipulated images of each scene, all PNG."""
     tgif = root / "dataset_taskB" / "TGIF"
     names = [name for name, photo in PHOTOS.items() if photo.split == source]
@@ -279,10 +236,10 @@ def _write_tgif(root: Path, split: str, source: str, model: Autoencoder) -> None
             f"orig/{split}/{category}/{identity}_orig.png": scene.base,
             f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
             f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
-            f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, model),
-            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _respliced(scene, model),
-            f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, model),
-            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": _fully_enlarged(outer, model),
+            f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
+            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _respliced(scene, autoencode),
+            f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
+            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": _fully_enlarged(outer, autoencode),
             f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
             f"masks/{split}/{category}/{mask_name}_512.png": _as_png(inner.mask),
             f"masks/{split}/{category}/{mask_name}_1024.png": _as_png(outer.mask),
@@ -291,7 +248,7 @@ def _write_tgif(root: Path, split: str, source: str, model: Autoencoder) -> None
             _save(tgif / path, pixels)
 
 
-def _write_task_b_validation(root: Path, model: Autoencoder) -> None:
+def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
     """The official validation layout: originals, manipulated JPEGs, masks, and ``taskB_val.csv``."""
     folder, rows = root / "dataset_taskB" / "validation", []
     names = [name for name, photo in PHOTOS.items() if photo.split == "val"]
@@ -306,7 +263,7 @@ def _write_task_b_validation(root: Path, model: Autoencoder) -> None:
         for method, kind, make in (("paste", "sp", _spliced), ("redraw", "fr", _fully)):
             name_out = f"{source}_{stem}_{method}_autoencoder_1_None"
             image, mask = f"{source}/{method}/image/{name_out}.jpg", f"{source}/{method}/mask/{name_out}_mask.png"
-            _save(folder / image, make(scene, model), quality=quality)
+            _save(folder / image, make(scene, autoencode), quality=quality)
             _save(folder / mask, _as_png(scene.mask))
             rows.append({"img_path": image, "mask_path": mask, "src_path": original, "type": kind})
     table = pd.DataFrame(rows)
@@ -315,13 +272,13 @@ def _write_task_b_validation(root: Path, model: Autoencoder) -> None:
     table.to_csv(folder / "taskB_val.csv", index=False, lineterminator="\r\n")
 
 
-def _write_task_b_test(root: Path, model: Autoencoder) -> None:
+def _write_task_b_test(root: Path, autoencode: Autoencode) -> None:
     """Unlabelled JPEGs with names that say nothing: a third each authentic, spliced and fully regenerated."""
     names = [name for name, photo in PHOTOS.items() if photo.split == "test"]
     makers = (lambda scene, _: scene.base, _spliced, _fully)
     for number, name in enumerate(names * TASK_B_OFFICIAL["test"]):
         rng = np.random.default_rng([4, number])
-        image = makers[number // len(names) % 3](_scene(name, "test", rng), model)
+        image = makers[number // len(names) % 3](_scene(name, "test", rng), autoencode)
         _save(root / "test" / "taskB" / f"{rng.bytes(6).hex()}.jpg", image, quality=int(rng.integers(85, 97)))
 
 

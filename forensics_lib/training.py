@@ -23,7 +23,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.datasets import TrainingCrops, epoch_order, training_loader
+from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
 from forensics_lib.files import read_json, write_json, write_text
 from forensics_lib.images import ImageError
 from forensics_lib.losses import make_mixup, mask_loss
@@ -129,8 +129,8 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
 
 def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
     """The crops that a task trains on."""
-    options = {"masks": task == "B", "degradations": params.degrade, "seed": seed, "equalize": equalize}
-    return TrainingCrops(rows, params.crop_size, **options)
+    options = {"degradations": params.degrade, "seed": seed, "equalize": equalize}
+    return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
 
 
 def _forget(run: Run, task: str) -> None:
@@ -282,8 +282,7 @@ def _train_epoch(
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
     torch.manual_seed(seed)  # dropout and stochastic depth
     dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
-    sources = fit.train["source"].to_numpy() if fit.params.balance == "source" else None
-    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, sources)
+    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
     loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
     mix = make_mixup(fit.params, fit.task)
@@ -338,7 +337,9 @@ def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
         output = fit.model(images)
     loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
     if output.mask_logits is not None:
-        loss = loss + fit.params.mask_weight * mask_loss(output.mask_logits.float(), batch["mask"].to(fit.machine.device))
+        masks, params = batch["mask"].to(fit.machine.device, non_blocking=True), fit.params
+        of_masks = mask_loss(output.mask_logits.float(), masks, params.mask_loss, params.boundary_weight)
+        loss = loss + params.mask_weight * of_masks
     return loss
 
 

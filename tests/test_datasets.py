@@ -1,12 +1,13 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, epoch_order, training_loader
+from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order, training_loader
 from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.params import Degradations
+from forensics_lib.params import Degradations, Params
 
 
 @pytest.fixture
@@ -135,3 +136,42 @@ def test_sources_of_a_class_are_drawn_equally_often():
     assert len(drawn) == 100 and labels[drawn].sum() == 50
     assert (sources[drawn] == "b").sum() == 25
     assert len(set(drawn[labels[drawn] == 1])) == 50, "a single source is drawn without repetition"
+
+
+def test_crops_show_regions_borders_and_authentic_places(tmp_path, rng):
+    mask = np.zeros((400, 400), np.uint8)
+    mask[150:250, 150:250] = 255
+    files = [save(tmp_path / "a.png", picture(rng, 400, 400)), save(tmp_path / "m.png", mask)]
+    rows = pd.DataFrame({"path": str(files[0]), "label": 1, "mask_path": str(files[1]), "kind": "sp"}, index=[0])
+    rows = rows.assign(format="PNG", jpeg_quality=np.nan, width=400.0, height=400.0)
+    crops = TrainingCrops(rows, 64, masks=True, degradations=NOTHING, seed=0)
+    shares = []
+    for crops.epoch in range(150):
+        shares.append(crops[0]["mask"].float().mean().item())
+    shares = np.array(shares)
+    assert (shares == 0).mean() > 0.05
+    assert (shares == 1).any()
+    assert ((shares > 0) & (shares < 1)).mean() > 0.4
+
+
+def test_pasted_regions_are_marked_and_count_as_manipulated(rows):
+    authentic = rows.assign(label=0, mask_path=None, kind="orig")
+    crops = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, seed=0, paste=1.0)
+    plain = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, seed=0)
+    samples = [crops[index] for index in range(len(authentic))]
+    assert any(sample["label"] for sample in samples)
+    assert all(sample["label"] == int(sample["mask"].any()) for sample in samples)
+    assert not any(plain[index]["mask"].any() for index in range(len(authentic)))
+
+
+def test_spliced_and_regenerated_images_are_drawn_by_their_share():
+    rows = pd.DataFrame({"label": [0] * 40 + [1] * 60, "kind": ["orig"] * 40 + ["sp"] * 10 + ["fr"] * 50, "source": "s"})
+    for share in (0.0, 0.25, 0.5, 1.0):
+        groups, shares = drawing_groups(rows, "B", Params(fr_share=share))
+        drawn = rows.iloc[epoch_order(rows["label"].to_numpy(), 0, 0, groups, shares)]
+        assert len(drawn) == 100
+        assert (drawn["label"] == 0).sum() == 50
+        assert (drawn["kind"] == "fr").sum() == pytest.approx(50 * share, abs=1)
+    one_kind = rows[rows["kind"] != "fr"].reset_index(drop=True)
+    groups, shares = drawing_groups(one_kind, "B", Params(fr_share=1.0))
+    assert (one_kind["label"].iloc[epoch_order(one_kind["label"].to_numpy(), 0, 0, groups, shares)] == 1).sum() == 25

@@ -19,14 +19,17 @@ class Constant(torch.nn.Module):
     """Answers 0.5 for every pixel and image."""
 
     def forward(self, x):
-        return Output(torch.zeros(len(x), 2), torch.zeros(len(x), 1, *x.shape[-2:]))
+        return Output(torch.zeros(len(x), 2), torch.zeros(len(x), 1, *x.shape[-2:]), x.mean((2, 3)))
+
+    def classify(self, features, mask):
+        return torch.zeros(len(features), 2)
 
 
-class Brightness(torch.nn.Module):
+class Brightness(Constant):
     """A pixel's probability is its red value: what tiles cannot change."""
 
     def forward(self, x):
-        return Output(torch.zeros(len(x), 2), torch.logit(x[:, :1].clamp(0.01, 0.99)))
+        return super().forward(x)._replace(mask_logits=torch.logit(x[:, :1].clamp(0.01, 0.99)))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,45 @@ def test_tiles_put_every_pixel_in_its_place(shape, rng):
     image = picture(rng, *shape)
     mask = predict_mask(Brightness(), image, PARAMS, MACHINE)[1]
     assert np.abs(mask - (image[..., 0] / 255).clip(0.01, 0.99)).max() < 2e-3
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (200, 150)])
+def test_flips_and_scales_put_every_pixel_in_its_place(shape, rng):
+    smooth = np.linspace(30, 220, shape[0] * shape[1]).reshape(*shape, 1).repeat(3, 2).astype(np.uint8)
+    params = PARAMS.model_copy(update={"mask_flips": True, "mask_scales": [1.0, 0.5]})
+    mask = predict_mask(Brightness(), smooth, params, MACHINE)[1]
+    assert mask.shape == shape
+    assert np.abs(mask - smooth[..., 0] / 255).max() < 0.05
+
+
+def test_tiled_and_whole_masks_agree(rng):
+    """A model whose reach is smaller than the overlap says the same of an image in tiles and of the image as one."""
+    torch.manual_seed(0)
+
+    class Local(Constant):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 1, 9, padding=4, padding_mode="reflect")
+
+        def forward(self, x):
+            return super().forward(x)._replace(mask_logits=self.conv(x) * 4)
+
+    image, model = picture(rng, 224, 160), Local().eval()
+    tiled = predict_mask(model, image, PARAMS, MACHINE)[1].astype(float)
+    at_once = predict_mask(model, image, PARAMS.model_copy(update={"tile_size": 256}), MACHINE)[1]
+    apart = np.abs(tiled - at_once)
+    assert apart.mean() < 0.01  # they differ where a tile ends: there the blend weighs it least
+    assert np.quantile(apart, 0.95) < 0.05
+
+
+def test_the_decision_on_tiles_is_that_on_the_whole_image(rng):
+    torch.manual_seed(0)
+    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    image = np.tile(picture(rng, 64, 64), (3, 2, 1))  # every tile shows the same, as does the whole
+    params = PARAMS.model_copy(update={"tile_overlap": 0})
+    tiled = predict_mask(model, image, params, MACHINE)[0]
+    one = predict_mask(model, image[:64, :64], params, MACHINE)[0]
+    assert tiled == pytest.approx(one, abs=1e-3)
 
 
 def test_masks_are_written_and_read_back(tmp_path, rng):

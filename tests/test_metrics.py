@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from sklearn.metrics import f1_score as sklearn_f1
-from sklearn.metrics import jaccard_score
 
 from forensics_lib.metrics import (
     best_f1_threshold,
@@ -11,9 +11,11 @@ from forensics_lib.metrics import (
     equal_error_rate,
     f1_score,
     image_metrics,
+    localization_intervals,
     localization_metrics,
     pixel_curves,
     pixel_histogram,
+    pixel_table,
 )
 
 
@@ -110,3 +112,42 @@ def test_localization_conventions():
     histograms[1] = pixel_histogram(np.full((10, 10), 0.9), np.zeros((10, 10), bool))
     scores = localization_metrics(histograms, 0.5)
     assert (scores["iou_manipulated"], scores["iou_all"], scores["flagged_authentic"]) == (1, 0.5, 1)
+
+
+def test_threshold_free_pixel_scores_agree_with_sklearn(rng):
+    cut = np.floor(rng.random((3, 20, 30)) * 256) / 256
+    truth = rng.random(cut.shape) < cut * 0.7
+    histograms = np.stack([pixel_histogram(prob, mask) for prob, mask in zip(cut, truth, strict=True)])
+    table = pixel_table(histograms, 0.5)
+    for row, prob, mask in zip(table.to_dict("records"), cut, truth, strict=True):
+        assert row["pixel_auc"] == pytest.approx(roc_auc_score(mask.ravel(), prob.ravel()))
+        assert row["pixel_ap"] == pytest.approx(average_precision_score(mask.ravel(), prob.ravel()))
+        best = max(sklearn_f1(mask.ravel(), prob.ravel() >= value) for value in np.unique(prob))
+        assert row["best_pixel_f1"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("prob", "marked", "auc", "ap", "best"),
+    [
+        (0.0, 0, np.nan, np.nan, 1.0),  # empty truth, nothing found
+        (0.0, 100, np.nan, 1.0, 1.0),  # full truth: the threshold 0 flags all of it
+        (0.0, 25, 0.5, 0.25, 0.4),  # all-zero prediction tells nothing apart: a quarter is manipulated
+    ],
+)
+def test_corner_cases_of_threshold_free_scores(prob, marked, auc, ap, best):
+    truth = np.arange(100).reshape(10, 10) < marked
+    row = pixel_table(pixel_histogram(np.full((10, 10), prob), truth)[None], 0.5).iloc[0]
+    np.testing.assert_allclose([row["pixel_auc"], row["pixel_ap"], row["best_pixel_f1"]], [auc, ap, best])
+
+
+def test_localization_intervals_hold_the_values_and_repeat(rng):
+    truth = np.zeros((40, 10, 10), bool)
+    truth[:20, :5] = True
+    probs = np.clip(truth * 0.4 + rng.random(truth.shape) * 0.6, 0, 1)
+    histograms = np.stack([pixel_histogram(prob, mask) for prob, mask in zip(probs, truth, strict=True)])
+    scores, intervals = localization_metrics(histograms, 0.5), localization_intervals(histograms, 0.5, rounds=50)
+    assert intervals.keys() == scores.keys()
+    for name in ("iou_manipulated", "pixel_f1_manipulated", "iou_all", "pixel_auc_manipulated"):
+        assert intervals[name][0] <= scores[name] <= intervals[name][1]
+        assert intervals[name][0] < intervals[name][1]
+    assert intervals == localization_intervals(histograms, 0.5, rounds=50)

@@ -24,7 +24,7 @@ from forensics_lib.files import read_json
 from forensics_lib.images import ImageError
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
-from forensics_lib.losses import mask_loss
+from forensics_lib.losses import BORDER, mask_loss, near_border
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.model import Output, build_model, read_checkpoint
 from forensics_lib.runs import Run
@@ -140,12 +140,45 @@ def test_a_loss_that_is_not_finite_names_the_files(tiny_run, monkeypatch):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
 
 
-def test_mask_loss_rewards_the_truth_and_is_finite_without_one():
+@pytest.mark.parametrize("kind", ["bce_dice", "focal_dice", "bce_lovasz"])
+@pytest.mark.parametrize("boundary_weight", [0.0, 2.0])
+def test_mask_loss_rewards_the_truth_and_is_finite_without_one(kind, boundary_weight):
     truth = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     truth[0, 0, :4] = True
     right, wrong = (truth.float() * 20 - 10), (10 - truth.float() * 20)
-    assert mask_loss(right, truth) < 0.01 < mask_loss(wrong, truth)
-    assert torch.isfinite(mask_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)))
+    assert mask_loss(right, truth, kind, boundary_weight) < 0.01
+    assert mask_loss(wrong, truth, kind, boundary_weight) > 1
+    nothing = mask_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool), kind, boundary_weight)
+    assert torch.isfinite(nothing)
+    assert nothing == pytest.approx(np.log(2), rel=1e-3), "an undecided pixel costs the same in every loss"
+
+
+def test_the_lovasz_loss_is_one_less_iou_where_pixels_are_decided():
+    truth = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
+    truth[..., :4, :] = True
+    predicted = torch.zeros_like(truth)
+    predicted[..., 2:6, :] = True
+    logits = (predicted.float() * 2 - 1).requires_grad_()  # hinge errors of 0 and 2
+    region = mask_loss(logits, truth, "bce_lovasz") - mask_loss(logits * 1, truth, "bce_dice") + dice_of(logits, truth)
+    assert region.item() == pytest.approx(2 * (1 - 20 / 60), rel=1e-4)
+    region.backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def dice_of(logits, truth):
+    probs, truth = logits.sigmoid(), truth.float()
+    return 1 - 2 * (probs * truth).sum() / (probs.sum() + truth.sum())
+
+
+def test_pixels_near_a_border_weigh_more():
+    truth = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    truth[..., :16] = True
+    at_border, far = (torch.where(truth, 9.0, -9.0) for _ in range(2))
+    at_border[..., 15], far[..., 2] = -9.0, -9.0  # one wrong column each
+    equal = mask_loss(at_border, truth) - mask_loss(far, truth)
+    assert equal.abs() < 1e-5
+    assert mask_loss(at_border, truth, boundary_weight=4.0) > 1.2 * mask_loss(far, truth, boundary_weight=4.0)
+    assert near_border(truth.float()).sum() == 32 * 2 * BORDER
 
 
 def test_validation_writes_probabilities_and_thresholds(tiny_run):
@@ -235,7 +268,7 @@ def test_mixed_labels_cost_what_they_should(tiny_run):
 
     def cost(logits: torch.Tensor, mix) -> torch.Tensor:
         machine = training.choose_machine(tiny_run.params)
-        fit = training.Fit(tiny_run, "A", lambda images: Output(logits, None), machine, None, None, equalize=False)
+        fit = training.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False)
         return training._loss(fit, batch, mix)
 
     def halves(images, labels):
@@ -322,7 +355,7 @@ def test_grad_cam_follows_what_speaks_for_synthetic(tiny_run):
     maps = torch.zeros(1, 2, 3, 2)
     maps[0, 1, 2, 1] = 5.0
     model.encode = lambda x: (maps, [])
-    model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None)
+    model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None, final.mean((2, 3)))
     heat = grad_cam(model, image, machine)[1]
     assert np.unravel_index(heat.argmax(), heat.shape)[0] > 64 and heat[:32].max() == 0
 

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY, photo_table, picture, save
+
+from forensics_lib.forgeries import METHODS, SHARES, composed, fitted, forge, make_forgeries, moved, object_mask, pasted
+from forensics_lib.images import read_image, read_mask
+from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.params import Forgeries, Params, ParamsError, make_params
+from forensics_lib.runs import Run
+
+
+def darker(image: np.ndarray) -> np.ndarray:
+    """Stands for a generator: what it made is known by its pixels."""
+    return (image // 2).astype(np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path, rng) -> pd.DataFrame:
+    table = photo_table([save(tmp_path / f"{i}.png", picture(rng, 90, 120)) for i in range(6)], source="camera")
+    return table.assign(bytes=[Path(path).stat().st_size for path in table["path"]])
+
+
+def test_regions_are_never_empty_and_of_all_sizes(rng):
+    shares = [object_mask((96, 128), rng).mean() for _ in range(200)]
+    assert min(shares) > 0
+    assert min(shares) < 2 * SHARES[0]
+    assert max(shares) > SHARES[1] / 2
+    assert max(shares) < 2 * SHARES[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (3, 5), (400, 2)])
+def test_tiny_and_narrow_images_get_a_region_too(shape, rng):
+    for _ in range(20):
+        image, mask = pasted(picture(rng, *shape), None, rng)
+        assert image.shape == (*shape, 3)
+        assert mask.shape == shape
+        assert mask.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_outside_the_region_stays_the_photographs(method, rng):
+    photo, donor = picture(rng, 80, 100), picture(rng, 50, 160)
+    found = forge(photo, donor, method, darker, rng)
+    assert found.image.shape == photo.shape
+    assert found.image.dtype == np.uint8
+    assert found.kind == ("fr" if method == "whole" else "sp")
+    near = np.abs(found.image.astype(int) - photo).max(2) > 0
+    if method == "whole":
+        assert near[~found.mask].mean() > 0.9, "the generator redrew all of it"
+        return
+    padded = np.pad(found.mask, 8)
+    reach = np.any([padded[y : y + 80, x : x + 100] for y in range(17) for x in range(17)], 0)  # the soft edge
+    assert not near[~reach].any()
+    assert near[found.mask].mean() > 0.5
+
+
+def test_a_generated_region_went_through_the_generator(rng):
+    base, mask = np.full((60, 60, 3), 128, np.uint8), np.zeros((60, 60), bool)
+    mask[20:40, 20:40] = True
+    seen = []
+
+    def generator(image: np.ndarray) -> np.ndarray:
+        seen.append(image.shape)
+        return image
+
+    composed(base, mask, picture(rng, 60, 60), generator)
+    assert seen == [(36, 36, 3)], "the box around the region, with its margin"
+
+
+def test_a_copy_move_shows_another_place_of_the_image(rng):
+    image = np.arange(64 * 64 * 3, dtype=np.int64).reshape(64, 64, 3) % 251
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    result = moved(image.astype(np.uint8), mask, rng)
+    assert (result != image).any(2)[mask].mean() > 0.9
+    assert (result == image).all(2)[40:].all()
+
+
+def test_a_donor_is_cut_or_padded_to_the_size(rng):
+    assert fitted(picture(rng, 30, 200), (64, 100), rng).shape == (64, 100, 3)
+
+
+def test_the_same_seed_gives_the_same_forgery():
+    photo, donor = (picture(np.random.default_rng(seed), 64, 64) for seed in (1, 2))
+    for method in METHODS:
+        one, two = (forge(photo, donor, method, darker, np.random.default_rng(5)) for _ in range(2))
+        assert np.array_equal(one.image, two.image)
+        assert np.array_equal(one.mask, two.mask)
+
+
+def test_forgeries_are_files_with_masks_groups_and_every_method(photos):
+    rows = make_forgeries(photos, Forgeries(side=64), darker)
+    assert set(rows["method"]) == set(METHODS)
+    assert rows["group"].tolist() == photos["group"].tolist()
+    assert (rows["kind"] == np.where(rows["method"] == "whole", "fr", "sp")).all()
+    for row in rows.to_dict("records"):
+        image = read_image(row["path"])
+        assert max(image.shape[:2]) <= 64
+        assert 0 < read_mask(row["mask_path"], image.shape[:2]).mean() < 0.8
+
+
+def test_forgeries_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
+    first = make_forgeries(photos, Forgeries(side=64), darker)
+    content = [Path(path).read_bytes() for path in first["path"]]
+
+    def never(image: np.ndarray) -> np.ndarray:
+        raise AssertionError("made again")
+
+    again = make_forgeries(photos, Forgeries(side=64), never)
+    assert again.equals(first)
+    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "elsewhere"))
+    anew = make_forgeries(photos, Forgeries(side=64), darker)
+    assert [Path(path).read_bytes() for path in anew["path"]] == content
+
+
+def test_an_unreadable_photograph_gives_no_forgery(photos, capsys):
+    Path(photos["path"][2]).write_bytes(b"broken")
+    rows = make_forgeries(photos, Forgeries(side=64), darker)
+    assert len(rows) == 4, "its own, and the one whose donor it is"
+    assert "2 photograph(s)" in capsys.readouterr().out
+
+
+def test_an_open_run_trains_on_forgeries_and_a_constrained_one_may_not(tiny_data):
+    values = TINY | {"tasks": ["B"], "data_root": str(tiny_data), "forgeries": {"side": 64}}
+    run = Run(Params(**values, run_type="open"), tiny_data)
+    rows = usable(build_manifest(run, "B"), "train")
+    forged = rows[rows["layout"] == "forgeries"]
+    assert len(forged) == (rows["label"] == 0).sum()
+    assert forged["mask_path"].notna().all()
+    with pytest.raises(ParamsError, match="forgeries are for open runs"):
+        make_params(values, "own.yaml")
