@@ -43,6 +43,7 @@ def build_card(run: Run, task: str) -> Path:
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",
         _optional("Scores on held-out images", facts.get(f"task{task}_held_out"), _scores),
         _optional("Scores by source", facts.get(f"task{task}_by_source"), lambda rows: markdown_table(pd.DataFrame(rows))),
+        _optional("Scores by method", facts.get(f"task{task}_by_method"), lambda rows: markdown_table(pd.DataFrame(rows))),
         _optional("Robustness", facts.get(f"task{task}_robustness"), lambda rows: markdown_table(pd.DataFrame(rows))),
         f"## Limits\n\n{_LIMITS.format(share=share, rest=1 - share)}\n",
     ]

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from forensics_lib.aligned import load_autoencode
 from forensics_lib.audits import SHORTCUT_LIMIT, Audit, ShortcutAudit
 from forensics_lib.duplicates import NearDuplicates
-from forensics_lib.images import ImageError, read_image, read_mask
+from forensics_lib.forgeries import METHODS, forge
+from forensics_lib.images import ImageError, random_square, read_image, read_mask
 from forensics_lib.manifest import usable
 from forensics_lib.plots import BLUE, CLASS_COLOURS, CLASS_NAMES, GREEN, GREY, ORANGE, hide_axes, new_figure
 from forensics_lib.traces import average_spectrum, centre_crop, radial_profile, residual
@@ -178,6 +180,28 @@ def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Fig
         axis.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
         axis.set_title(f"{item['method']} ({item['kind']})", fontsize=8)
     figure.suptitle("Manipulated images; the line encloses what was changed", fontsize=10)
+    return figure
+
+
+def forgery_samples(manifest: pd.DataFrame, count: int = 4, seed: int = 0) -> Figure:
+    """Forgeries of authentic training images with the outline of their masks, a row per method."""
+    train, rng = usable(manifest, "train"), np.random.default_rng(seed)
+    drawn = train[train["label"] == 0].sample(frac=1, random_state=seed)["path"]
+    photos = []
+    for path in drawn.head(2 * count):
+        with contextlib.suppress(ImageError):
+            photos.append(read_image(path))
+    autoencode = load_autoencode("own")
+    figure, axes = new_figure(len(METHODS), count, 1.9 * count, 1.9 * len(METHODS))
+    hide_axes(axes)
+    for row, method in zip(axes, METHODS, strict=True):
+        for number, axis in enumerate(row):
+            photo, donor = (photos[(number + shift) % len(photos)] for shift in (0, 1))
+            found = forge(random_square(photo, 2 * SHOWN_SIDE, rng), donor, method, autoencode, rng)
+            axis.imshow(found.image, interpolation="nearest")
+            axis.contour(found.mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
+            axis.set_title(f"{method} ({found.kind})", fontsize=8)
+    figure.suptitle("Forgeries that the library makes; the line encloses what is new", fontsize=10)
     return figure
 
 

@@ -31,6 +31,7 @@ from forensics_lib.metrics import (
     crossfit_f1,
     f1_score,
     image_metrics,
+    localization_intervals,
     localization_metrics,
     pixel_table,
     roc_auc,
@@ -43,6 +44,9 @@ from forensics_lib.scoring import Predictions, predict, truth_mask
 from forensics_lib.training import sampled
 
 KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
+# How much of an image is manipulated: edges of the classes and their names
+SIZES = (0, 1e-9, 0.01, 0.05, 0.2, 1.01)
+SIZE_NAMES = ("none", "under 1%", "1 to 5%", "5 to 20%", "over 20%")
 INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")
 PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
 
@@ -97,7 +101,9 @@ class Evaluation:
         wanted = {"images": ("prob", "size"), "mean_prob": ("prob", "mean"), "called_positive": ("called_positive", "mean")}
         if "iou" in called:
             called["iou"] = called["iou"].where(called["label"] == 1)
-            wanted |= {"mean_iou": ("iou", "mean"), "flagged_pixels": ("flagged", "mean")}
+            called[["best_pixel_f1", "pixel_auc"]] = called[["best_pixel_f1", "pixel_auc"]].where(called["label"] == 1)
+            wanted |= {"mean_iou": ("iou", "mean"), "best_pixel_f1": ("best_pixel_f1", "mean")}
+            wanted |= {"pixel_auc": ("pixel_auc", "mean"), "flagged_pixels": ("flagged", "mean")}
         groups = called.groupby([*columns, "label"])
         aucs = {name: self._auc_against_others(group) for name, group in groups}
         return groups.agg(**wanted).assign(auc=pd.Series(aucs)).reset_index().round(3)
@@ -129,6 +135,8 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=uncalibrated)
     evaluation.intervals = _intervals(labels, probs, threshold)
     evaluation.intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs)
+    if task == "B":
+        evaluation.intervals |= localization_intervals(result.histograms[result.good()], thresholds["loc_threshold"])
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     _store(run, task, evaluation, problems(manifest))
     return evaluation
@@ -196,8 +204,9 @@ def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dic
     if task == "B":
         histograms = result.histograms[result.good()]
         pixels = pixel_table(histograms, thresholds["loc_threshold"])
-        for column in ("iou", "pixel_f1", "flagged"):
+        for column in ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
             table[column] = pixels[column]
+        table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
         scores |= localization_metrics(histograms, thresholds["loc_threshold"])
     return scores
 
@@ -206,7 +215,8 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     write_csv(run.val_probs(task), evaluation.table)
     facts: dict[str, Any] = dict(evaluation.thresholds)
     facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.table)}
-    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in ("threshold", "f1")}
+    known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
+    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
     if task == "B":
         facts["loc_rule"] = "best mean IoU over manipulated validation images"
     update_json(run.thresholds, **{task: facts})
@@ -215,6 +225,9 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
     facts["by_source"] = evaluation.by("source").to_dict("records")
+    if task == "B":
+        facts["by_method"] = evaluation.by("kind", "method").to_dict("records")
+        facts["by_size"] = evaluation.by("kind", "size").to_dict("records")
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
@@ -226,16 +239,15 @@ def stored_thresholds(run: Run, task: str) -> dict[str, float]:
     return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature") if key in facts}
 
 
-def evaluate_robustness(run: Run, manifest: pd.DataFrame) -> pd.DataFrame:
-    """``robustness`` of Task A on validation images at the stored threshold, also kept in ``run.json``.
+def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
+    """``robustness`` of a task on validation images at the stored thresholds, also kept in ``run.json``.
 
     At most ``robustness_images`` images are used, the same share of each class and source.
     """
     rows = sampled(usable(manifest, "val"), run.params.robustness_images, run.params.seed)
-    model, _ = load_model(run.finetuned_model("A"), "A")
-    stored = stored_thresholds(run, "A")
-    table = robustness(model, rows, run.params, choose_machine(run.params), stored["threshold"], stored["temperature"])
-    run.record(taskA_robustness=table.astype(object).where(table.notna(), None).round(4).to_dict("records"))
+    model, _ = load_model(run.finetuned_model(task), task)
+    table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
+    run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
     return table
 
 
@@ -326,17 +338,29 @@ class MaskExample:
     truth: np.ndarray | None  # (H, W) bool
 
 
-def mask_examples(run: Run, evaluation: Evaluation, count: int = 6) -> list[MaskExample]:
-    """Manipulated images of an evaluation from the best mask to the worst, predicted again for their pictures."""
-    ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou", ascending=False, kind="stable")
-    chosen = ranked.iloc[np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))]
+def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) -> list[MaskExample]:
+    """Images of an evaluation with their masks, predicted again for their pictures.
+
+    ``which``: ``best`` or ``worst`` (manipulated images by IoU), ``borderline`` (those next to the image threshold), or
+    ``alarms`` (authentic images with the most flagged pixels).
+    """
     machine = choose_machine(run.params)
     model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
-    examples = []
-    for _, row in chosen.iterrows():
+    temperature, examples = evaluation.thresholds["temperature"], []
+    for _, row in _chosen(evaluation, which).head(count).iterrows():
         image = read_image(Path(row["path"]))
         prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
-        title = f"{row['source']} {row['method']} ({row['kind']})\nIoU {row['iou']:.2f}, prob {prob:.2f}"
+        said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
+        title = f"{row['source']}\n{row['method']} ({row['kind']})\n{said}, prob {at_temperature(prob, temperature):.2f}"
         examples.append(MaskExample(title, image, mask, truth))
     return examples
+
+
+def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
+    table = evaluation.table
+    if which == "borderline":
+        return table.iloc[(table["prob"] - evaluation.thresholds["threshold"]).abs().argsort(kind="stable")]
+    if which == "alarms":
+        return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
+    return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")

@@ -78,10 +78,20 @@ class MaskPrediction:
     error: str | None = None
 
 
-def predict_masks(model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine) -> Iterator[MaskPrediction]:
-    """Task B: probability and full-size mask of each row's ``path``, one after the other in row order."""
+def predict_masks(
+    model: CombinedModel,
+    rows: pd.DataFrame,
+    params: Params,
+    machine: Machine,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+    title: str = "masks",
+) -> Iterator[MaskPrediction]:
+    """Task B: probability and full-size mask of each row's ``path``, one after the other in row order.
+
+    ``change`` is done to each image first.
+    """
     model = model.to(machine.device, memory_format=torch.channels_last).eval()
-    for sample in progress(stream(InferenceImages(rows), machine.workers), "masks", total=len(rows)):
+    for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
         if "error" in sample:
             yield MaskPrediction(sample["index"], float("nan"), None, sample["error"])
         else:

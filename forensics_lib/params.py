@@ -173,7 +173,7 @@ class Params(BaseModel):
 
     # Inference
     crops_per_image: int = Field(5, ge=1, description="Task A: native crops scored per image: centre, then most textured")
-    robustness_images: int = Field(300, ge=2, description="Task A: validation images of the robustness sweep")
+    robustness_images: int = Field(300, ge=2, description="validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
     tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
 

@@ -16,7 +16,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.attribution import grad_cam
 from forensics_lib.calibration import reliability
-from forensics_lib.evaluation import Evaluation, MaskExample
+from forensics_lib.evaluation import Evaluation, MaskExample, mask_examples
 from forensics_lib.files import whole
 from forensics_lib.images import read_image
 from forensics_lib.inference import load_mask
@@ -28,6 +28,12 @@ from forensics_lib.runs import Run
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 CLASS_COLOURS = {0: BLUE, 1: ORANGE}
 CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
+EXAMPLES = {  # choices of ``mask_examples``: what their galleries are called
+    "best": "Validation: the best masks",
+    "worst": "Validation: the worst masks",
+    "borderline": "Validation: probabilities next to the threshold",
+    "alarms": "Validation: authentic images with the most flagged pixels",
+}
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -112,14 +118,15 @@ def reliability_diagram(evaluation: Evaluation, task: str) -> Figure:
 
 
 def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
-    """AUC, F1 and false-positive rate at the stored threshold after each change of ``robustness``."""
+    """AUC, F1, false-positive rate and for Task B mean IoU at the stored thresholds after each change of ``robustness``."""
     changes = [name for name in table["change"].unique() if name != "unchanged"]
     start = table[table["change"] == "unchanged"].iloc[0]
     figure, axes = new_figure(2, -(-len(changes) // 2), 2.7 * -(-len(changes) // 2), 4.6)
     for axis, name in zip(axes.flat, changes, strict=False):
         rows = table[table["change"] == name]
         places = np.arange(len(rows) + 1)
-        for key, colour, label in (("auc", BLUE, "AUC"), ("f1", GREEN, "F1"), ("fpr", RED, "false-positive rate")):
+        lines = [("auc", BLUE, "AUC"), ("f1", GREEN, "F1"), ("fpr", RED, "false-positive rate"), ("iou", ORANGE, "mean IoU")]
+        for key, colour, label in (line for line in lines if line[0] in table):
             axis.plot(places, [start[key], *rows[key]], color=colour, marker=".", label=label)
         axis.set_xticks(places, ["none", *(f"{value:g}" for value in rows["strength"])])
         axis.set(xlabel=name, ylim=(0, 1.02))
@@ -161,6 +168,11 @@ def confusion(evaluation: Evaluation, task: str) -> Figure:
     return figure
 
 
+def example_gallery(run: Run, evaluation: Evaluation, which: str) -> Figure:
+    """``mask_gallery`` of one of the choices of ``mask_examples``."""
+    return mask_gallery(mask_examples(run, evaluation, which), evaluation.thresholds["loc_threshold"], EXAMPLES[which])
+
+
 def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
     """A column per image: the image, its truth, the predicted probability, and hits and errors at ``loc_threshold``.
 
@@ -171,7 +183,7 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
     hide_axes(axes)
     for column, example in zip(axes.T, examples, strict=True):
-        panels = [example.image, *([example.truth] if known else []), example.mask, _overlay(example, loc_threshold)]
+        panels = [example.image, *([example.truth] if known else []), example.mask, decided(example, loc_threshold)]
         for axis, panel in zip(column, panels, strict=True):
             axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}), interpolation="nearest")
         column[0].set_title(example.title, fontsize=7)
@@ -186,14 +198,14 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     return figure
 
 
-def _overlay(example: MaskExample, loc_threshold: float) -> np.ndarray:
+def decided(example: MaskExample, loc_threshold: float, opacity: float = 0.65) -> np.ndarray:
     """The image in grey with found, falsely flagged and missed pixels in colour; ``(H, W, 3)`` in [0, 1]."""
     grey = np.repeat(example.image.mean(2, keepdims=True) / 255, 3, 2) * 0.6 + 0.3
     flagged = example.mask >= loc_threshold
     truth = np.zeros_like(flagged) if example.truth is None else example.truth
     for where, colour in ((flagged & truth, GREEN), (flagged & ~truth, RED), (~flagged & truth, BLUE)):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        grey[where] = 0.35 * grey[where] + 0.65 * rgb
+        grey[where] = (1 - opacity) * grey[where] + opacity * rgb
     return grey
 
 

@@ -39,6 +39,9 @@ METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
     "threshold": "threshold",
     "iou_manipulated": "mean IoU over manipulated images",
     "pixel_f1_manipulated": "mean pixel F1 over manipulated images",
+    "best_pixel_f1_manipulated": "mean pixel F1 at each manipulated image's own best threshold",
+    "pixel_auc_manipulated": "mean pixel AUC over manipulated images",
+    "pixel_ap_manipulated": "mean pixel average precision over manipulated images",
     "iou_all": "mean IoU over all images (empty against empty = 1)",
     "flagged_authentic": "authentic images with over 1% of pixels flagged",
     "loc_threshold": "localization threshold",
@@ -49,6 +52,7 @@ _CAPTIONS = {
     "sound": "Images that cannot be used or that stand twice, by split",
     "samples": "Training images at native resolution, and what a median filter takes away",
     "spectra": "Average spectra of noise residuals",
+    "forgeries": "Forgeries that the library makes of authentic training images",
     "areas": "Size of manipulated regions",
     "shortcut": "How well a file fact alone tells the class",
     "regions": "Manipulated training images with the outline of what was changed",
@@ -60,7 +64,10 @@ _CAPTIONS = {
     "wrong": "The most wrong images, and where the model sees signs of generation",
     "right": "Images that were judged right, and where the model sees signs of generation",
     "confusion": "Confusion matrix at the threshold",
-    "masks": "Predicted masks beside image and truth, from best to worst",
+    "best": "Manipulated images with the best masks",
+    "worst": "Manipulated images with the worst masks",
+    "borderline": "Images whose probability is next to the threshold",
+    "alarms": "Authentic images with the most falsely flagged pixels",
     "test": "What the test images got",
 }
 
@@ -99,7 +106,8 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     if columns["without overlap"]:
         note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
-    for name, title in (("by_source", "By source"), ("robustness", "After common changes")):
+    tables = {"by_source": "By source", "by_method": "By kind and method", "by_size": "By kind and size of the region"}
+    for name, title in (tables | {"robustness": "After common changes"}).items():
         if facts.get(f"task{task}_{name}"):
             parts += [f"<h3>{title}</h3>", _frame(pd.DataFrame(facts[f"task{task}_{name}"]))]
     parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]

@@ -10,11 +10,11 @@ from PIL import Image
 
 from forensics_lib.calibration import at_temperature
 from forensics_lib.degradations import add_noise, blur, recompress, resize, upload
-from forensics_lib.inference import predict_probabilities
 from forensics_lib.machine import Machine
-from forensics_lib.metrics import image_metrics, round_probs
+from forensics_lib.metrics import image_metrics, localization_metrics, round_probs
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
+from forensics_lib.scoring import predict
 
 UPLOAD_QUALITY = 75
 # What is done, and how strongly, from nothing to much
@@ -51,16 +51,16 @@ class Change:
 
 def robustness(
     model: CombinedModel,
+    task: str,
     rows: pd.DataFrame,
     params: Params,
     machine: Machine,
-    threshold: float,
-    temperature: float = 1.0,
+    thresholds: dict[str, float],
     sweep: dict[str, tuple[float, ...]] | None = None,
 ) -> pd.DataFrame:
-    """AUC, F1 and false-positive rate at ``threshold`` of Task A after each change; the first row is of unchanged images.
+    """Scores at the stored ``thresholds`` after each change; the first row is of unchanged images.
 
-    Columns: change, strength, auc, f1, fpr, images.
+    Columns: change, strength, auc, f1, fpr, for Task B iou (mean over manipulated images) and flagged_authentic, images.
     """
     steps: list[Change | None] = [None]
     steps += [Change(name, strength) for name, strengths in (sweep or SWEEP).items() for strength in strengths]
@@ -68,10 +68,13 @@ def robustness(
     for number, step in enumerate(steps, start=1):
         name, strength = (step.name, step.strength) if step else ("unchanged", np.nan)
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
-        probs = predict_probabilities(model, rows, params, machine, step, title)["prob"].to_numpy()
-        probs = round_probs(at_temperature(probs, temperature))
-        good = np.isfinite(probs)
-        scores = image_metrics(rows["label"].to_numpy(int)[good], probs[good], threshold)
+        result = predict(model, task, rows, params, machine, step, title)
+        good = result.good()
+        probs = round_probs(at_temperature(result.probs[good], thresholds["temperature"]))
+        scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
         facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
+        if task == "B":
+            pixels = localization_metrics(result.histograms[good], thresholds["loc_threshold"])
+            facts |= {"iou": pixels["iou_manipulated"], "flagged_authentic": pixels["flagged_authentic"]}
         lines.append({"change": name, "strength": strength, **facts, "images": int(good.sum())})
     return pd.DataFrame(lines)

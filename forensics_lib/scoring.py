@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from forensics_lib.images import ImageError, read_mask
 from forensics_lib.inference import predict_masks, predict_probabilities
@@ -28,25 +30,45 @@ class Predictions:
         return np.isfinite(self.probs)
 
 
-def predict(model: CombinedModel, task: str, rows: pd.DataFrame, params: Params, machine: Machine) -> Predictions:
-    """Predict the labelled ``rows``, and for Task B count their pixels against the truth."""
+def predict(
+    model: CombinedModel,
+    task: str,
+    rows: pd.DataFrame,
+    params: Params,
+    machine: Machine,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+    title: str | None = None,
+) -> Predictions:
+    """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
+
+    ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.
+    """
     if task == "A":
-        table = predict_probabilities(model, rows, params, machine)
+        table = predict_probabilities(model, rows, params, machine, change, title or "probabilities")
         return Predictions(table["prob"].to_numpy(), table["error"].dropna().to_dict())
     probs, errors = np.full(len(rows), np.nan), {}
     histograms = np.zeros((len(rows), 2, 256), np.uint32)
-    for prediction in predict_masks(model, rows, params, machine):
+    for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):
         row = rows.iloc[prediction.index]
         try:
             if prediction.error:
                 raise ImageError(prediction.error)
-            truth = truth_mask(row, prediction.mask.shape)
+            shape = prediction.mask.shape
+            truth = truth_mask(row, shape) if change is None else _scaled(truth_mask(row, _size(row)), shape)
         except ImageError as error:
             errors[prediction.index] = str(error)
             continue
         histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
         probs[prediction.index] = prediction.prob
     return Predictions(probs, errors, histograms)
+
+
+def _size(row: pd.Series) -> tuple[int, int]:
+    return int(row["height"]), int(row["width"])
+
+
+def _scaled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:

@@ -175,6 +175,7 @@ def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
     figures += [data_plots.class_samples(manifest, task), data_plots.spectra(manifest, task)]
     if task == "B":
         figures += [data_plots.region_samples(manifest), data_plots.mask_area_distribution(mask_areas(manifest))]
+        figures += [data_plots.forgery_samples(manifest)]
     for figure in figures:
         figure.canvas.draw()
 

@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import picture
 
@@ -9,6 +8,7 @@ from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.model import build_model
 from forensics_lib.plots import robustness_curves
 from forensics_lib.robustness import SWEEP, Change, robustness
+from forensics_lib.scoring import Predictions
 
 
 @pytest.mark.parametrize(("name", "strengths"), SWEEP.items())
@@ -32,14 +32,15 @@ def test_the_sweep_measures_what_the_model_makes_of_changed_images(tiny_run, mon
     rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
     seen = []
 
-    def predicted(model, rows, params, machine, change, title):
+    def predicted(model, task, rows, params, machine, change, title):
         seen.append(change)
         right = change is None or change.strength > 50
-        return pd.DataFrame({"prob": np.abs(rows["label"] - (0.2 if right else 0.8))})
+        return Predictions(np.abs(rows["label"] - (0.2 if right else 0.8)).to_numpy(), {})
 
-    monkeypatch.setattr(module, "predict_probabilities", predicted)
+    monkeypatch.setattr(module, "predict", predicted)
     model, machine = build_model(params, "A"), choose_machine(params)
-    table = robustness(model, rows, params, machine, 0.5, sweep={"JPEG quality": (90, 40)})
+    thresholds = {"threshold": 0.5, "temperature": 1.0}
+    table = robustness(model, "A", rows, params, machine, thresholds, sweep={"JPEG quality": (90, 40)})
     assert seen == [None, Change("JPEG quality", 90), Change("JPEG quality", 40)]
     assert table["auc"].tolist() == [1.0, 1.0, 0.0] and table["fpr"].tolist() == [0.0, 0.0, 1.0]
     robustness_curves(table, "A").canvas.draw()
@@ -49,6 +50,18 @@ def test_changes_reach_the_images(tiny_run):
     rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
     model, machine = build_model(params, "A").eval(), choose_machine(params)
     plain, changed = (
-        module.predict_probabilities(model, rows, params, machine, change)["prob"] for change in (None, Change("shrunk", 0.5))
+        module.predict(model, "A", rows, params, machine, change).probs for change in (None, Change("shrunk", 0.5))
     )
-    assert (plain - changed).abs().max() > 1e-6
+    assert np.abs(plain - changed).max() > 1e-6
+
+
+def test_the_truth_goes_with_images_that_are_scaled(tiny_run):
+    rows, params = usable(build_manifest(tiny_run, "B"), "val"), tiny_run.params
+    model, machine = build_model(params, "B").eval(), choose_machine(params)
+    thresholds = {"threshold": 0.5, "temperature": 1.0, "loc_threshold": 0.5}
+    table = robustness(model, "B", rows, params, machine, thresholds, sweep={"shrunk": (0.5,)})
+    assert table["images"].tolist() == [len(rows)] * 2
+    whole, half = (module.predict(model, "B", rows, params, machine, c).histograms for c in (None, Change("shrunk", 0.5)))
+    assert half[:, 1].sum() == pytest.approx(whole[:, 1].sum() / 4, rel=0.05)
+    assert {"iou", "flagged_authentic"} <= set(table.columns)
+    robustness_curves(table, "B").canvas.draw()

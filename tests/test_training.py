@@ -9,6 +9,7 @@ from conftest import picture, save
 
 from forensics_lib import plots, training
 from forensics_lib.attribution import grad_cam
+from forensics_lib.browser import browse_evaluated_masks
 from forensics_lib.card import build_card
 from forensics_lib.evaluation import (
     _platform,
@@ -198,7 +199,21 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
     assert set(held_out.table["split"]) == {"test"}
     assert held_out.thresholds == thresholds
     assert evaluation.by("source", "kind")["images"].sum() == 10
-    assert all(example.truth.any() for example in mask_examples(tiny_run, evaluation, 3))
+    assert all(example.truth.any() for example in mask_examples(tiny_run, evaluation, "best", 3))
+    assert not any(example.truth.any() for example in mask_examples(tiny_run, evaluation, "alarms", 3))
+    ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou")
+    for which, row in (("worst", ranked.iloc[0]), ("best", ranked.iloc[-1])):
+        (first,) = mask_examples(tiny_run, evaluation, which, 1)
+        assert f"IoU {row['iou']:.2f}" in first.title
+    (nearest,) = mask_examples(tiny_run, evaluation, "borderline", 1)
+    assert plots.mask_gallery([nearest], 0.5, "borderline")
+    browser = browse_evaluated_masks(tiny_run, evaluation)
+    browser.forth.click()
+    assert "IoU" in browser.text.value
+    assert {"loc_threshold", "iou_manipulated", "threshold"} <= set(evaluation.intervals)
+    by_size = evaluation.by("kind", "size")
+    assert set(by_size.loc[by_size["label"] == 0, "size"]) == {"none"}
+    assert "none" not in set(by_size.loc[by_size["label"] == 1, "size"])
 
 
 def test_inference_covers_every_test_image(tiny_run, rng):
@@ -315,7 +330,7 @@ def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
     wrong = evaluation.most_wrong()
     called = wrong["prob"] >= evaluation.thresholds["threshold"]
     assert (called != wrong["label"].astype(bool)).all()
-    sweep = evaluate_robustness(tiny_run, manifest)
+    sweep = evaluate_robustness(tiny_run, "A", manifest)
     assert sweep["images"].eq(8).all()
     card = build_card(tiny_run, "A").read_text()
     for part in ("Intended use", "| AUC |", "Robustness", "test_convnext", "Limits"):

@@ -240,7 +240,7 @@ class Groups:
 
     def of(self, recipe: str, data: str, split: str, key: str) -> float:
         """The median over seeds; NaN without a run."""
-        return _median([run[split][key] for run in self.members(recipe, data)])
+        return median([run[split][key] for run in self.members(recipe, data)])
 
     def gain(self, split: str) -> float:
         return self.of("ours", "open", split, "auc") - self.of("ours", "constrained", split, "auc")
@@ -250,10 +250,10 @@ class Groups:
         return self.of("ours", "constrained", split, "auc") - self.of("naive", "constrained", split, "auc")
 
     def lost(self, split: str) -> float:
-        return _median([run[split]["auc"] - run[split]["auc_social"] for run in self.members("ours", "constrained")])
+        return median([run[split]["auc"] - run[split]["auc_social"] for run in self.members("ours", "constrained")])
 
 
-def _median(values: list[float]) -> float:
+def median(values: list[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
@@ -263,9 +263,9 @@ def report() -> None:
     write_json(DOCS / "quality.json", {"runs": runs})
     all_runs = list(runs.values())
     parts = [_HEAD.format(machines="; ".join(sorted({f"{run['machine']}, torch {run['torch']}" for run in all_runs})))]
-    parts += ["## Targets\n", _markdown(_targets(all_runs)), "\n## Both recipes\n"]
-    parts += [_markdown(_summary(all_runs)), "\n## By generator of the test set\n", _markdown(_generators(all_runs))]
-    parts += ["\n## Ablations\n", _ABLATIONS, _markdown(_ablations(all_runs))]
+    parts += ["## Targets\n", markdown(_targets(all_runs)), "\n## Both recipes\n"]
+    parts += [markdown(_summary(all_runs)), "\n## By generator of the test set\n", markdown(_generators(all_runs))]
+    parts += ["\n## Ablations\n", _ABLATIONS, markdown(_ablations(all_runs))]
     write_text(DOCS / "quality.md", "\n".join(parts) + "\n")
     print(f"wrote {DOCS / 'quality.md'} of {len(runs)} runs")
 
@@ -300,12 +300,14 @@ def _targets(runs: list[dict[str, Any]]) -> pd.DataFrame:
         ("scratch, AUC above the naive recipe's, val", scratch.lead("val"), "at least", 0.10),
         ("scratch, AUC above the naive recipe's, test", scratch.lead("test"), "at least", 0.10),
     ]
-    rows = []
-    for name, found, bound, limit in targets:
-        met = found >= limit if bound == "at least" else found <= limit
-        verdict = "not measured" if np.isnan(found) else "met" if met else "MISSED"
-        rows.append({"target": name, "wanted": f"{bound} {limit:.2f}", "median": found, "": verdict})
-    return pd.DataFrame(rows)
+    return pd.DataFrame([verdict(*target) for target in targets])
+
+
+def verdict(name: str, found: float, bound: str, limit: float) -> dict[str, Any]:
+    """The line of a target: what is wanted of it (``at least`` or ``at most`` the limit), what was found, whether it is met."""
+    met = found >= limit if bound == "at least" else found <= limit
+    told = "not measured" if np.isnan(found) else "met" if met else "MISSED"
+    return {"target": name, "wanted": f"{bound} {limit:.2f}", "median": found, "": told}
 
 
 def _measured(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
@@ -321,10 +323,10 @@ def _summary(runs: list[dict[str, Any]]) -> pd.DataFrame:
         row: dict[str, Any] = {"start": start, "data": data, "recipe": recipe, "seeds": len(members)}
         for split in ("val", "test"):
             values = [run[split]["auc"] for run in members]
-            row[f"AUC {split}"] = f"{_median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            row[f"AUC {split}"] = f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
             for key, name in _COLUMNS.items():
-                row[f"{name} {split}"] = _median([run[split][key] for run in members])
-        rows.append(row | {"seconds": _median([run["seconds"] for run in members])})
+                row[f"{name} {split}"] = median([run[split][key] for run in members])
+        rows.append(row | {"seconds": median([run["seconds"] for run in members])})
     return pd.DataFrame(rows)
 
 
@@ -335,7 +337,7 @@ def _generators(runs: list[dict[str, Any]]) -> pd.DataFrame:
     columns = {}
     for start, data, recipe, members in _measured(runs):
         names = members[0]["test_generators"]
-        found = {name: _median([run["test_generators"][name] for run in members]) for name in names}
+        found = {name: median([run["test_generators"][name] for run in members]) for name in names}
         columns[f"{recipe}, {data}, {start}"] = found
     return pd.DataFrame(columns).rename_axis("generator").reset_index()
 
@@ -374,7 +376,7 @@ is varied. Choices were made on val; test is shown, not chosen on.
 """
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
     return "Nothing measured yet." if table.empty else markdown_table(table, missing="nan")
 
 
