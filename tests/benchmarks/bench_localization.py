@@ -81,7 +81,7 @@ def scored(rows: pd.DataFrame, probs: np.ndarray, histograms: np.ndarray, thresh
     """The figures of the tables for one set."""
     labels = rows["label"].to_numpy(int)
     pixels = localization_metrics(histograms, thresholds["loc_threshold"])
-    iou = pixel_table(histograms, thresholds["loc_threshold"])["iou"].to_numpy()
+    iou = pixel_table(histograms, thresholds["loc_threshold"])["iou"]
     facts = {key: pixels[f"{key}_manipulated"] for key in ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc")}
     facts |= {key: pixels[key] for key in ("iou_all", "flagged_authentic")}
     facts |= {key: image_metrics(labels, probs, thresholds["threshold"])[key] for key in ("f1", "auc", "fpr")}

@@ -1,0 +1,78 @@
+"""The localization benchmark's report."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forensics_lib.files import project_root
+from forensics_lib.metrics import pixel_histogram
+
+sys.path.insert(0, str(project_root() / "tests" / "benchmarks"))
+
+import bench_localization  # noqa: E402
+
+
+def made_run(iou: float, **values) -> dict:
+    keys = ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "iou_all", "f1", "auc", "iou_sp", "iou_fr")
+    split = dict.fromkeys(keys, iou) | {"flagged_authentic": 0.3, "fpr": 0.1, "by_method": {"paste": iou}}
+    facts = {"recipe": "ours", "seed": 0, "label": "", "settings": {}, "seconds": 500.0, "machine": "m", "torch": "t"}
+    return facts | dict.fromkeys(("val", "simulated", "test"), split) | {"real": split | {"iou_fr": None}} | values
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_localization, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(bench_localization, "DOCS", tmp_path / "docs")
+    (tmp_path / "build").mkdir()
+    return tmp_path
+
+
+def report(folders, **runs: dict) -> str:
+    for name, run in runs.items():
+        (folders / "build" / f"{name}.json").write_text(json.dumps(run))
+    bench_localization.report()
+    return (folders / "docs" / "localization.md").read_text()
+
+
+def test_targets_are_judged_by_medians_and_against_the_naive_recipe(folders):
+    runs = {f"ours-{seed}": made_run(iou, seed=seed) for seed, iou in enumerate((0.4, 0.6, 0.7))}
+    text = report(folders, **runs, naive=made_run(0.4, recipe="naive"), floors={"empty mask": made_run(0.0)})
+    assert "| simulated SP, mean IoU | at least 0.50 | 0.600 | met |" in text
+    assert "| simulated SP, mean IoU, times naive | at least 2.00 | 1.500 | MISSED |" in text
+    assert "| test: authentic images with over 1% of pixels flagged | at most 0.10 | 0.300 | MISSED |" in text
+    assert "floor: empty mask" in text
+
+
+def test_ablations_stand_apart_and_earlier_runs_are_kept(folders, monkeypatch):
+    text = report(folders, a=made_run(0.4), b=made_run(0.9, label="tried", settings={"paste": 0.4}))
+    assert "| simulated SP, mean IoU | at least 0.50 | 0.400 | MISSED |" in text
+    assert "naive" in text and "not measured" in text
+    (tried,) = [line for line in text.splitlines() if line.startswith("| tried ")]
+    assert "'paste': 0.4" in tried
+    (folders / "build" / "a.json").unlink()
+    assert "0.400 | MISSED" in report(folders)
+
+
+def test_scores_of_a_set_tell_kinds_and_methods_apart():
+    truth = np.zeros((3, 8, 8), bool)
+    truth[1:, :4] = True
+    masks = np.stack([np.zeros((8, 8)), truth[1] * 1.0, np.ones((8, 8))])
+    histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
+    rows = pd.DataFrame({"label": [0, 1, 1], "kind": ["orig", "sp", "fr"], "method": [None, "a", "b"]})
+    thresholds = {"threshold": 0.5, "loc_threshold": 0.5}
+    found = bench_localization.scored(rows, np.array([0.1, 0.9, 0.9]), histograms, thresholds)
+    assert (found["iou_sp"], found["iou_fr"], found["iou"]) == (1.0, 0.5, 0.75)
+    assert found["by_method"] == {"a": 1.0, "b": 0.5}
+    assert (found["f1"], found["flagged_authentic"]) == (1.0, 0.0)
+    spliced = bench_localization.scored(rows[:2], np.array([0.1, 0.9]), histograms[:2], thresholds)
+    assert spliced["iou_fr"] is None
+
+
+def test_without_a_corpus_it_says_so_and_stops(folders, monkeypatch, capsys):
+    monkeypatch.setattr(bench_localization, "CORPUS", folders / "nothing")
+    monkeypatch.setattr(sys, "argv", ["bench_localization.py", "run"])
+    bench_localization.main()
+    assert "set FORENSICS_CORPUS" in capsys.readouterr().out
