@@ -12,7 +12,7 @@ from forensics_lib.metrics import pixel_histogram
 
 sys.path.insert(0, str(project_root() / "tests" / "benchmarks"))
 
-import bench_localization  # noqa: E402
+import bench_localization
 
 
 def made_run(iou: float, **values) -> dict:

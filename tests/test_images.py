@@ -100,3 +100,19 @@ def test_padding_reflects_and_keeps_the_image(shape, rng):
     assert padded.shape[0] >= 32
     assert padded.shape[1] >= 32
     assert (padded[: shape[0], : shape[1]] == image).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "CMYK"])
+def test_masks_of_every_mode_mark_the_same(mode, tmp_path: Path):
+    marked = np.zeros((6, 8), bool)
+    marked[2:4, 3:7] = True
+    image = Image.fromarray(marked.astype(np.uint16) * 65535) if mode == "I;16" else None
+    image = image or Image.fromarray(marked.astype(np.uint8) * 255).convert("RGB" if mode == "CMYK" else mode)
+    path = tmp_path / ("m.tif" if mode == "CMYK" else "m.png")
+    (image.convert("CMYK") if mode == "CMYK" else image).save(path)
+    assert np.array_equal(read_mask(path, (6, 8)), marked)
+
+
+def test_soft_edges_of_a_mask_count_from_half_on(tmp_path: Path):
+    grey = np.array([[0, 60, 127, 128, 200, 255]], np.uint8)
+    assert read_mask(save(tmp_path / "m.png", grey), (1, 6)).tolist() == [[False, False, False, True, True, True]]

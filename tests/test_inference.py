@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY, picture, save
+from PIL import Image
 
 from forensics_lib.inference import load_mask, predict_mask, predict_masks, predict_probabilities, save_mask, tile_starts
 from forensics_lib.machine import choose_machine
@@ -130,3 +131,19 @@ def test_masks_keep_the_order_and_carry_errors(files):
     assert predictions[2].mask is None
     assert "2.png" in predictions[2].error
     assert predictions[3].mask.shape == (67, 50)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "LA"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (33, 70)])
+def test_odd_modes_and_sizes_get_a_mask_of_their_size(mode, size, tmp_path, rng):
+    torch.manual_seed(0)
+    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    values = rng.integers(0, 256, size)
+    image = Image.fromarray((values * 257).astype(np.uint16) if mode == "I;16" else values.astype(np.uint8))
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    (image if mode == "I;16" else image.convert(mode)).save(path)
+    (found,) = predict_masks(model, pd.DataFrame({"path": [str(path)]}), PARAMS, MACHINE)
+    assert found.error is None
+    assert found.mask.shape == size
+    assert np.isfinite(found.mask).all()
+    assert 0 <= found.prob <= 1
