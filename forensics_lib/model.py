@@ -49,9 +49,9 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1)
 class SegmentationBranch(nn.Module):
     """Backbone stages and noise residuals to mask logits at input resolution.
 
-    A feature pyramid (Lin et al., CVPR 2017) brings all stages to the finest one's stride, where they are fused as in
-    UPerNet (Xiao et al., ECCV 2018).  ConvNeXt's finest stage has stride 4, so with ``residual_branch`` a shallow branch
-    on SRM residuals adds what is finer, and the result is refined at stride 2.
+    A feature pyramid (Lin et al., CVPR 2017) brings all stages from stride 4 on to the finest one's stride, where they are
+    fused as in UPerNet (Xiao et al., ECCV 2018).  With ``residual_branch`` a shallow branch on SRM residuals adds what is
+    finer, and the result is refined at stride 2.
     """
 
     def __init__(self, stage_channels: list[int], channels: int, *, residual_branch: bool) -> None:
@@ -67,7 +67,7 @@ class SegmentationBranch(nn.Module):
         nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
 
     def forward(self, image: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
-        levels = [lateral(stage) for lateral, stage in zip(self.lateral, stages, strict=True)]
+        levels = [lateral(stage) for lateral, stage in zip(self.lateral, stages[-len(self.lateral) :], strict=True)]
         for i in range(len(levels) - 1, 0, -1):
             levels[i - 1] = levels[i - 1] + _resize_like(levels[i], levels[i - 1])
         smooth = [_resize_like(layer(level), levels[0]) for layer, level in zip(self.smooth, levels, strict=True)]
@@ -122,7 +122,7 @@ class CombinedModel(nn.Module):
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
         self.residual = residual() if residual else None
-        stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info]
+        stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info if stage["reduction"] >= 4]
         self.segmentation = None
         if task == "B":
             self.segmentation = SegmentationBranch(stage_channels, decoder_channels, residual_branch=residual_branch)
