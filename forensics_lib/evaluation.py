@@ -352,7 +352,8 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
         prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
         said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
-        title = f"{row['source']}\n{row['method']} ({row['kind']})\n{said}, prob {at_temperature(prob, temperature):.2f}"
+        what = f"{row['method']} ({row['kind']})" if row["label"] else "authentic"
+        title = f"{row['source']}\n{what}\n{said}, prob {at_temperature(prob, temperature):.2f}"
         examples.append(MaskExample(title, image, mask, truth))
     return examples
 

@@ -16,7 +16,8 @@ from forensics_lib.files import whole
 from forensics_lib.params import Params
 from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+EVIDENCE = (0.002, 0.998)  # probabilities of the mask are cut to these before their log-odds are taken
 STRIDE = 32  # images are padded to multiples of this before they go in
 
 
@@ -87,9 +88,10 @@ def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class CombinedModel(nn.Module):
     """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 32, to ``Output``.
 
-    Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (mean, and
-    mean of the strongest twentieth of the pixels) also goes to the classifier, so that both agree.  The classifier sees
-    means over the image, so that it can be asked once for an image whose tiles were looked at one by one.
+    Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (log-odds of the
+    mean, and of the strongest twentieth of the pixels) also goes to the classifier, which begins by following it, so that
+    both agree.  The classifier sees means over the image, so that it can be asked once for an image whose tiles were
+    looked at one by one.
     """
 
     def __init__(
@@ -129,7 +131,10 @@ class CombinedModel(nn.Module):
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.norm = nn.LayerNorm(features)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features + evidence, 2))
+        self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
+        if evidence:  # at first the image's log-odds are half those of its strongest pixels
+            with torch.no_grad():
+                self.classifier.weight[:, features:] = torch.tensor([[-0.25, 0.0], [0.25, 0.0]])
 
     def forward(self, images: torch.Tensor) -> Output:
         return self.decide(images, *self.encode(images))
@@ -155,7 +160,7 @@ class CombinedModel(nn.Module):
 
     def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``."""
-        features = self.norm(features)
+        features = self.dropout(self.norm(features))
         return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask)], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
@@ -205,10 +210,10 @@ def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
 
 
 def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
-    """``(N, 1, H, W)`` probabilities to ``(N, 2)``: their mean, and the mean of the strongest twentieth of a coarse map."""
+    """``(N, 1, H, W)`` probabilities to log-odds ``(N, 2)``: of the strongest twentieth of a coarse map, and of its mean."""
     coarse = F.avg_pool2d(mask, 8, ceil_mode=True).flatten(1)
     top = coarse.topk(max(1, coarse.shape[1] // 20), 1).values
-    return torch.stack([coarse.mean(1), top.mean(1)], 1)
+    return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
 def _create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:

@@ -177,3 +177,21 @@ def test_a_backbone_without_a_single_first_convolution_says_so():
     backbone.pretrained_cfg["first_conv"] = ("stem.0", "stem.1")
     with pytest.raises(ValueError, match="set frontend: rgb"):
         _widen(backbone, 3, pretrained=False)
+
+
+def test_image_and_mask_agree_from_the_start():
+    torch.manual_seed(0)
+    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    features, found = torch.zeros(1, model.norm.normalized_shape[0]), torch.full((1, 1, 64, 64), 0.01)
+    with torch.no_grad():
+        empty = model.classify(features, found).softmax(1)[0, 1]
+        found[..., 20:40, 20:40] = 0.99
+        marked = model.classify(features, found).softmax(1)[0, 1]
+    assert empty < 0.3 < 0.7 < marked
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64)])
+def test_a_mask_of_any_size_gives_evidence(shape):
+    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    features = torch.zeros(2, model.norm.normalized_shape[0])
+    assert torch.isfinite(model.classify(features, torch.rand(2, 1, *shape))).all()
