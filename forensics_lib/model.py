@@ -310,7 +310,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this project (format {CHECKPOINT_FORMAT} expected)")
+        raise CheckpointError(
+            f"{path} is no checkpoint of this version of the project (format {CHECKPOINT_FORMAT} expected): train again"
+        )
     return content
 
 

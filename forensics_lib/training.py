@@ -30,7 +30,7 @@ from forensics_lib.losses import make_mixup, mask_loss
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import data_fingerprint, sources, usable
 from forensics_lib.metrics import pixel_curves, roc_auc
-from forensics_lib.model import CombinedModel, build_model, read_checkpoint, save_checkpoint
+from forensics_lib.model import CheckpointError, CombinedModel, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
@@ -165,7 +165,11 @@ def _resumable(run: Run, task: str, fingerprint: str) -> dict[str, Any] | None:
     path = run.folder / "checkpoints" / f"task{task}_state.pt"
     if not path.is_file():
         return None
-    state = read_checkpoint(path)
+    try:
+        state = read_checkpoint(path)
+    except CheckpointError as error:
+        print(f"starting anew: {error}")
+        return None
     if state["fingerprint"] != fingerprint:
         print("parameters or data changed since the last training of this name: starting anew")
         return None

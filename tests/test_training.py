@@ -388,3 +388,13 @@ def test_images_of_one_pixel_are_trained_on_and_judged(tiny_run, task):
     train(tiny_run, task, manifest)
     assert evaluate(tiny_run, task, manifest).table["prob"].between(0, 1).all()
     assert pd.isna(infer(tiny_run, task).set_index("image_id").loc["dot.png", "error"])
+
+
+def test_a_state_of_another_version_starts_training_anew(tiny_run, capsys):
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    path = tiny_run.folder / "checkpoints" / "taskA_state.pt"
+    torch.save(torch.load(path, weights_only=True) | {"format": 1}, path)
+    capsys.readouterr()
+    assert len(train(tiny_run, "A", manifest)) == 2
+    assert "starting anew" in capsys.readouterr().out
