@@ -156,7 +156,8 @@ class CombinedModel(nn.Module):
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
         mask_logits = self.segmentation(images, stages)
-        return Output(self.classify(features, mask_logits.float().sigmoid()), mask_logits, features)
+        found = mask_logits.detach().float().sigmoid()  # the image's loss must not draw masks: redrawn images need none
+        return Output(self.classify(features, found), mask_logits, features)
 
     def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``."""
