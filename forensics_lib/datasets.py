@@ -101,7 +101,7 @@ class TrainingCrops(Dataset):
         image = read_image(row["path"])
         mask = self._mask(row, image.shape[:2])
         image, mask = _crop(image, mask, self.window, rng)
-        if not row["label"] and rng.random() < self.paste:
+        if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])

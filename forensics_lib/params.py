@@ -165,7 +165,11 @@ class Params(BaseModel):
     paste: float = Field(
         0.0, **PROBABILITY, description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced"
     )
-    degrade: Degradations = Field(Degradations(), description="what happens to training crops: JPEG, scaling, ...")
+    degrade: Degradations = Field(Degradations(), description="Task A: what happens to training crops: JPEG, scaling, ...")
+    degrade_b: Degradations = Field(
+        Degradations(social=0.0),
+        description="Task B: the same for its crops; what is not named is as in the shipped files' degrade",
+    )
     equalize: Literal["auto", "always", "never"] = Field(
         "always", description="recompress every training crop alike; auto: where format or quality tell the class"
     )
@@ -269,7 +273,13 @@ def _problem(item: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: key, what was found, what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        nested = {"data": DataSet, "degrade": Degradations, "aligned": Aligned, "forgeries": Forgeries}
+        nested = {
+            "data": DataSet,
+            "degrade": Degradations,
+            "degrade_b": Degradations,
+            "aligned": Aligned,
+            "forgeries": Forgeries,
+        }
         owner = nested.get(str(item["loc"][0]), Params) if len(item["loc"]) > 1 else Params
         known = list(owner.model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

@@ -129,7 +129,7 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
 
 def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
     """The crops that a task trains on."""
-    options = {"degradations": params.degrade, "seed": seed, "equalize": equalize}
+    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "seed": seed, "equalize": equalize}
     return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
 
 
