@@ -163,7 +163,7 @@ class Params(BaseModel):
         0.5, **PROBABILITY, description="Task B: share of fully regenerated images among an epoch's manipulated ones"
     )
     paste: float = Field(
-        0.0, **PROBABILITY, description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced"
+        0.4, **PROBABILITY, description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced"
     )
     degrade: Degradations = Field(Degradations(), description="Task A: what happens to training crops: JPEG, scaling, ...")
     degrade_b: Degradations = Field(
