@@ -95,9 +95,9 @@ def composed(base: np.ndarray, mask: np.ndarray, content: np.ndarray, make: Auto
     return result
 
 
-def blended(base: np.ndarray, content: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """``content`` over ``base`` inside ``mask``, with an edge that is two or three pixels soft."""
-    soft = np.minimum(gaussian_filter(binary_dilation(mask).astype(float), 1.0), 1)[..., None]
+def blended(base: np.ndarray, content: np.ndarray, mask: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """``content`` over ``base`` inside ``mask``, with an edge of ``sigma`` pixels; 0: a hard one."""
+    soft = gaussian_filter(binary_dilation(mask).astype(float), sigma).clip(0, 1)[..., None] if sigma else mask[..., None]
     return (base * (1 - soft) + content * soft).round().clip(0, 255).astype(np.uint8)
 
 
@@ -114,17 +114,35 @@ def enlarged(autoencode: Autoencode) -> Autoencode:
 
 
 def pasted(base: np.ndarray, donor: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """``base`` with an object-like region of ``donor`` (None: of itself), and the region's mask; images of one size.
+    """``base`` with object-like regions of ``donor`` (None: of itself), and their mask; images of one size.
 
-    Half of the regions are retouched first (rescaled, smoothed, noisy or recompressed), as what fills a hole has another
-    history than what is around it; half are matched in colour.
+    Mostly one region, else up to four.  A third are holes filled from their surroundings; of the others half are retouched
+    first (rescaled, smoothed, noisy or recompressed), as what is put in has another history than what is around it.  Some
+    are matched in colour, and edges are anything from hard to soft.
     """
-    mask = object_mask(base.shape[:2], rng)
-    content = moved(base, mask, rng) if donor is None else donor
-    content = _retouched(content, rng) if rng.random() < 0.5 else content
-    if rng.random() < 0.5:
-        return composed(base, mask, content), mask
-    return blended(base, content, mask), mask
+    mask = np.zeros(base.shape[:2], bool)
+    for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
+        mask |= object_mask(base.shape[:2], rng)
+    if rng.random() < 1 / 3:
+        content = filled(base, mask, rng)
+    else:
+        content = moved(base, mask, rng) if donor is None else donor
+        content = _retouched(content, rng) if rng.random() < 0.5 else content
+        if rng.random() < 1 / 3:
+            return composed(base, mask, content), mask
+    return blended(base, content, mask, float(rng.uniform(0.5, 2.0)) if rng.random() < 0.5 else 0.0), mask
+
+
+def filled(base: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """``base`` with the hole at ``mask`` filled smoothly from its surroundings, with more or less texture of elsewhere."""
+    known, image = (~mask)[..., None].astype(float), base.astype(float)
+    total, weight = np.full_like(image, 128 * 1e-12), 1e-12
+    for sigma, share in ((2, 1.0), (8, 1e-3), (32, 1e-6)):  # the nearest surroundings that reach a pixel count most
+        total = total + share * gaussian_filter(image * known, (sigma, sigma, 0))
+        weight = weight + share * gaussian_filter(known, (sigma, sigma, 0))
+    other = moved(base, mask, rng).astype(float)
+    texture = other - gaussian_filter(other, (2, 2, 0))
+    return (total / weight + rng.uniform(0, 1) * texture).round().clip(0, 255).astype(np.uint8)
 
 
 def _retouched(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import TINY, photo_table, picture, save
+from scipy.ndimage import label
 
-from forensics_lib.forgeries import METHODS, SHARES, composed, fitted, forge, make_forgeries, moved, object_mask, pasted
+from forensics_lib.forgeries import METHODS, SHARES, composed, filled, fitted, forge, make_forgeries, moved, object_mask, pasted
 from forensics_lib.images import read_image, read_mask
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Forgeries, Params, ParamsError, make_params
@@ -132,3 +133,25 @@ def test_an_open_run_trains_on_forgeries_and_a_constrained_one_may_not(tiny_data
     assert forged["mask_path"].notna().all()
     with pytest.raises(ParamsError, match="forgeries are for open runs"):
         make_params(values, "own.yaml")
+
+
+def test_a_hole_is_filled_from_its_surroundings(rng):
+    y, x = np.mgrid[:64, :64]
+    image = np.stack([y * 3, x * 3, y + x], 2).astype(np.uint8)
+    mask = np.zeros((64, 64), bool)
+    mask[20:40, 20:40] = True
+    hidden = np.where(mask[..., None], 255, image).astype(np.uint8)
+    found = filled(hidden, mask, rng)
+    assert np.abs(found[mask].astype(int) - image[mask]).mean() < 15, "what was in the hole is not seen"
+    assert filled(hidden, np.ones_like(mask), rng).shape == hidden.shape
+
+
+def test_pasted_regions_have_hard_and_soft_edges_and_are_one_or_several(rng):
+    hard, several = [], []
+    for _ in range(60):
+        base, donor = np.full((96, 96, 3), 40, np.uint8), np.full((96, 96, 3), 200, np.uint8)
+        image, mask = pasted(base, donor, rng)
+        hard.append((image[~mask] == 40).all())
+        several.append(label(mask)[1] > 1)
+    assert 0.1 < np.mean(hard) < 0.9
+    assert 0.05 < np.mean(several) < 0.9
