@@ -115,7 +115,7 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     for scale in params.mask_scales:
         mask = _blended_mask(model, _scaled(image, scale), params, machine, features)
         if mask.shape != (height, width):
-            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+            mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
         total = mask if total is None else np.add(total, mask, out=total)
     total /= len(params.mask_scales)
     np.clip(total, 0, 1, out=total)

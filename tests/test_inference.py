@@ -59,10 +59,11 @@ def test_tiles_put_every_pixel_in_its_place(shape, rng):
     assert np.abs(mask - (image[..., 0] / 255).clip(0.01, 0.99)).max() < 2e-3
 
 
+@pytest.mark.parametrize("scales", [[1.0, 0.5], [0.5]])
 @pytest.mark.parametrize("shape", [(40, 40), (200, 150)])
-def test_flips_and_scales_put_every_pixel_in_its_place(shape, rng):
+def test_flips_and_scales_put_every_pixel_in_its_place(shape, scales):
     smooth = np.linspace(30, 220, shape[0] * shape[1]).reshape(*shape, 1).repeat(3, 2).astype(np.uint8)
-    params = PARAMS.model_copy(update={"mask_flips": True, "mask_scales": [1.0, 0.5]})
+    params = PARAMS.model_copy(update={"mask_flips": True, "mask_scales": scales})
     mask = predict_mask(Brightness(), smooth, params, MACHINE)[1]
     assert mask.shape == shape
     assert np.abs(mask - smooth[..., 0] / 255).max() < 0.05
