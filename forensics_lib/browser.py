@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from forensics_lib.calibration import at_temperature
 from forensics_lib.evaluation import Evaluation, MaskExample, stored_thresholds
 from forensics_lib.images import read_image
 from forensics_lib.inference import load_mask, predict_mask
@@ -111,13 +110,12 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser:
     rows = evaluation.table.sort_values(order, ascending=[False, True, False], kind="stable")
     names = [f"IoU {row['iou']:.2f}  {row['kind']}  {row['method']}  {row['image_id']}" for _, row in rows.iterrows()]
     machine = choose_machine(run.params)
-    model = load_model(run.finetuned_model("B"), "B")[0]
+    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
 
     def load(index: int) -> MaskExample:
         row = rows.iloc[index]
         image = read_image(Path(row["path"]))
-        prob, mask = predict_mask(model.to(machine.device), image, run.params, machine)
-        title = f"prob {at_temperature(prob, evaluation.thresholds['temperature']):.2f}"
-        return MaskExample(title, image, mask, truth_mask(row, image.shape[:2]))
+        _, mask = predict_mask(model, image, run.params, machine)
+        return MaskExample(names[index], image, mask, truth_mask(row, image.shape[:2]))
 
     return MaskBrowser(names, load, evaluation.thresholds["loc_threshold"])

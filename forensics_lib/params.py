@@ -167,8 +167,7 @@ class Params(BaseModel):
     )
     degrade: Degradations = Field(Degradations(), description="Task A: what happens to training crops: JPEG, scaling, ...")
     degrade_b: Degradations = Field(
-        Degradations(social=0.0),
-        description="Task B: the same for its crops; what is not named is as in the shipped files' degrade",
+        Degradations(social=0.0), description="Task B: the same for its crops; keys left out have their defaults"
     )
     equalize: Literal["auto", "always", "never"] = Field(
         "always", description="recompress every training crop alike; auto: where format or quality tell the class"
@@ -180,7 +179,6 @@ class Params(BaseModel):
     robustness_images: int = Field(300, ge=2, description="validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
     tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
-
     mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
         [1.0], min_length=1, description="Task B: scales at which an image is looked at; masks are averaged"
     )

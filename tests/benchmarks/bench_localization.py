@@ -17,7 +17,6 @@ and pixels with Adam, scales masks back up, and decides at 0.5.  The corpus is l
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -32,7 +31,7 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from bench_quality import CORPUS, SIDE, markdown, median, squeezed, verdict, weights_file
+from bench_quality import CORPUS, SIDE, arguments, markdown, median, squeezed, verdict, weights_file
 from PIL import Image
 from torch import nn
 
@@ -354,18 +353,9 @@ _ABLATIONS = """One run each. Choices were made on the validation split; the oth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("--recipes", nargs="+", default=["ours", "naive"], choices=["ours", "naive"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="parameters changed for an ablation")
-    parser.add_argument("--name", default="", help="label of an ablation")
-    options = parser.parse_args()
-    if not CORPUS.is_dir():
-        print(f"no corpus at {CORPUS}: set FORENSICS_CORPUS to measure quality; nothing was done")
+    options = arguments(__doc__, CORPUS, BUILD)
+    if options is None:
         return
-    os.environ.setdefault("FORENSICS_HEADLESS", "1")
-    os.environ.setdefault("FORENSICS_HOME", str(BUILD))
     if options.command == "report":
         report()
         return

@@ -380,21 +380,31 @@ def markdown(table: pd.DataFrame) -> str:
     return "Nothing measured yet." if table.empty else markdown_table(table, missing="nan")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str, corpus: Path, build: Path, **choices: list[str]) -> argparse.Namespace | None:
+    """The command line of a quality benchmark, ``choices`` being what else it varies; None, said so, without a corpus.
+
+    Runs print lines, and their files go to ``build``.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("--recipes", nargs="+", default=["ours", "naive"], choices=["ours", "naive"])
-    parser.add_argument("--data", nargs="+", default=["constrained", "open"], choices=["constrained", "open"])
-    parser.add_argument("--start", nargs="+", default=["pretrained", "scratch"], choices=list(BACKBONES))
+    for name, values in {"recipes": ["ours", "naive"], **choices}.items():
+        parser.add_argument(f"--{name}", nargs="+", default=values, choices=values)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="parameters changed for an ablation")
     parser.add_argument("--name", default="", help="label of an ablation")
     options = parser.parse_args()
-    if not CORPUS.is_dir():
-        print(f"no corpus at {CORPUS}: set FORENSICS_CORPUS to measure quality; nothing was done")
-        return
+    if not corpus.is_dir():
+        print(f"no corpus at {corpus}: set FORENSICS_CORPUS to measure quality; nothing was done")
+        return None
     os.environ.setdefault("FORENSICS_HEADLESS", "1")
-    os.environ.setdefault("FORENSICS_HOME", str(BUILD))
+    os.environ.setdefault("FORENSICS_HOME", str(build))
+    return options
+
+
+def main() -> None:
+    options = arguments(__doc__, CORPUS, BUILD, data=["constrained", "open"], start=list(BACKBONES))
+    if options is None:
+        return
     if options.command == "report":
         report()
         return
