@@ -24,7 +24,7 @@ $(error ENV is '$(ENV)'; allowed are venv and active)
 endif
 
 PY := $(BIN)python
-RUN = $(PY) -m forensics_lib run $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
+RUN = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
@@ -61,7 +61,7 @@ sample: setup ## Make the built-in sample data in data/sample
 	@$(PY) -m forensics_lib sample
 
 check-data: setup ## Count what a run needs (PARAMS, default the constrained run) against what the official sets hold
-	@$(PY) -m forensics_lib check-data $(if $(filter params/sample.yaml,$(PARAMS)),params/constrained.yaml,$(PARAMS)) \
+	@$(PY) -m forensics_lib check-data --params $(if $(filter params/sample.yaml,$(PARAMS)),params/constrained.yaml,$(PARAMS)) \
 		$(if $(strip $(DATA)),--data "$(strip $(DATA))")
 
 test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder

@@ -1,58 +1,65 @@
-"""``python -m forensics_lib``: runs, the sample and the validator from a shell."""
+"""``python -m forensics_lib``: what the notebooks do, from a shell; ``train`` and ``infer`` also under torchrun."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from forensics_lib.files import home
 
+if TYPE_CHECKING:
+    from forensics_lib.runs import Run
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m forensics_lib", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    run = commands.add_parser("run", help="execute the notebooks of a run and leave its archives in submission/")
-    run.add_argument("params", help="parameter file, such as params/constrained.yaml")
-    run.add_argument("--data", default="", help="data root instead of the parameter file's")
-    run.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters to change")
-    run.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
-
-    commands.add_parser("sample", help="make the built-in sample data in data/sample")
-
-    check = commands.add_parser("check-data", help="count what a run needs against what the official sets hold")
-    check.add_argument("params", nargs="?", default="params/constrained.yaml")
-    check.add_argument("--data", default="", help="data root instead of the parameter file's")
-
-    validate = commands.add_parser("validate", help="check a submission archive against the test images")
-    validate.add_argument("archive", type=Path)
-    validate.add_argument("--task", choices=["A", "B"], required=True)
-    validate.add_argument("--images", type=Path, required=True, help="folder of the test images")
-
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return {"run": _run, "sample": _sample, "check-data": _check_data, "validate": _validate}[options.command](options)
+        return options.do(options)
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def _run(options: argparse.Namespace) -> int:
-    from forensics_lib.pipeline import NOTEBOOKS, run_pipeline
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m forensics_lib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    starts = [name for name in NOTEBOOKS if name.startswith(options.start)]
-    if not starts:
-        raise ValueError(f"--from {options.start}: no such notebook; there are {', '.join(NOTEBOOKS)}")
-    overrides = parse_settings(options.set)
-    if options.data:
-        overrides["data_root"] = str(Path(options.data).resolve())
-    run_pipeline(options.params, overrides, starts[0])
-    return 0
+    def command(name: str, do: Any, text: str, example: str = "") -> argparse.ArgumentParser:
+        epilog = f"example: python -m forensics_lib {name} {example}"
+        added = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        added.set_defaults(do=do)
+        return added
+
+    def of_run(added: argparse.ArgumentParser, default: str = "params/sample.yaml") -> argparse.ArgumentParser:
+        added.add_argument("--params", default=default, help=f"parameter file (default: {default})")
+        added.add_argument("--data", default="", help="data root instead of the parameter file's")
+        added.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters to change")
+        return added
+
+    example = "--params params/constrained.yaml --data /path/to/data --set batch_size=32"
+    run = of_run(command("run", _run, "execute the notebooks of a run and leave its archives in submission/", example))
+    run.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
+    for name, do, text in (
+        ("train", _train, "train both steps and choose thresholds on validation (as notebooks 02 and 03)"),
+        ("infer", _infer, "predict the test images (as notebook 04)"),
+        ("submit", _submit, "build the archives and the report (as notebook 05)"),
+    ):
+        added = of_run(command(name, do, text, "--params params/constrained.yaml --tasks A"))
+        added.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    command("sample", _sample, "make the built-in sample data in data/sample")
+    text = "count what a run needs against what the official sets hold"
+    of_run(command("check-data", _check_data, text, "--data /path/to/data"), "params/constrained.yaml")
+    text = "check a submission archive against the test images"
+    validate = command("validate", _validate, text, "submission/x.zip --task B --images data/test/taskB")
+    validate.add_argument("archive", type=Path)
+    validate.add_argument("--task", choices=["A", "B"], required=True)
+    validate.add_argument("--images", type=Path, required=True, help="folder of the test images")
+    return parser
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -62,6 +69,75 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not sign or not key:
             raise ValueError(f"a setting is KEY=VALUE, such as batch_size=8; found {key!r}")
     return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    overrides = parse_settings(options.set)
+    if options.data:
+        overrides["data_root"] = str(Path(options.data).resolve())
+    return overrides
+
+
+def _run(options: argparse.Namespace) -> int:
+    from forensics_lib.pipeline import NOTEBOOKS, run_pipeline
+
+    starts = [name for name in NOTEBOOKS if name.startswith(options.start)]
+    if not starts:
+        raise ValueError(f"--from {options.start}: no such notebook; there are {', '.join(NOTEBOOKS)}")
+    run_pipeline(options.params, _overrides(options), starts[0])
+    return 0
+
+
+def _open(options: argparse.Namespace) -> Run:
+    """The run of a command, opened by every process of its group; its tasks are those of the command line."""
+    from forensics_lib.distributed import first_then_others, join_group
+    from forensics_lib.runs import open_run
+
+    join_group()
+    overrides = _overrides(options) | ({"tasks": options.tasks} if options.tasks else {})
+    run = first_then_others(lambda: open_run(options.params, overrides))
+    run.describe()
+    return run
+
+
+def _train(options: argparse.Namespace) -> int:
+    from forensics_lib.distributed import first_then_others, launched, leave_group
+    from forensics_lib.evaluation import evaluate, evaluate_held_out
+    from forensics_lib.manifest import build_manifest
+    from forensics_lib.training import train
+
+    run = _open(options)
+    for task in run.params.tasks:
+        manifest = first_then_others(lambda task=task: build_manifest(run, task))
+        train(run, task, manifest)
+        if not launched():  # a notebook goes on by itself
+            print(evaluate(run, task, manifest).summary().to_string())
+            held_out = evaluate_held_out(run, task, manifest)
+            print("" if held_out is None else f"held out:\n{held_out.summary().to_string()}")
+    leave_group()
+    return 0
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from forensics_lib.distributed import leave_group
+    from forensics_lib.infer import infer
+
+    run = _open(options)
+    for task in run.params.tasks:
+        print(f"Task {task}: {len(infer(run, task))} images, written to {run.test_probs(task)}")
+    leave_group()
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from forensics_lib.report import build_report
+    from forensics_lib.submission import build_submission
+
+    run = _open(options)
+    for task in run.params.tasks:
+        print(build_submission(run, task).report())
+    print(f"report: {build_report(run)}")
+    return 0
 
 
 def _sample(_: argparse.Namespace) -> int:
@@ -77,7 +153,7 @@ def _check_data(options: argparse.Namespace) -> int:
     from forensics_lib.params import load_params
     from forensics_lib.runs import Run
 
-    params = load_params(options.params, {"data_root": str(Path(options.data).resolve())} if options.data else {})
+    params = load_params(options.params, _overrides(options))
     result = check_data(Run(params, from_home(params.data_root)))
     print(result.report())
     return 0 if result.complete else 1

@@ -221,9 +221,9 @@ def epoch_order(
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
-def training_loader(dataset: TrainingCrops, order: np.ndarray, batch_size: int, workers: int) -> DataLoader:
-    """Batches of ``dataset`` in the given order; a last batch of one image is kept."""
-    return DataLoader(dataset, batch_size, sampler=order.tolist(), num_workers=workers, collate_fn=collate)
+def training_loader(dataset: TrainingCrops, batches: list[np.ndarray], workers: int) -> DataLoader:
+    """The given batches of indices of ``dataset``; one may be empty."""
+    return DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers, collate_fn=collate)
 
 
 class InferenceImages(Dataset):

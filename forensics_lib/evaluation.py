@@ -1,4 +1,4 @@
-"""From a trained model to what is reported and submitted: validation scores, thresholds, test predictions."""
+"""From a trained model to what is reported of it: validation scores, thresholds, examples."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ import numpy as np
 import pandas as pd
 
 from forensics_lib.calibration import at_temperature, expected_calibration_error, fit_temperature
+from forensics_lib.distributed import wait_for_all
 from forensics_lib.duplicates import overlapping
-from forensics_lib.files import read_json, update_json, write_csv
-from forensics_lib.images import ImageError, read_header, read_image
-from forensics_lib.inference import (
-    FALLBACK_PROB,
-    load_mask,
-    predict_mask,
-    predict_masks,
-    predict_probabilities,
-    save_mask,
-)
-from forensics_lib.layouts import LayoutError
+from forensics_lib.files import is_main, read_json, update_json, write_csv
+from forensics_lib.images import read_image
+from forensics_lib.inference import predict_mask
 from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import build_test_manifest, problems, usable
+from forensics_lib.manifest import problems, usable
 from forensics_lib.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -139,6 +132,7 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
         evaluation.intervals |= localization_intervals(result.histograms[result.good()], thresholds["loc_threshold"])
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     _store(run, task, evaluation, problems(manifest))
+    wait_for_all()
     return evaluation
 
 
@@ -212,6 +206,8 @@ def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dic
 
 
 def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) -> None:
+    if not is_main():
+        return
     write_csv(run.val_probs(task), evaluation.table)
     facts: dict[str, Any] = dict(evaluation.thresholds)
     facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.table)}
@@ -249,80 +245,6 @@ def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataF
     table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
     run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
     return table
-
-
-# ---- Test images -----------------------------------------------------------------------------------------------------
-
-
-def infer(run: Run, task: str) -> pd.DataFrame:
-    """Predict every image of the test folder; writes ``_test_probs.csv``, and for Task B the masks.
-
-    An image that cannot be read gets ``FALLBACK_PROB`` and, for Task B, an all-zero mask (of its declared size where its
-    header can be read, else 1 x 1): no test image may be missing from a submission.  Returns image_id, prob and error.
-    """
-    temperature = stored_thresholds(run, task)["temperature"]
-    rows = build_test_manifest(run, task)
-    run.test_probs(task).unlink(missing_ok=True)  # until this inference is complete there is no result
-    model, _ = load_model(run.finetuned_model(task), task)
-    machine = choose_machine(run.params)
-    print(f"Task {task}: {len(rows)} test images on {machine}")
-    if task == "A":
-        table = predict_probabilities(model, rows, run.params, machine)
-    else:
-        table = pd.DataFrame(_infer_masks(run, rows, predict_masks(model, rows, run.params, machine)))
-    failed = table["error"].notna()
-    table["prob"] = at_temperature(table["prob"].to_numpy(), temperature)
-    table["prob"] = table["prob"].where(~failed, FALLBACK_PROB)
-    if failed.any():
-        print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
-        print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
-    run.record(**{f"task{task}_unreadable_test": [Path(p).name for p in rows.loc[failed.to_numpy(), "path"]]})
-    written = pd.DataFrame({"image_id": [Path(path).name for path in rows["path"]], "prob": round_probs(table["prob"])})
-    write_csv(run.test_probs(task), written)
-    return written.assign(error=table["error"].to_numpy(), path=rows["path"])
-
-
-def _infer_masks(run: Run, rows: pd.DataFrame, predictions: Any) -> list[dict[str, Any]]:
-    names = mask_names(rows["path"])
-    for old in run.masks.glob("*.npz"):
-        old.unlink()
-    results = []
-    for prediction in predictions:
-        path = Path(rows["path"].iloc[prediction.index])
-        mask = np.zeros(_declared_size(path), np.float16) if prediction.mask is None else prediction.mask
-        save_mask(run.masks / names[path.name], mask)
-        results.append({"prob": prediction.prob, "error": prediction.error})
-    return results
-
-
-def _declared_size(path: Path) -> tuple[int, int]:
-    try:
-        header = read_header(path)
-        return header.height, header.width
-    except ImageError:
-        return 1, 1
-
-
-def mask_statistics(run: Run, results: pd.DataFrame) -> str:
-    """What the written masks are, in words: nbval compares text, not pictures."""
-    masks = [(path, load_mask(run.masks / f"{Path(path).stem}.npz")) for path in results.loc[results["error"].isna(), "path"]]
-    own_size = sum(mask.shape == (header.height, header.width) for path, mask in masks for header in [read_header(Path(path))])
-    in_range = sum(bool((mask >= 0).all() and (mask <= 1).all()) for _, mask in masks)
-    kinds = ", ".join(sorted({str(mask.dtype) for _, mask in masks}))
-    return f"{len(masks)} masks, {kinds}; {own_size} of their image's own size, {in_range} with all values in [0, 1]"
-
-
-def mask_names(paths: pd.Series | list[str]) -> dict[str, str]:
-    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` where two images would share one."""
-    names: dict[str, str] = {}
-    owner: dict[str, str] = {}
-    for path in map(Path, paths):
-        mask = f"{path.stem}.npz"
-        if mask in owner:
-            raise LayoutError(f"{owner[mask]} and {path.name} would both get the mask {mask}; rename one of them")
-        owner[mask] = path.name
-        names[path.name] = mask
-    return names
 
 
 # ---- Examples --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ def from_home(path: str | Path) -> Path:
     return home() / Path(path).expanduser()
 
 
+def is_main() -> bool:
+    """Whether this process writes what its group found: torchrun numbers the processes of a group in ``RANK``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path`` to write to; rename it to ``path`` only when the block ends well."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,15 @@ FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the s
 MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
 
 
-@torch.inference_mode()
+@dataclass
+class ProbPrediction:
+    """Task A's answer for one image: ``prob`` in [0, 1], NaN where it could not be read for the reason in ``error``."""
+
+    index: int
+    prob: float
+    error: str | None = None
+
+
 def predict_probabilities(
     model: CombinedModel,
     rows: pd.DataFrame,
@@ -31,41 +40,50 @@ def predict_probabilities(
     machine: Machine,
     change: Callable[[np.ndarray], np.ndarray] | None = None,
     title: str = "probabilities",
-) -> pd.DataFrame:
-    """Task A: the probability of being synthetic for each row's ``path``; columns ``prob`` and ``error``, in row order.
+) -> Iterator[ProbPrediction]:
+    """Task A: the probability of being synthetic for each row's ``path``, one after the other in row order.
 
     Each image gives up to ``crops_per_image`` native crops; its probability is the sigmoid of their mean logit margin.
-    Crops of several images share a batch.  An unreadable image has prob NaN and its error.  ``change`` is done to each
-    image first.
+    Crops of several images share a batch.  All batches are of one size, so that an image's result does not depend on what
+    else is in its batch.  ``change`` is done to each image first.
     """
     model = model.to(machine.device, memory_format=torch.channels_last).eval()
-    margins: dict[int, list[float]] = {index: [] for index in range(len(rows))}
-    errors: dict[int, str] = {}
-    pending: list[tuple[int, torch.Tensor]] = []
     dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
-
-    def flush(size: int) -> None:
-        batch, pending[:] = pending[:size], pending[size:]
-        with machine.autocast():
-            logits = model(machine.to_device(torch.stack([crop for _, crop in batch]))).logits.float()
-        for (index, _), margin in zip(batch, (logits[:, 1] - logits[:, 0]).tolist(), strict=True):
-            margins[index].append(margin)
-
+    size = machine.images_at_once(params.crop_size**2)
+    waiting: deque[tuple[ProbPrediction, int, list[float]]] = deque()  # images in order: answer, crops, margins so far
+    crops: deque[tuple[list[float], torch.Tensor]] = deque()
     for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
-        if "error" in sample:
-            errors[sample["index"]] = sample["error"]
-            continue
-        pending += [(sample["index"], crop) for crop in sample["crops"]]
-        while len(pending) >= params.batch_size:
-            flush(params.batch_size)
-    if pending:
-        flush(len(pending))
-    means = np.array([np.mean(values) if values else np.nan for values in margins.values()])
-    return pd.DataFrame({"prob": _sigmoid(means), "error": pd.Series(errors, index=range(len(rows)), dtype=object)})
+        chosen, margins = sample.get("crops", ()), []
+        waiting.append((ProbPrediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
+        crops.extend((margins, crop) for crop in chosen)
+        while len(crops) >= size:
+            _score([crops.popleft() for _ in range(size)], model, machine, size)
+        yield from _complete(waiting)
+    if crops:
+        _score(list(crops), model, machine, size)
+    yield from _complete(waiting)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(x, -60, 60)))
+@torch.inference_mode()
+def _score(crops: list[tuple[list[float], torch.Tensor]], model: CombinedModel, machine: Machine, size: int) -> None:
+    """Add the logit margin of each crop to the list that it comes with."""
+    batch = torch.stack([crop for _, crop in crops])
+    batch = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
+    with machine.autocast():
+        logits = model(machine.to_device(batch)).logits.float()
+    for (margins, _), margin in zip(crops, (logits[:, 1] - logits[:, 0]).tolist(), strict=False):
+        margins.append(margin)
+
+
+def _complete(waiting: deque[tuple[ProbPrediction, int, list[float]]]) -> Iterator[ProbPrediction]:
+    """The first images of the queue whose crops all have their margins."""
+    while waiting and len(waiting[0][2]) == waiting[0][1]:
+        prediction, count, margins = waiting.popleft()
+        yield replace(prediction, prob=_sigmoid(np.mean(margins))) if count else prediction
+
+
+def _sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-np.clip(x, -60, 60))))
 
 
 @dataclass
@@ -145,7 +163,7 @@ def _blended_mask(
     total = np.zeros(padded.shape[:2], np.float32)
     places = [(top, left) for top in tops for left in lefts]
     views = 2 if params.mask_flips else 1
-    per_batch = max(1, params.batch_size * params.crop_size**2 // (tile_h * tile_w * views))
+    per_batch = machine.images_at_once(tile_h * tile_w)
     for start in range(0, len(places), per_batch):
         batch = places[start : start + per_batch]
         tiles = np.stack([padded[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)

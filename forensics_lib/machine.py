@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from forensics_lib.distributed import local_processes
 from forensics_lib.params import Params
 
 
@@ -28,6 +29,10 @@ class Machine:
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.float() / 255
 
+    def images_at_once(self, pixels: int) -> int:
+        """How many images of ``pixels`` pixels each go through a model together where it does not learn."""
+        return max(1, (128 if self.device.type == "cuda" else 16) * 224**2 // pixels)
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
         return f"{self.device.type} ({name}), {'bf16' if self.bf16 else 'fp32'}, {self.workers} loader processes"
@@ -37,9 +42,11 @@ def choose_machine(params: Params) -> Machine:
     """Resolve the ``auto`` settings.  Raises ``ValueError`` where a GPU is asked for and there is none."""
     if params.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
-    device = torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = params.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     bf16 = params.precision == "bf16" or (params.precision == "auto" and _computes_bf16_fast(device))
-    workers = min(os.cpu_count() or 1, 16) if params.workers == "auto" else params.workers
+    cores = max(1, (os.cpu_count() or 1) // local_processes())
+    workers = min(cores, 16) if params.workers == "auto" else params.workers
     return Machine(device, bf16, workers)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
-from forensics_lib.files import from_home, home, project_root, update_json
+from forensics_lib.files import from_home, home, is_main, project_root, update_json, write_text
 from forensics_lib.params import Params, load_params, notebook_parameters
 
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
@@ -125,7 +126,14 @@ class Run:
 
     def record(self, **values: Any) -> None:
         """Set keys in ``run.json``, the run's provenance."""
-        update_json(self.folder / "run.json", **values)
+        if is_main():
+            update_json(self.folder / "run.json", **values)
+
+    def write_params(self) -> Path:
+        """Write the parameters as they are in force to ``params.yaml`` in the run's folder, and return its path."""
+        path = self.folder / "params.yaml"
+        write_text(path, yaml.safe_dump(self.params.model_dump(mode="json"), sort_keys=False))
+        return path
 
 
 SAMPLE_BANNER = """\

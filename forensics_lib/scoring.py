@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from forensics_lib.distributed import gathered, rank, world
 from forensics_lib.images import ImageError, read_mask
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import Machine
 from forensics_lib.metrics import pixel_histogram
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
+
+Transform = Callable[[np.ndarray], np.ndarray]  # from image to image
 
 
 @dataclass
@@ -36,16 +39,39 @@ def predict(
     rows: pd.DataFrame,
     params: Params,
     machine: Machine,
-    change: Callable[[np.ndarray], np.ndarray] | None = None,
+    change: Transform | None = None,
     title: str | None = None,
 ) -> Predictions:
     """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
 
-    ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.
+    ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
+    divide the rows among themselves and each has the whole result.
     """
-    if task == "A":
-        table = predict_probabilities(model, rows, params, machine, change, title or "probabilities")
-        return Predictions(table["prob"].to_numpy(), table["error"].dropna().to_dict())
+    mine = np.arange(rank(), len(rows), world())
+    of_task = _probabilities if task == "A" else _masks
+    parts = gathered((mine, of_task(model, rows.iloc[mine], params, machine, change, title)))
+    everything = Predictions(np.full(len(rows), np.nan), {})
+    if task == "B":
+        everything.histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    for places, part in parts:
+        everything.probs[places] = part.probs
+        everything.errors |= {int(places[number]): reason for number, reason in part.errors.items()}
+        if part.histograms is not None:
+            everything.histograms[places] = part.histograms
+    everything.errors = dict(sorted(everything.errors.items()))
+    return everything
+
+
+def _probabilities(
+    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+) -> Predictions:
+    found = list(predict_probabilities(model, rows, params, machine, change, title or "probabilities"))
+    return Predictions(np.array([p.prob for p in found]), {p.index: p.error for p in found if p.error})
+
+
+def _masks(
+    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+) -> Predictions:
     probs, errors = np.full(len(rows), np.nan), {}
     histograms = np.zeros((len(rows), 2, 256), np.uint32)
     for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from forensics_lib.evaluation import mask_names, stored_thresholds
+from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import whole
 from forensics_lib.images import ImageError, read_header
+from forensics_lib.infer import mask_names
 from forensics_lib.layouts import read_test
 from forensics_lib.metrics import DECIMALS
 from forensics_lib.progress import progress

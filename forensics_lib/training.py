@@ -21,10 +21,22 @@ from timm.data import Mixup
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
 from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
-from forensics_lib.files import read_json, write_json, write_text
+from forensics_lib.distributed import (
+    as_one,
+    gathered,
+    launch,
+    launches,
+    rank,
+    replicated,
+    total,
+    wait_for_all,
+    world,
+)
+from forensics_lib.files import is_main, read_json, write_json, write_text
 from forensics_lib.images import ImageError
 from forensics_lib.losses import make_mixup, mask_loss
 from forensics_lib.machine import Machine, choose_machine
@@ -39,7 +51,7 @@ from forensics_lib.scoring import predict
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
-    "robustness_images",
+    "robustness_images", "processes",
 }  # fmt: skip
 
 
@@ -55,6 +67,10 @@ class Fit:
     val: pd.DataFrame
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
+    trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
+
+    def __post_init__(self) -> None:
+        self.trained = self.model
 
     @property
     def params(self) -> Params:
@@ -80,11 +96,15 @@ class Fit:
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """Train a task's model by both steps and write ``_classifier_model.pth`` and ``_finetuned_model.pth``.
 
-    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again.  Raises
-    ``FloatingPointError`` with the batch's files where the loss is not finite.
+    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again.  With
+    ``processes`` above 1 that many processes train together.  Raises ``FloatingPointError`` with the batch's files where
+    the loss is not finite.
     """
+    if launches(run.params.processes):
+        launch(run.params.processes, "train", "--params", str(run.write_params()), "--tasks", task)
+        return read_metrics(run, task)
     machine = choose_machine(run.params)
-    print(f"Task {task} training on {machine}")
+    print(f"Task {task} training on {machine}{f', {world()} processes' if world() > 1 else ''}")
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
@@ -95,10 +115,17 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
     fit = Fit(
-        run, task, model, machine, train_rows, equalize=equalize, val=sampled(val_rows, run.params.val_limit, run.params.seed)
+        run,
+        task,
+        model,
+        machine,
+        train_rows,
+        equalize=equalize,
+        val=sampled(val_rows, run.params.val_limit, run.params.seed),
     )
-    if not state:
+    if not state and is_main():
         _forget(run, task)
+    wait_for_all()
     started = time.monotonic()
     for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
         _run_step(fit, step, epochs, state, fingerprint)
@@ -198,8 +225,9 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     past = state is not None and (state["step"], step) == ("finetune", "head")
     mine = state if state is not None and state["step"] == step else None
     if past or (mine and mine["epoch"] >= epochs):
-        if not target.is_file():
+        if is_main() and not target.is_file():
             _publish(fit, step, target)
+        wait_for_all()
         return
     if step == "finetune" and not mine:
         fit.model.load_state_dict(read_checkpoint(fit.best_file("head"))["model"])
@@ -208,34 +236,37 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     if mine:
         fit.model.load_state_dict(mine["model"])
         optimizer.load_state_dict(mine["optimizer"])
+    as_one(fit.model)
     average = ModelEmaV3(fit.model, decay=fit.params.ema, use_warmup=True) if fit.params.ema else None
     if mine and average:
         average.module.load_state_dict(mine["average"])
+    fit.trained = replicated(fit.model)
     best = mine["best"] if mine else _first_best(fit, step)
     schedule = _schedule(optimizer, epochs * fit.updates, fit.params.warmup)
     for epoch in range(mine["epoch"] if mine else 0, epochs):
         line = _train_epoch(fit, step, epoch, optimizer, schedule, average)
         judged = average.module if average else fit.model
+        as_one(judged)  # each process has normalised with statistics of its own images
         line |= _validate(fit, judged)
-        _append_metrics(fit.run, line)
-        if line["score"] > best:
-            best = line["score"]
-            save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
-        content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
-        content |= {"best": best, "epoch": epoch + 1, "step": step, "fingerprint": fingerprint}
-        save_checkpoint(fit.state_file, fit.model, **content)
+        better, best = line["score"] > best, max(line["score"], best)
+        if is_main():
+            _append_metrics(fit.run, line)
+            if better:
+                save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
+            content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
+            content |= {"best": best, "epoch": epoch + 1, "step": step, "fingerprint": fingerprint}
+            save_checkpoint(fit.state_file, fit.model, **content)
         print(_epoch_line(line, epochs), flush=True)
-    _publish(fit, step, target)
+    if is_main():
+        _publish(fit, step, target)
+    wait_for_all()
 
 
 def _first_best(fit: Fit, step: str) -> float:
     """The score a step has to beat: none for step 1, step 1's best for step 2, whose model it starts from."""
-    if step == "head":
-        save_checkpoint(fit.best_file("head"), fit.model, score=-1.0, epoch=0, step="head")
-        return -1.0
-    best = read_checkpoint(fit.best_file("head"))
-    score = float(best["score"])
-    save_checkpoint(fit.best_file("finetune"), fit.model, score=score, epoch=0, step="finetune")
+    score = -1.0 if step == "head" else float(read_checkpoint(fit.best_file("head"))["score"])
+    if is_main():
+        save_checkpoint(fit.best_file(step), fit.model, score=score, epoch=0, step=step)
     return score
 
 
@@ -284,36 +315,40 @@ def _train_epoch(
 ) -> dict[str, Any]:
     """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
-    torch.manual_seed(seed)  # dropout and stochastic depth
+    torch.manual_seed(seed + 10**6 * rank())  # dropout and stochastic depth
     dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
-    loader = training_loader(dataset, order, fit.params.batch_size, fit.machine.workers)
+    batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
+    loader = training_loader(dataset, [batch[rank() :: world()] for batch in batches], fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
     mix = make_mixup(fit.params, fit.task)
-    np.random.seed(seed)  # noqa: NPY002 (timm's mixup draws from it)
+    np.random.seed(seed + rank())  # noqa: NPY002 (timm's mixup draws from it)
     started, losses, seen = time.monotonic(), [], 0
     bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
     for number, batch in enumerate(bar):
         fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
-        if not batch["index"]:
+        share, everywhere = len(batch["index"]), total(len(batch["index"]))
+        if not everywhere:
             continue
         update = epoch * fit.updates + number
         schedule.step_update(update)
-        loss = _loss(fit, batch, mix)
+        loss = _loss(fit, batch if share else _nothing(fit), mix)
         if not torch.isfinite(loss):
             files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
             raise FloatingPointError(
                 f"the loss is {loss.item()} in {step} epoch {epoch + 1}; lower the rate, or look at\n  {files}"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * (share * world() / everywhere)).backward()  # gradients are averaged over processes, whatever their shares
         torch.nn.utils.clip_grad_norm_(fit.model.parameters(), CLIP_NORM)
         optimizer.step()
         if average:
             average.update(fit.model, update)
-        losses.append(loss.item())
-        seen += len(batch["index"])
+        losses += [loss.item()] if share else []
+        seen += everywhere
         bar.note(f"loss {np.mean(losses[-20:]):.3f}")
+    losses = [value for part in gathered(losses) for value in part]
+    fit.errors = {path: reason for part in gathered(fit.errors) for path, reason in part.items()}
     if not losses:
         raise ImageError(
             f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}"
@@ -330,6 +365,13 @@ def _train_epoch(
     }
 
 
+def _nothing(fit: Fit) -> dict[str, Any]:
+    """A batch of one black image, for a process whose share of a batch is empty: its loss counts nothing."""
+    side = fit.params.crop_size
+    batch = {"index": [], "image": torch.zeros(1, 3, side, side, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
+    return batch | {"mask": torch.zeros(1, 1, side, side, dtype=torch.bool)}
+
+
 def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
     images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
@@ -338,7 +380,7 @@ def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
         images, labels = mix(images, labels)
         smoothing = 0.0
     with fit.machine.autocast():
-        output = fit.model(images)
+        output = fit.trained(images)
     loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
     if output.mask_logits is not None:
         masks, params = batch["mask"].to(fit.machine.device, non_blocking=True), fit.params

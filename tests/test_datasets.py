@@ -36,9 +36,15 @@ def test_a_crop_depends_on_seed_and_epoch_alone(rows):
 
 def test_workers_change_nothing(rows):
     order = np.arange(len(rows))
-    batches = [next(iter(training_loader(crops(rows), order, len(rows), workers))) for workers in (0, 2)]
+    batches = [next(iter(training_loader(crops(rows), [order], workers))) for workers in (0, 2)]
     assert torch.equal(batches[0]["image"], batches[1]["image"])
-    assert batches[0]["index"] == batches[1]["index"]
+    assert batches[0]["index"] == batches[1]["index"] == order.tolist()
+
+
+def test_a_share_of_a_batch_may_be_empty(rows):
+    first, second = training_loader(crops(rows), [np.array([2, 0]), np.array([], int)], 0)
+    assert first["index"] == [2, 0]
+    assert second["index"] == second["errors"] == []
 
 
 def test_a_spliced_crop_without_its_region_is_authentic(rows):

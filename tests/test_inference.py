@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ from conftest import TINY, picture, save
 from PIL import Image
 
 from forensics_lib.inference import load_mask, predict_mask, predict_masks, predict_probabilities, save_mask, tile_starts
-from forensics_lib.machine import choose_machine
+from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.model import CombinedModel, Output
 from forensics_lib.params import Params
 
@@ -114,14 +115,19 @@ def files(tmp_path, rng):
     return pd.DataFrame({"path": [str(path) for path in paths]})
 
 
-def test_probabilities_do_not_depend_on_the_batch(files):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_probabilities_do_not_depend_on_the_other_images(files, precision, monkeypatch):
     torch.manual_seed(0)
     model = CombinedModel("A", "test_convnext").eval()
-    tables = [predict_probabilities(model, files, PARAMS.model_copy(update={"batch_size": n}), MACHINE) for n in (1, 3, 64)]
-    assert tables[0]["prob"].isna().tolist() == [False, False, True, False, False]
-    assert "2.png" in tables[0]["error"][2]
-    for table in tables[1:]:
-        np.testing.assert_allclose(table["prob"], tables[0]["prob"], atol=1e-6)
+    machine = replace(MACHINE, bf16=precision == "bf16")
+    monkeypatch.setattr(Machine, "images_at_once", lambda self, pixels: 4)  # images share batches, and fill several
+    together = list(predict_probabilities(model, files, PARAMS, machine))
+    assert [found.index for found in together] == list(range(5))
+    assert [np.isnan(found.prob) for found in together] == [False, False, True, False, False]
+    assert "2.png" in together[2].error
+    for number in (0, 1, 3, 4):
+        (alone,) = predict_probabilities(model, files.iloc[[number]], PARAMS, machine)
+        assert alone.prob == together[number].prob
 
 
 def test_masks_keep_the_order_and_carry_errors(files):

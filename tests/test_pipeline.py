@@ -99,10 +99,10 @@ def test_settings_are_read_as_yaml():
 
 
 def test_the_command_line_says_what_is_wrong_without_a_traceback(home, capsys):
-    assert main(["run", "params/constrained.yaml", "--set", "batchsize=8"]) == 1
+    assert main(["run", "--params", "params/constrained.yaml", "--set", "batchsize=8"]) == 1
     assert "did you mean 'batch_size'" in capsys.readouterr().err
-    assert main(["run", "params/none.yaml"]) == 1
-    assert main(["run", "params/sample.yaml", "--from", "07"]) == 1
+    assert main(["run", "--params", "params/none.yaml"]) == 1
+    assert main(["run", "--params", "params/sample.yaml", "--from", "07"]) == 1
 
 
 def test_the_validator_from_the_shell(home, capsys):

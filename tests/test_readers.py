@@ -350,12 +350,12 @@ def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
     next((tiny_run.data / "dataset_taskB" / "TGIF" / "sd2-fr" / "validation").rglob("*.png")).unlink()
     missing = official.check_data(tiny_run).table.set_index(["layout", "split", "class"])["missing"]
     assert missing["tgif", "val", "positive"] == 1
-    assert main(["check-data", "params/constrained.yaml", "--data", str(tiny_run.data)]) == 1
+    assert main(["check-data", "--data", str(tiny_run.data)]) == 1
     assert "INCOMPLETE" in capsys.readouterr().out
 
 
 def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
-    assert main(["check-data", "params/constrained.yaml", "--data", str(tmp_path)]) == 1
+    assert main(["check-data", "--data", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     for part in ("58560", "8184", "6212", "3227", "5000", "10000", str(tmp_path / "test" / "taskB")):
         assert part in said

@@ -16,13 +16,12 @@ from forensics_lib.evaluation import (
     evaluate,
     evaluate_held_out,
     evaluate_robustness,
-    infer,
     mask_examples,
-    mask_names,
     stored_thresholds,
 )
 from forensics_lib.files import read_json
 from forensics_lib.images import ImageError
+from forensics_lib.infer import infer, mask_names
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
 from forensics_lib.losses import BORDER, mask_loss, near_border

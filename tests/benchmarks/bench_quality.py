@@ -122,7 +122,7 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     machine = choose_machine(run.params)
 
     def predict(rows: pd.DataFrame, change: Change | None) -> np.ndarray:
-        return predict_probabilities(model, rows, run.params, machine, change)["prob"].to_numpy()
+        return np.array([found.prob for found in predict_probabilities(model, rows, run.params, machine, change)])
 
     found = sets(manifest)
     val = predict(found["val"], None)

@@ -1,0 +1,189 @@
+"""The test images: a probability of each and for Task B a mask, in shards that a stopped inference need not do again."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from forensics_lib.calibration import at_temperature
+from forensics_lib.distributed import launch, launches, rank, wait_for_all, world
+from forensics_lib.evaluation import stored_thresholds
+from forensics_lib.files import is_main, whole, write_csv
+from forensics_lib.images import ImageError, read_header
+from forensics_lib.inference import FALLBACK_PROB, load_mask, predict_masks, predict_probabilities, save_mask
+from forensics_lib.layouts import LayoutError
+from forensics_lib.machine import Machine, choose_machine
+from forensics_lib.manifest import build_test_manifest, data_fingerprint
+from forensics_lib.metrics import round_probs
+from forensics_lib.model import CombinedModel, load_model
+from forensics_lib.runs import Run
+
+SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
+SHARDS = 32  # wanted at least, so that several processes get equal shares
+USED = ("crop_size", "crops_per_image", "tile_size", "tile_overlap", "mask_scales", "mask_flips", "precision")
+
+
+class InferenceError(RuntimeError):
+    """What the shards hold is not what the test folder holds."""
+
+
+def infer(run: Run, task: str) -> pd.DataFrame:
+    """Predict every image of the test folder; writes ``_test_probs.csv``, and for Task B the masks.
+
+    An image that cannot be read gets ``FALLBACK_PROB`` and, for Task B, an all-zero mask (of its declared size where its
+    header can be read, else 1 x 1): no test image may be missing from a submission.  Shards in the run's folder hold what
+    is done; those of another model, other parameters or other images are removed.  With ``processes`` above 1 that many
+    processes share the work.  Returns image_id, prob, error and path.
+    """
+    temperature = stored_thresholds(run, task)["temperature"]
+    if launches(run.params.processes):
+        launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
+    rows = build_test_manifest(run, task)
+    model, _ = load_model(run.finetuned_model(task), task)
+    machine = choose_machine(run.params)
+    print(f"Task {task}: {len(rows)} test images on {machine}")
+    shards = Shards(run, task, rows, _key(run, model, rows))
+    shards.prepare()
+    shards.complete(model, machine)
+    wait_for_all()
+    table = shards.merged()
+    failed = table["error"].notna()
+    table["prob"] = at_temperature(table["prob"].to_numpy(), temperature)
+    table["prob"] = table["prob"].where(~failed, FALLBACK_PROB)
+    if failed.any():
+        print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
+        print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
+    run.record(**{f"task{task}_unreadable_test": [Path(path).name for path in table.loc[failed, "path"]]})
+    table["prob"] = round_probs(table["prob"])
+    table.insert(0, "image_id", [Path(path).name for path in table["path"]])
+    if is_main():
+        write_csv(run.test_probs(task), table[["image_id", "prob"]])
+    wait_for_all()
+    return table[["image_id", "prob", "error", "path"]]
+
+
+def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:
+    """Changes with the model's weights, with a parameter that predictions depend on, and with the test images."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(repr([getattr(run.params, name) for name in USED]).encode())
+    digest.update(data_fingerprint(rows).encode())
+    return digest.hexdigest()[:16]
+
+
+class Shards:
+    """The test images of a task in equal parts: a part's answers are written when all of them are there.
+
+    The parts follow from the number of images alone, so that an inference can go on with another number of processes.
+    """
+
+    def __init__(self, run: Run, task: str, rows: pd.DataFrame, key: str) -> None:
+        self.run, self.task, self.rows = run, task, rows
+        self.folder = run.folder / "shards" / f"task{task}-{key}"
+        self.size = int(np.clip(len(rows) // SHARDS, 1, SHARD_IMAGES[task]))
+        self.masks = mask_names(rows["path"]) if task == "B" else {}
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.parquet"
+
+    def part(self, number: int) -> pd.DataFrame:
+        return self.rows.iloc[number * self.size : (number + 1) * self.size]
+
+    def done(self, number: int) -> bool:
+        """Whether a part's answers are there, and its masks."""
+        masks = [self.run.masks / self.masks[Path(path).name] for path in self.part(number)["path"]] if self.masks else []
+        return self.file(number).is_file() and all(path.is_file() for path in masks)
+
+    def prepare(self) -> None:
+        """Remove what another inference left: until this one is complete there is no result."""
+        if is_main():
+            self.run.test_probs(self.task).unlink(missing_ok=True)
+            for other in self.folder.parent.glob(f"task{self.task}-*"):
+                if other != self.folder:
+                    shutil.rmtree(other)
+            if self.task == "B" and not self.folder.is_dir():
+                for mask in self.run.masks.glob("*.npz"):
+                    mask.unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        wait_for_all()
+
+    def complete(self, model: CombinedModel, machine: Machine) -> None:
+        """Do those of this process's parts that are not done."""
+        missing = [number for number in range(len(self)) if not self.done(number)]
+        if 0 < len(missing) < len(self):
+            print(f"{len(self) - len(missing)} of {len(self)} shards are done already")
+        wait_for_all()  # all have seen the same before one of them writes
+        mine = missing[rank() :: world()]
+        if not mine:
+            return
+        rows = pd.concat([self.part(number) for number in mine])
+        answers = self._answers(rows, model, machine)
+        for number in mine:
+            part = pd.DataFrame(islice(answers, len(self.part(number))), columns=["path", "prob", "error"])
+            with whole(self.file(number)) as temporary:
+                part.astype({"error": "string"}).to_parquet(temporary)
+
+    def _answers(self, rows: pd.DataFrame, model: CombinedModel, machine: Machine) -> Iterator[dict[str, Any]]:
+        paths, params = rows["path"].tolist(), self.run.params
+        if self.task == "A":
+            for answer in predict_probabilities(model, rows, params, machine):
+                yield {"path": paths[answer.index], "prob": answer.prob, "error": answer.error}
+            return
+        for answer in predict_masks(model, rows, params, machine):
+            path = Path(paths[answer.index])
+            mask = np.zeros(_declared_size(path), np.float16) if answer.mask is None else answer.mask
+            save_mask(self.run.masks / self.masks[path.name], mask)
+            yield {"path": str(path), "prob": answer.prob, "error": answer.error}
+
+    def merged(self) -> pd.DataFrame:
+        """All answers in the order of the images.  Raises ``InferenceError`` where they are not exactly the images'."""
+        table = pd.concat([pd.read_parquet(self.file(number)) for number in range(len(self))], ignore_index=True)
+        if table["path"].tolist() != self.rows["path"].tolist():
+            raise InferenceError(
+                f"the shards in {self.folder} hold {len(table)} images, {self.run.test_folder(self.task)} holds "
+                f"{len(self.rows)}, and they differ; remove {self.folder} and infer again"
+            )
+        return table.astype({"error": object}).replace({"error": {pd.NA: None}})
+
+
+def _declared_size(path: Path) -> tuple[int, int]:
+    try:
+        header = read_header(path)
+        return header.height, header.width
+    except ImageError:
+        return 1, 1
+
+
+def mask_statistics(run: Run, results: pd.DataFrame) -> str:
+    """What the written masks are, in words: nbval compares text, not pictures."""
+    masks = [(path, load_mask(run.masks / f"{Path(path).stem}.npz")) for path in results.loc[results["error"].isna(), "path"]]
+    own_size = sum(mask.shape == (header.height, header.width) for path, mask in masks for header in [read_header(Path(path))])
+    in_range = sum(bool((mask >= 0).all() and (mask <= 1).all()) for _, mask in masks)
+    kinds = ", ".join(sorted({str(mask.dtype) for _, mask in masks}))
+    return f"{len(masks)} masks, {kinds}; {own_size} of their image's own size, {in_range} with all values in [0, 1]"
+
+
+def mask_names(paths: pd.Series | list[str]) -> dict[str, str]:
+    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` where two images would share one."""
+    names: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for path in map(Path, paths):
+        mask = f"{path.stem}.npz"
+        if mask in owner:
+            raise LayoutError(f"{owner[mask]} and {path.name} would both get the mask {mask}; rename one of them")
+        owner[mask] = path.name
+        names[path.name] = mask
+    return names

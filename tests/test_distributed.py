@@ -1,0 +1,193 @@
+"""Several processes on one machine, by torchrun's own engine, compared with one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+
+from forensics_lib.distributed import WorkerError, launch
+from forensics_lib.evaluation import evaluate
+from forensics_lib.files import project_root, read_json
+from forensics_lib.infer import infer
+from forensics_lib.manifest import build_manifest
+from forensics_lib.model import read_checkpoint
+from forensics_lib.params import Params
+from forensics_lib.runs import Run
+from forensics_lib.training import read_metrics, train
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+pytestmark = pytest.mark.slow
+
+
+def torchrun(home: Path, run: Run, *arguments: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")):
+    """Start ``python -m forensics_lib`` in several processes, with the parameters of ``run``."""
+    command = [*TORCHRUN, *options, "-m", "forensics_lib", *arguments, "--params", str(run.write_params())]
+    environment = os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1", "PYTHONPATH": str(project_root())}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def succeeded(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def run_in(home: Path, data: Path, **values) -> Run:
+    return Run(Params(**TINY | {"data_root": str(data)} | values), data)
+
+
+@pytest.fixture
+def homes(tmp_path, tiny_data, monkeypatch):
+    """Two places to work in, and what makes one of them the current one."""
+
+    def enter(name: str, **values) -> Run:
+        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
+        return run_in(tmp_path / name, tiny_data, **values)
+
+    return enter
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_two_processes_learn_what_one_does(task, homes, tmp_path):
+    values = {"ema": 0.0, "dropout": 0.0}  # every process draws its own dropout
+    one = homes("one", **values)
+    manifest = build_manifest(one, task)
+    metrics = train(one, task, manifest)
+    alone = evaluate(one, task, manifest)
+
+    two = homes("two", **values)
+    output = succeeded(torchrun(tmp_path / "two", two, "train", "--tasks", task))
+    assert "2 processes" in output
+    together = read_metrics(two, task)
+    columns = ["train_loss", "val_auc"] if task == "A" else ["val_auc", "val_iou"]
+    pd.testing.assert_frame_equal(together[columns], metrics[columns], atol=2e-3, rtol=2e-3)
+    weights = [read_checkpoint(run.finetuned_model(task))["model"] for run in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=2e-2)
+    probs = [pd.read_csv(run.val_probs(task)) for run in (one, two)]
+    assert probs[0]["image_id"].tolist() == probs[1]["image_id"].tolist()
+    assert len(read_json(two.folder / "run.json")[f"task{task}_validation"]) == len(alone.metrics)
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_scores_and_predictions_of_two_processes_are_those_of_one(task, homes, tmp_path):
+    """The same weights: validation scores, thresholds, probabilities and masks are equal to the last bit."""
+    run = homes("one", precision="bf16")
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    evaluate(run, task, manifest)
+    infer(run, task)
+    kept = {path: path.read_bytes() for path in result_files(run, task)}
+    scores = read_json(run.folder / "run.json")[f"task{task}_validation"]
+    assert len(kept) == 3 + (4 if task == "B" else 0)
+    for path in kept:
+        path.unlink()
+    for shard in (run.folder / "shards").rglob("*.parquet"):
+        shard.unlink()
+    succeeded(torchrun(tmp_path / "one", run, "train", "--tasks", task))  # finished: nothing is trained anew
+    succeeded(torchrun(tmp_path / "one", run, "infer", "--tasks", task))
+    assert read_json(run.folder / "run.json")[f"task{task}_validation"] == scores
+    assert {path: path.read_bytes() for path in result_files(run, task)} == kept
+
+
+def result_files(run: Run, task: str) -> list[Path]:
+    return [run.val_probs(task), run.thresholds, run.test_probs(task), *sorted(run.masks.glob("*.npz"))]
+
+
+def test_training_goes_on_with_another_number_of_processes(homes, tmp_path):
+    run = homes("home", epochs_finetune=2)
+    first = torchrun(tmp_path / "home", run, "train", "--tasks", "A")
+    wait_until(lambda: len(read_metrics(run, "A")) >= 1 and list(run.folder.rglob("*state.pt")))
+    stop(first)
+    before = read_metrics(run, "A")
+    assert len(train(run, "A", build_manifest(run, "A"))) == 3
+    pd.testing.assert_frame_equal(read_metrics(run, "A").iloc[: len(before)], before)
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Kill torchrun with all its workers, as a machine that goes down does."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_worker_killed_during_inference_loses_and_doubles_nothing(homes, tmp_path, tiny_data, rng):
+    for number in range(120):
+        (tiny_data / "test" / "taskA" / f"c{number:03d}.jpg").write_bytes(
+            (tiny_data / "test" / "taskA" / "a0.jpg").read_bytes()
+        )
+    run = homes("home")
+    manifest = build_manifest(run, "A")
+    train(run, "A", manifest)
+    evaluate(run, "A", manifest)
+    expected = infer(run, "A")
+    shards = next((run.folder / "shards").iterdir())
+    run.test_probs("A").unlink()
+    for shard in shards.iterdir():
+        shard.unlink()
+
+    first = torchrun(tmp_path / "home", run, "infer", "--tasks", "A")
+    wait_until(lambda: list(shards.glob("0*.parquet")))
+    worker = next(pid for pid in children(first.pid) if b"forensics_lib" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    output, _ = first.communicate(timeout=120)
+    done = {path: path.stat().st_mtime_ns for path in shards.glob("0*.parquet")}
+    if first.returncode == 0:
+        pytest.skip("the inference ended before its worker was killed")
+    assert not run.test_probs("A").exists(), output
+
+    succeeded(torchrun(tmp_path / "home", run, "infer", "--tasks", "A"))
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    written = pd.read_csv(run.test_probs("A"))
+    assert written["image_id"].tolist() == expected["image_id"].tolist()
+    assert (written["prob"].round(6) == expected["prob"].round(6)).all()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_two_nodes_meet(homes, tmp_path):
+    """Two agents with one process each, as on two machines that see the same files."""
+    run = homes("home")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=meeting")
+    nodes = [torchrun(tmp_path / "home", run, "train", "--tasks", "A", options=options) for _ in range(2)]
+    outputs = [succeeded(node) for node in nodes]
+    assert sum("2 processes" in output for output in outputs) == 1
+    assert run.val_probs("A").is_file()
+
+
+def test_a_notebook_hands_the_work_to_processes(homes, capfd):
+    run = homes("home", processes=2)
+    manifest = build_manifest(run, "A")
+    metrics = train(run, "A", manifest)
+    assert len(metrics) == 2
+    evaluate(run, "A", manifest)
+    assert len(infer(run, "A")) == 4
+    printed = capfd.readouterr().out
+    assert "2 processes" in printed
+    assert "finetune 1/1" in printed
+
+
+def test_a_failed_process_says_why(homes):
+    with pytest.raises(WorkerError, match=r"nowhere\.yaml"):
+        launch(2, "train", "--params", "nowhere.yaml")
