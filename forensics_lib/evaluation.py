@@ -129,7 +129,8 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     evaluation.intervals = _intervals(labels, probs, threshold)
     evaluation.intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs)
     if task == "B":
-        evaluation.intervals |= localization_intervals(result.histograms[result.good()], thresholds["loc_threshold"])
+        histograms, called = result.histograms[result.good()], probs >= threshold
+        evaluation.intervals |= localization_intervals(histograms, thresholds["loc_threshold"], called)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     _store(run, task, evaluation, problems(manifest))
     wait_for_all()
@@ -157,7 +158,8 @@ def _without_overlap(
         return None
     scores = image_metrics(alone["label"].to_numpy(int), alone["prob"].to_numpy(), thresholds["threshold"])
     if task == "B":
-        scores |= localization_metrics(result.histograms[result.good()][~elsewhere], thresholds["loc_threshold"])
+        histograms, called = result.histograms[result.good()][~elsewhere], alone["prob"].to_numpy() >= thresholds["threshold"]
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
     return scores | {"images": len(alone)}
 
 
@@ -197,11 +199,12 @@ def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dic
     scores = image_metrics(table["label"].to_numpy(int), table["prob"].to_numpy(), thresholds["threshold"])
     if task == "B":
         histograms = result.histograms[result.good()]
-        pixels = pixel_table(histograms, thresholds["loc_threshold"])
-        for column in ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
+        called = table["prob"].to_numpy() >= thresholds["threshold"]
+        pixels = pixel_table(histograms, thresholds["loc_threshold"], called)
+        for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
             table[column] = pixels[column]
         table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"])
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
     return scores
 
 

@@ -188,44 +188,53 @@ def pixel_ap(histograms: np.ndarray) -> np.ndarray:
     return np.divide((precision * manipulated).sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def pixel_table(histograms: np.ndarray, loc_threshold: float) -> pd.DataFrame:
+def pixel_table(histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None) -> pd.DataFrame:
     """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (a multiple of 1/256), and threshold-free ones.
 
-    ``best_pixel_f1`` is F1 at the image's own best threshold, ``truth`` the share of manipulated pixels.
+    ``best_pixel_f1`` is F1 at the image's own best threshold, ``truth`` the share of manipulated pixels.  ``called`` (N,)
+    bool says which images are called manipulated: ``submitted_iou`` and ``submitted_flagged`` are then of masks that are
+    empty for the others.
     """
     column = round(loc_threshold * BINS)
     iou, f1, flagged = pixel_curves(histograms)
     facts = {"iou": iou[:, column], "pixel_f1": f1[:, column], "flagged": flagged[:, column], "best_pixel_f1": f1.max(1)}
     facts |= {"pixel_auc": pixel_auc(histograms), "pixel_ap": pixel_ap(histograms)}
-    return pd.DataFrame(facts | {"truth": histograms[:, 1].sum(1) / histograms.sum((1, 2))})
+    truth = histograms[:, 1].sum(1) / histograms.sum((1, 2))
+    if called is not None:
+        facts |= {"submitted_iou": np.where(called, facts["iou"], truth == 0), "submitted_flagged": facts["flagged"] * called}
+    return pd.DataFrame(facts | {"truth": truth})
 
 
-def localization_metrics(histograms: np.ndarray, loc_threshold: float) -> dict[str, float]:
+def localization_metrics(histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None) -> dict[str, float]:
     """Mean pixel scores, named by their convention; IoU, F1 and flagged shares are at ``loc_threshold``.
 
     ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
     ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
-    more than 1% of their pixels at or above the threshold.
+    more than 1% of their pixels at or above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
+    images that are not ``called`` manipulated are empty.
     """
-    return _localization_means(pixel_table(histograms, loc_threshold)) | {"loc_threshold": loc_threshold}
+    return _localization_means(pixel_table(histograms, loc_threshold, called)) | {"loc_threshold": loc_threshold}
 
 
 def _localization_means(table: pd.DataFrame) -> dict[str, float]:
     manipulated, authentic = table[table["truth"] > 0], table[table["truth"] == 0]
     scores = ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "pixel_ap")
     means = {f"{score}_manipulated": float(manipulated[score].mean()) for score in scores}
-    flagged = float((authentic["flagged"] > FLAGGED).mean()) if len(authentic) else math.nan
-    return means | {"iou_all": float(table["iou"].mean()), "flagged_authentic": flagged}
+    for kind in ("", "submitted_") if "submitted_iou" in table else ("",):
+        flagged = float((authentic[f"{kind}flagged"] > FLAGGED).mean()) if len(authentic) else math.nan
+        means |= {f"{kind}iou_manipulated": float(manipulated[f"{kind}iou"].mean())}
+        means |= {f"{kind}iou_all": float(table[f"{kind}iou"].mean()), f"{kind}flagged_authentic": flagged}
+    return means
 
 
 def localization_intervals(
-    histograms: np.ndarray, loc_threshold: float, rounds: int = 300, seed: int = 0
+    histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None, rounds: int = 300, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """95% intervals of ``localization_metrics``, by bootstrap over images within each class.
 
     That of ``loc_threshold`` is of the threshold chosen anew on every draw.
     """
-    table, iou = pixel_table(histograms, loc_threshold), pixel_curves(histograms)[0]
+    table, iou = pixel_table(histograms, loc_threshold, called), pixel_curves(histograms)[0]
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero((table["truth"] > 0) == manipulated) for manipulated in (False, True)]
     lines = []

@@ -43,6 +43,9 @@ METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
     "pixel_auc_manipulated": "mean pixel AUC over manipulated images",
     "pixel_ap_manipulated": "mean pixel average precision over manipulated images",
     "iou_all": "mean IoU over all images (empty against empty = 1)",
+    "submitted_iou_manipulated": "mean IoU over manipulated images, as submitted (empty where called authentic)",
+    "submitted_iou_all": "mean IoU over all images, as submitted",
+    "submitted_flagged_authentic": "authentic images with over 1% of pixels flagged, as submitted",
     "flagged_authentic": "authentic images with over 1% of pixels flagged",
     "loc_threshold": "localization threshold",
 }

@@ -60,7 +60,8 @@ def robustness(
 ) -> pd.DataFrame:
     """Scores at the stored ``thresholds`` after each change; the first row is of unchanged images.
 
-    Columns: change, strength, auc, f1, fpr, for Task B iou (mean over manipulated images) and flagged_authentic, images.
+    Columns: change, strength, auc, f1, fpr, for Task B iou and submitted_iou (means over manipulated images; see
+    ``metrics.localization_metrics``) and submitted_flagged_authentic, images.
     """
     steps: list[Change | None] = [None]
     steps += [Change(name, strength) for name, strengths in (sweep or SWEEP).items() for strength in strengths]
@@ -74,7 +75,9 @@ def robustness(
         scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
         facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
         if task == "B":
-            pixels = localization_metrics(result.histograms[good], thresholds["loc_threshold"])
-            facts |= {"iou": pixels["iou_manipulated"], "flagged_authentic": pixels["flagged_authentic"]}
+            called = probs >= thresholds["threshold"]
+            pixels = localization_metrics(result.histograms[good], thresholds["loc_threshold"], called)
+            facts |= {"iou": pixels["iou_manipulated"], "submitted_iou": pixels["submitted_iou_manipulated"]}
+            facts |= {"submitted_flagged_authentic": pixels["submitted_flagged_authentic"]}
         lines.append({"change": name, "strength": strength, **facts, "images": int(good.sum())})
     return pd.DataFrame(lines)

@@ -21,6 +21,7 @@ from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import whole
 from forensics_lib.images import ImageError, read_header
 from forensics_lib.infer import mask_names
+from forensics_lib.inference import MASK_KEY, load_mask
 from forensics_lib.layouts import read_test
 from forensics_lib.metrics import DECIMALS
 from forensics_lib.progress import progress
@@ -49,6 +50,8 @@ class Validation:
     notes: list[str] = field(default_factory=list)  # not faults, but worth knowing
     rows: int = 0
     masks: int = 0
+    authentic: set[str] = field(default_factory=set)  # the images whose label is 0
+    marked: list[str] = field(default_factory=list)  # those of them whose masks are not empty
 
     @property
     def valid(self) -> bool:
@@ -85,7 +88,10 @@ def scores_path(run: Run) -> Path:
 
 
 def build_submission(run: Run, task: str) -> Validation:
-    """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``."""
+    """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``.
+
+    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.
+    """
     target = archive_path(run, task)
     table = submission_table(run, task)
     text = table.to_csv(index=False, float_format=f"%.{DECIMALS}f")
@@ -122,11 +128,20 @@ def _write_zip(run: Run, task: str, path: Path, text: str, csv_name: str, table:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(zipfile.ZipInfo(csv_name, _EPOCH), text, zipfile.ZIP_DEFLATED)
         if task == "B":
-            for name in progress(list(mask_names(table["image_id"]).values()), "archive"):
+            names = mask_names(table["image_id"]).values()
+            for name, label in progress(list(zip(names, table["label"], strict=True)), "archive"):
                 mask = run.masks / name
                 if not mask.is_file():
                     raise FileNotFoundError(f"no mask {mask}; run 04_infer of this run again")
-                archive.writestr(zipfile.ZipInfo(name, _EPOCH), mask.read_bytes(), zipfile.ZIP_STORED)
+                content = mask.read_bytes() if label else _empty_like(mask)
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_STORED)
+
+
+def _empty_like(mask: Path) -> bytes:
+    """An all-zero mask file of the size of another."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{MASK_KEY: np.zeros_like(load_mask(mask))})
+    return buffer.getvalue()
 
 
 # ---- Validation ------------------------------------------------------------------------------------------------------
@@ -158,6 +173,11 @@ def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
             result.faults += [f"{info.filename}: does not belong in the archive" for info in others]
         else:
             _check_masks(archive, others, images, result)
+    if result.marked:
+        result.notes.append(
+            f"{len(result.marked)} image(s) with label 0 have masks that are not all zero, such as {result.marked[0]}; "
+            "the challenge asks for zeros where nothing is detected"
+        )
     return result
 
 
@@ -198,6 +218,7 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
             result.faults.append(f"{name} row {number}: {len(row)} fields; expected {len(header)}")
             continue
         seen[row[0]] += 1
+        result.authentic |= {row[0]} if row[2] == "0" else set()
         result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in _row_faults(row)]
         if row[0] not in images:
             result.faults.append(f"{name} row {number} ({row[0]}): extra, no such test image")
@@ -256,6 +277,8 @@ def _mask_faults(content: bytes, image: Path, result: Validation) -> list[str]:
         return [f"{mask.dtype} array of shape {mask.shape}; expected float16 of shape (H, W)"]
     if not (np.isfinite(mask).all() and mask.min(initial=0) >= 0 and mask.max(initial=0) <= 1):
         return ["values outside [0, 1] or not finite"]
+    if image.name in result.authentic and mask.any():
+        result.marked.append(image.name)
     try:
         header = read_header(image)
     except ImageError as error:

@@ -17,6 +17,7 @@ import bench_localization
 
 def made_run(iou: float, **values) -> dict:
     keys = ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "iou_all", "f1", "auc", "iou_sp", "iou_fr")
+    keys += tuple(f"submitted_{key}" for key in ("iou", "iou_all", "iou_sp", "iou_fr", "flagged_authentic"))
     split = dict.fromkeys(keys, iou) | {"flagged_authentic": 0.3, "fpr": 0.1, "by_method": {"paste": iou}}
     facts = {"recipe": "ours", "seed": 0, "label": "", "settings": {}, "seconds": 500.0, "machine": "m", "torch": "t"}
     return facts | dict.fromkeys(("val", "simulated", "test"), split) | {"real": split | {"iou_fr": None}} | values
@@ -67,6 +68,7 @@ def test_scores_of_a_set_tell_kinds_and_methods_apart():
     assert (found["iou_sp"], found["iou_fr"], found["iou"]) == (1.0, 0.5, 0.75)
     assert found["by_method"] == {"a": 1.0, "b": 0.5}
     assert (found["f1"], found["flagged_authentic"]) == (1.0, 0.0)
+    assert found["submitted_iou_all"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-4)
     spliced = bench_localization.scored(rows[:2], np.array([0.1, 0.9]), histograms[:2], thresholds)
     assert spliced["iou_fr"] is None
 

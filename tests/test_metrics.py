@@ -112,6 +112,17 @@ def test_localization_conventions():
     histograms[1] = pixel_histogram(np.full((10, 10), 0.9), np.zeros((10, 10), bool))
     scores = localization_metrics(histograms, 0.5)
     assert (scores["iou_manipulated"], scores["iou_all"], scores["flagged_authentic"]) == (1, 0.5, 1)
+    assert "submitted_iou_all" not in scores
+
+
+def test_what_is_submitted_is_empty_where_an_image_is_called_authentic():
+    truth = np.zeros((4, 10, 10), bool)
+    truth[:2, :5] = True
+    histograms = np.stack([pixel_histogram(np.where(truth[0], 0.9, 0.1), mask) for mask in truth])
+    scores = localization_metrics(histograms, 0.5, called=np.array([True, False, True, False]))
+    assert (scores["iou_manipulated"], scores["submitted_iou_manipulated"]) == (1, 0.5)
+    assert (scores["iou_all"], scores["submitted_iou_all"]) == (0.5, 0.5)
+    assert (scores["flagged_authentic"], scores["submitted_flagged_authentic"]) == (1, 0.5)
 
 
 def test_threshold_free_pixel_scores_agree_with_sklearn(rng):

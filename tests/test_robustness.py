@@ -63,5 +63,5 @@ def test_the_truth_goes_with_images_that_are_scaled(tiny_run):
     assert table["images"].tolist() == [len(rows)] * 2
     whole, half = (module.predict(model, "B", rows, params, machine, c).histograms for c in (None, Change("shrunk", 0.5)))
     assert half[:, 1].sum() == pytest.approx(whole[:, 1].sum() / 4, rel=0.05)
-    assert {"iou", "flagged_authentic"} <= set(table.columns)
+    assert {"iou", "submitted_iou", "submitted_flagged_authentic"} <= set(table.columns)
     robustness_curves(table, "B").canvas.draw()

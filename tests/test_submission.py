@@ -8,7 +8,7 @@ import pytest
 from conftest import picture, save
 
 from forensics_lib.files import update_json, write_csv
-from forensics_lib.inference import save_mask
+from forensics_lib.inference import load_mask, save_mask
 from forensics_lib.runs import Run
 from forensics_lib.submission import SubmissionError, archive_path, build_submission, scores_path, validate_submission
 
@@ -71,9 +71,15 @@ def test_localization_archive(finished):
     with zipfile.ZipFile(result.path) as archive:
         assert archive.namelist() == ["scores.csv", "a.npz", "b.npz"]
         text = archive.read("scores.csv").decode()
-        with np.load(io.BytesIO(archive.read("b.npz"))) as content:
-            assert content["arr_0"].shape == (31, 17)
-            assert content["arr_0"].dtype == np.float16
+        masks = {}
+        for name in ("a", "b"):
+            with np.load(io.BytesIO(archive.read(f"{name}.npz"))) as content:
+                masks[name] = content["arr_0"]
+    assert np.array_equal(masks["a"], load_mask(finished.masks / "a.npz"))
+    assert masks["b"].shape == (31, 17)
+    assert masks["b"].dtype == np.float16
+    assert not masks["b"].any()  # called authentic: nothing is detected there
+    assert load_mask(finished.masks / "b.npz").any()
     assert text.startswith("image_id,prob,label,threshold,loc_threshold\n")
     assert scores_path(finished).name == "scores.csv"
     assert scores_path(finished).read_text() == text
@@ -195,6 +201,16 @@ def test_extra_masks_and_duplicate_members(finished):
     faults = validate_submission(path, "B", finished.test_folder("B")).faults
     assert any("extra.npz: extra" in fault for fault in faults)
     assert any("a.npz: 2 times" in fault for fault in faults)
+
+
+def test_masks_of_images_called_authentic_are_noted(finished):
+    archive = build_submission(finished, "B").path
+    assert not validate_submission(archive, "B", finished.test_folder("B")).notes
+    changed = rewritten(archive, lambda members: members | {"b.npz": npz(np.full((31, 17), 0.5, np.float16))})
+    result = validate_submission(changed, "B", finished.test_folder("B"))
+    assert result.valid
+    assert "1 image(s) with label 0" in result.notes[0]
+    assert "b.png" in result.notes[0]
 
 
 def test_a_file_that_is_no_zip(finished, tmp_path):
