@@ -1,0 +1,390 @@
+"""How much of the machine's speed the pipeline keeps: ratios against ceilings and peers measured in the same run.
+
+    python tests/benchmarks/bench_speed.py run [--device cpu] [--images 64] [--repeats 5] [--only classify ...]
+    python tests/benchmarks/bench_speed.py report
+
+``classify``  Task A, file to probability, ConvNeXt-B on one crop of 224 pixels: against the same batches already in
+              memory, against a plain loop (open, resize, one image at a time, fp32), and against timm's own loader
+``localize``  Task B, file to written mask at the image's own size: against the same tiles already in memory; peak memory of
+              images of 24 and 100 megapixels
+``train``     both tasks, samples per second with degradations and two loader processes: against the same batches in memory
+``decode``    a crop out of JPEGs of 12 and 24 megapixels: against Pillow's full decoding and a crop
+``grow``      time and memory over 1, 10 and 100 times the images, and over 1 to 100 megapixels
+
+Repeats are interleaved and medians taken.  The pictures are those of the corpus (``FORENSICS_CORPUS``, default
+``../shared/corpus``), enlarged where large ones are wanted; weights are random, which changes no speed.  ``run`` leaves
+``build/performance/<device>-<part>.json``; ``report`` gathers them in ``docs/performance.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from bench_quality import CORPUS, markdown
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+
+from forensics_lib.datasets import InferenceImages, epoch_order, training_loader
+from forensics_lib.files import project_root, read_json, write_json, write_text
+from forensics_lib.images import read_image
+from forensics_lib.inference import predict_mask, predict_masks, predict_probabilities, save_mask
+from forensics_lib.machine import Machine, choose_machine
+from forensics_lib.manifest import indexed, usable
+from forensics_lib.model import CombinedModel, build_model
+from forensics_lib.params import DataSet, Params
+from forensics_lib.runs import Run
+from forensics_lib.training import Fit, _loss, _optimizer, _schedule, _train_epoch, training_crops
+
+BUILD, DOCS = project_root() / "build" / "performance", project_root() / "docs"
+PARTS = ("classify", "localize", "train", "decode", "grow")
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] += [time.perf_counter() - started] if number else []
+            print(f"  {name}: {time.perf_counter() - started:.2f} s", flush=True)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def photographs(count: int) -> list[Path]:
+    """JPEG and PNG files of the corpus, of mixed sizes."""
+    paths = sorted(path for path in (CORPUS / "dataset" / "train").rglob("*.*") if path.suffix.lower() in (".jpg", ".png"))
+    if not paths:
+        raise SystemExit(f"no pictures in {CORPUS}; set FORENSICS_CORPUS")
+    return [paths[index] for index in np.random.default_rng(0).permutation(len(paths))[:count]]
+
+
+def large_picture(folder: Path, megapixels: float, number: int = 0) -> Path:
+    """A JPEG of that many megapixels: a photograph of the corpus, enlarged, with a little noise so that it has detail."""
+    target = folder / f"{megapixels:g}-{number}.jpg"
+    if not target.is_file():
+        width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
+        image = Image.open(photographs(50)[number]).convert("RGB").resize((width, width * 3 // 4), Image.Resampling.BICUBIC)
+        noise = np.random.default_rng(number).integers(-6, 7, (image.height, image.width, 1), np.int16)
+        Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8)).save(target, quality=90)
+    return target
+
+
+def table_of(paths: list[Path]) -> pd.DataFrame:
+    return pd.DataFrame({"path": [str(path) for path in paths]})
+
+
+def quiet(results: Iterator[Any]) -> list[Any]:
+    return list(results)
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def in_memory(model: CombinedModel, batches: list[torch.Tensor], machine: Machine) -> None:
+    for batch in batches:
+        with machine.autocast():
+            model(machine.to_device(batch)).logits.float().cpu()
+
+
+def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    machine, paths = choose_machine(params), photographs(images)
+    params = params.model_copy(update={"crops_per_image": 1})
+    model = build_model(params, "A").to(machine.device, memory_format=torch.channels_last).eval()
+    size = machine.images_at_once(params.crop_size**2)
+    dataset = InferenceImages(table_of(paths), crop_size=params.crop_size, crops=1)
+    crops = [dataset[index]["crops"][0] for index in range(len(paths))]
+    batches = [torch.stack(crops[start : start + size]) for start in range(0, len(crops), size)]
+    plain = build_model(params, "A").to(machine.device).eval()
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for path in paths:
+            image = Image.open(path).convert("RGB").resize((params.crop_size, params.crop_size))
+            x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().to(machine.device) / 255
+            plain(x).logits.softmax(1).cpu()
+
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            target = Path(folder) / "class" / f"{path.parent.name}-{path.name}"
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(path.resolve())
+
+        @torch.no_grad()
+        def by_timm() -> None:
+            loader = create_loader(ImageDataset(folder), (3, params.crop_size, params.crop_size), size, num_workers=2,
+                                   use_prefetcher=False, persistent_workers=False)  # fmt: skip
+            for x, _ in loader:
+                plain(x.to(machine.device)).logits.softmax(1).cpu()
+
+        ways = {
+            "ours": lambda: quiet(predict_probabilities(model, table_of(paths), params, machine)),
+            "ceiling": lambda: in_memory(model, batches, machine),
+            "plain loop": one_by_one,
+            "timm": by_timm,
+        }
+        seconds = interleaved(ways, repeats)
+    facts = {f"{name}, images/s": len(paths) / value for name, value in seconds.items()}
+    facts |= {"share of the ceiling": seconds["ceiling"] / seconds["ours"]}
+    return facts | {
+        "times the plain loop": seconds["plain loop"] / seconds["ours"],
+        "times timm's loader and loop": seconds["timm"] / seconds["ours"],
+    }
+
+
+def localize(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    machine = choose_machine(params)
+    model = build_model(params, "B").to(machine.device, memory_format=torch.channels_last).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [large_picture(Path(folder), 1.5 + number % 3, number) for number in range(max(2, images // 16))]
+        seen: list[torch.Tensor] = []
+        spy = machine.to_device
+        object.__setattr__(machine, "to_device", lambda x: (seen.append(x), spy(x))[1])  # what goes through the model
+        pixels = sum(mask.size for mask in (predict_mask(model, read_image(path), params, machine)[1] for path in paths))
+        object.__setattr__(machine, "to_device", spy)
+
+        def ours() -> None:
+            for found in predict_masks(model, table_of(paths), params, machine):
+                save_mask(Path(folder) / "mask.npz", found.mask)
+
+        seconds = interleaved({"ours": ours, "ceiling": lambda: in_memory(model, seen, machine)}, repeats)
+        facts = {f"{name}, megapixels/s": pixels / 1e6 / value for name, value in seconds.items()}
+        facts["share of the ceiling"] = seconds["ceiling"] / seconds["ours"]
+        for megapixels in (24, 100):
+            found = alone(MEMORY, str(large_picture(Path(folder), megapixels)), params.backbone, params.device)
+            facts[f"peak memory above the model, {megapixels} megapixels, GB"] = found["peak_gb"]
+    return facts
+
+
+# Peak resident memory of one mask, file to mask, above what the process holds with the model loaded and used once
+MEMORY = """
+import json, sys
+from pathlib import Path
+import numpy as np, pandas as pd
+from forensics_lib.inference import predict_mask, predict_masks, save_mask
+from forensics_lib.machine import choose_machine
+from forensics_lib.model import build_model
+from forensics_lib.params import Params
+
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e6
+
+params = Params(backbone=sys.argv[2], device=sys.argv[3], pretrained=False, workers=0)
+machine = choose_machine(params)
+model = build_model(params, "B").to(machine.device).eval()
+predict_mask(model, np.zeros((600, 600, 3), np.uint8), params, machine)
+before = held("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # peaks are counted from here on
+(found,) = predict_masks(model, pd.DataFrame({"path": [sys.argv[1]]}), params, machine)
+save_mask(Path(sys.argv[1]).with_suffix(".npz"), found.mask)
+print(json.dumps({"peak_gb": held("VmHWM") - before, "megapixels": found.mask.size / 1e6}))
+"""
+
+
+def alone(code: str, *arguments: str) -> dict[str, Any]:
+    """What ``code`` prints as its last line, JSON, in a process of its own."""
+    environment = os.environ | {"FORENSICS_HEADLESS": "1"}
+    done = subprocess.run(  # noqa: S603 (own code)
+        [sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for task, root, layout in (("A", "dataset", "own"), ("B", "dataset_taskB/TGIF", "tgif")):
+        rows = usable(indexed(DataSet(root=str(CORPUS / root), layout=layout)), "train")
+        rows = rows.sample(min(len(rows), images), random_state=0).reset_index(drop=True)
+        used = params.model_copy(update={"workers": 2, "ema": 0.0})
+        machine = choose_machine(used)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["FORENSICS_HOME"] = folder
+            model = build_model(used, task).to(machine.device)
+            model.freeze_backbone(used.finetune_stages)
+            fit = Fit(Run(used, CORPUS), task, model, machine, rows, rows, equalize=True)
+            optimizer = _optimizer(model, used.lr_finetune, used)
+            schedule = _schedule(optimizer, 1000, 0.1)
+            order = epoch_order(rows["label"].to_numpy(int), 0, 0)
+            parts = np.array_split(order, -(-len(order) // used.batch_size))
+            batches = list(training_loader(training_crops(rows, task, used, equalize=True, seed=0), parts, 2))
+
+            def learn(fit: Fit = fit, batches: list = batches, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                fit.model.train()
+                for batch in batches:
+                    loss = _loss(fit, batch, None)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    loss.item()
+
+            ways = {
+                "ours": lambda fit=fit, o=optimizer, s=schedule: _train_epoch(fit, "finetune", 0, o, s, None),
+                "ceiling": learn,
+            }
+            seconds = interleaved(ways, repeats)
+            del os.environ["FORENSICS_HOME"]
+        facts |= {f"Task {task}: {name}, samples/s": len(rows) / value for name, value in seconds.items()}
+        facts[f"Task {task}: share of the ceiling"] = seconds["ceiling"] / seconds["ours"]
+    return facts
+
+
+def decode(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for megapixels in (12, 24):
+            paths = [large_picture(Path(folder), megapixels, number) for number in range(4)]
+
+            def by_pillow(paths: list[Path] = paths) -> None:
+                for path in paths:
+                    np.asarray(Image.open(path).convert("RGB").crop((1000, 1000, 1224, 1224)))
+
+            def ours(paths: list[Path] = paths) -> None:
+                for path in paths:
+                    np.ascontiguousarray(read_image(path)[1000:1224, 1000:1224])
+
+            seconds = interleaved({"ours": ours, "Pillow": by_pillow}, repeats)
+            facts |= {f"{megapixels} megapixels: {name}, crops/s": len(paths) / value for name, value in seconds.items()}
+            facts[f"{megapixels} megapixels: times Pillow"] = seconds["Pillow"] / seconds["ours"]
+    return facts
+
+
+# Seconds and peak memory of Task A over a number of files, with the laptop's backbone
+GROWTH = """
+import json, resource, sys, time
+import pandas as pd
+from forensics_lib.inference import predict_probabilities
+from forensics_lib.machine import choose_machine
+from forensics_lib.model import build_model
+from forensics_lib.params import Params
+params = Params(backbone="tf_efficientnet_lite0", device=sys.argv[3], pretrained=False, crops_per_image=2)
+machine, paths, count = choose_machine(params), json.load(open(sys.argv[1])), int(sys.argv[2])
+model = build_model(params, "A")
+rows = pd.DataFrame({"path": (paths * (count // len(paths) + 1))[:count]})
+list(predict_probabilities(model, rows.head(40), params, machine))
+started = time.perf_counter()
+list(predict_probabilities(model, rows, params, machine))
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+"""
+
+
+def grow(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "paths.json"
+        listing.write_text(json.dumps([str(path) for path in photographs(200)]))
+        for count in (40, 400, 4000):
+            found = [alone(GROWTH, str(listing), str(count), params.device) for _ in range(repeats if count < 4000 else 1)]
+            facts[f"{count} images: ms/image"] = statistics.median(one["seconds"] for one in found) / count * 1e3
+            facts[f"{count} images: peak memory, GB"] = max(one["peak_gb"] for one in found)
+        small = params.model_copy(update={"backbone": "tf_efficientnet_lite0", "decoder_channels": 64})
+        machine = choose_machine(small)
+        model = build_model(small, "B").to(machine.device, memory_format=torch.channels_last).eval()
+        for megapixels in (1, 10, 100):
+            path = large_picture(Path(folder), megapixels)
+            image = read_image(path)
+            ways = {f"{megapixels} megapixels": lambda image=image: predict_mask(model, image, small, machine)}
+            (seconds,) = interleaved(ways, repeats if megapixels < 100 else 1).values()
+            facts[f"{megapixels} megapixels: s/megapixel"] = seconds / (image.shape[0] * image.shape[1] / 1e6)
+            found = alone(MEMORY, str(path), small.backbone, params.device)
+            facts[f"{megapixels} megapixels: peak memory above the model, GB"] = found["peak_gb"]
+    return facts
+
+
+# ---- Report ------------------------------------------------------------------------------------------------------------
+
+TARGETS = [
+    ("classify", "share of the ceiling", "at least", 0.85),
+    ("classify", "times the plain loop", "at least", 5.0),
+    ("classify", "times timm's loader and loop", "at least", 2.5),
+    ("localize", "share of the ceiling", "at least", 0.85),
+    ("localize", "peak memory above the model, 24 megapixels, GB", "at most", 1.0),
+    ("localize", "peak memory above the model, 100 megapixels, GB", "at most", 1.5),
+    ("train", "Task A: share of the ceiling", "at least", 0.85),
+    ("train", "Task B: share of the ceiling", "at least", 0.85),
+]
+
+
+def report() -> None:
+    known = read_json(DOCS / "performance.json") | {path.stem: read_json(path) for path in sorted(BUILD.glob("*.json"))}
+    write_json(DOCS / "performance.json", known)
+    parts = [_HEAD]
+    for device in sorted({facts["device"] for facts in known.values()}):
+        mine = {facts["part"]: facts for facts in known.values() if facts["device"] == device}
+        parts.append(f"\n## On {device}: {', '.join(sorted({facts['machine'] for facts in mine.values()}))}\n")
+        rows = []
+        for part, name, bound, limit in TARGETS:
+            if part in mine:
+                value = mine[part]["figures"][name]
+                met = value >= limit if bound == "at least" else value <= limit
+                rows.append([part, name, f"{bound} {limit:g}", f"{value:.2f}", "met" if met else "MISSED"])
+        parts.append(markdown(pd.DataFrame(rows, columns=["part", "figure", "wanted", "measured", ""])))
+        for part in PARTS:
+            if part in mine:
+                figures = [[name, f"{value:.3g}"] for name, value in mine[part]["figures"].items()]
+                parts.append(f"\n### {part}\n\n`{mine[part]['command']}`\n")
+                parts.append(markdown(pd.DataFrame(figures, columns=["figure", "measured"])))
+    write_text(DOCS / "performance.md", "\n".join(parts) + "\n")
+    print(f"wrote {DOCS / 'performance.md'}")
+
+
+_HEAD = """# Speed and memory
+
+Made by `make bench`; [performance.json](performance.json) has the numbers. Ratios compare ways that took turns in one
+process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
+found. What each part measures is said in `tests/benchmarks/bench_speed.py`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--backbone", default="convnext_base")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    if options.command == "report":
+        report()
+        return
+    os.environ["FORENSICS_HEADLESS"] = "1"
+    params = Params(backbone=options.backbone, pretrained=False, device=options.device, batch_size=16)
+    for part in options.only:
+        print(f"=== {part}", flush=True)
+        figures = globals()[part](params, options.images, options.repeats)
+        facts = {"part": part, "device": options.device, "machine": f"{choose_machine(params)}, {platform.machine()}, {cpu()}"}
+        facts |= {"versions": f"torch {torch.__version__}, timm {timm.__version__}", "backbone": options.backbone}
+        facts |= {"command": f"python tests/benchmarks/bench_speed.py {' '.join(sys.argv[1:])}"}
+        write_json(BUILD / f"{options.device}-{part}.json", facts | {"figures": figures})
+        print("\n".join(f"    {name}: {value:.3g}" for name, value in figures.items()), flush=True)
+
+
+def cpu() -> str:
+    """The processor's name and how many cores may be used."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
