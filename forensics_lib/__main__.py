@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.do(options)
+    except KeyboardInterrupt as stopped:
+        print(stopped or "stopped: the same command goes on", file=sys.stderr)
+        return 130
     except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -87,13 +87,13 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def total(value: int) -> int:
-    """The sum of every process's ``value``."""
+def totals(*values: int) -> list[int]:
+    """The sum of every process's value, of each of them."""
     if not dist.is_initialized():
-        return value
-    number = torch.tensor(value)
-    dist.all_reduce(number)
-    return int(number)
+        return list(values)
+    numbers = torch.tensor(values)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def as_one(model: nn.Module) -> None:

@@ -63,7 +63,7 @@ class SegmentationBranch(nn.Module):
         self.fuse = _conv(channels * len(stage_channels), channels)
         self.shallow = None
         if residual_branch:
-            self.shallow = nn.Sequential(NoiseResidual(), _conv(9, fine), _conv(fine, fine, stride=2), _conv(fine, fine))
+            self.shallow = nn.Sequential(NoiseResidual(), _conv(9, fine, stride=2), _conv(fine, fine))
         self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
         nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
 
@@ -128,6 +128,7 @@ class CombinedModel(nn.Module):
         self.segmentation = None
         if task == "B":
             self.segmentation = SegmentationBranch(stage_channels, decoder_channels, residual_branch=residual_branch)
+        _learn_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.norm = nn.LayerNorm(features)
@@ -183,6 +184,23 @@ class CombinedModel(nn.Module):
         for name, parameter in self.backbone.named_parameters():
             trained = layer_of[name] >= first or name == self.first_conv  # which has learned nothing of residuals yet
             parameter.requires_grad_(trainable_stages != 0 and trained)
+
+
+class _DepthwiseInFp32:
+    """A depthwise convolution that learns in fp32 on a CPU: its backward pass in bf16 takes two to four times as long."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(torch.bfloat16)
+
+
+def _learn_depthwise_in_fp32(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (_DepthwiseInFp32, kind), {})
 
 
 def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,10 +50,14 @@ def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEB
     os.environ["FORENSICS_HEADLESS"] = "1"
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the notebooks take from the file
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the notebook's process is told, as by Ctrl-C
     for notebook in NOTEBOOKS[NOTEBOOKS.index(start) :]:
         print(f"--- {notebook}  ({run.name}, {time.monotonic() - began:.0f} s so far)", flush=True)
         try:
             _execute(run, notebook, {"params_file": params_file, **overrides})
+        except KeyboardInterrupt:
+            cause = "Ctrl-C or SIGTERM; what was trained and predicted is kept"
+            raise KeyboardInterrupt(_block(run, notebook, "-", cause, _resume_command(params_file, notebook))) from None
         except (PapermillExecutionError, DeadKernelError) as error:
             raise PipelineError(_failure_block(run, notebook, params_file, error)) from None
         missing = [str(path) for path in expected_files(run, notebook) if not path.is_file()]

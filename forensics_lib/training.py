@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from forensics_lib.distributed import (
     launches,
     rank,
     replicated,
-    total,
+    totals,
     wait_for_all,
     world,
 )
@@ -47,12 +48,21 @@ from forensics_lib.params import Params
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
 from forensics_lib.scoring import predict
+from forensics_lib.stopping import stop_requests
 
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
     "robustness_images", "processes",
 }  # fmt: skip
+
+
+class Stopped(Exception):
+    """An epoch was stopped between two batches; ``part`` is what is needed to go on from there."""
+
+    def __init__(self, part: dict[str, Any]) -> None:
+        super().__init__()
+        self.part = part
 
 
 @dataclass
@@ -68,6 +78,8 @@ class Fit:
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
+
+    stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
 
     def __post_init__(self) -> None:
         self.trained = self.model
@@ -127,8 +139,9 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
         _forget(run, task)
     wait_for_all()
     started = time.monotonic()
-    for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
-        _run_step(fit, step, epochs, state, fingerprint)
+    with stop_requests() as fit.stopping:
+        for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
+            _run_step(fit, step, epochs, state, fingerprint)
     run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
     run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
@@ -243,8 +256,24 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     fit.trained = replicated(fit.model)
     best = mine["best"] if mine else _first_best(fit, step)
     schedule = _schedule(optimizer, epochs * fit.updates, fit.params.warmup)
+
+    def save(epoch: int, part: dict[str, Any] | None = None) -> None:
+        content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
+        content |= {"best": best, "epoch": epoch, "step": step, "fingerprint": fingerprint, "part": part}
+        save_checkpoint(fit.state_file, fit.model, **content)
+
+    part = mine["part"] if mine else None
     for epoch in range(mine["epoch"] if mine else 0, epochs):
-        line = _train_epoch(fit, step, epoch, optimizer, schedule, average)
+        try:
+            line = _train_epoch(fit, step, epoch, optimizer, schedule, average, part)
+        except Stopped as stopped:
+            if is_main():
+                save(epoch, stopped.part)
+            raise KeyboardInterrupt(
+                f"stopped in {step} epoch {epoch + 1} after {stopped.part['batches']} batches, which are saved: "
+                "the same command or cell goes on from there"
+            ) from None
+        part = None
         judged = average.module if average else fit.model
         as_one(judged)  # each process has normalised with statistics of its own images
         line |= _validate(fit, judged)
@@ -253,9 +282,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
             _append_metrics(fit.run, line)
             if better:
                 save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
-            content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
-            content |= {"best": best, "epoch": epoch + 1, "step": step, "fingerprint": fingerprint}
-            save_checkpoint(fit.state_file, fit.model, **content)
+            save(epoch + 1)
         print(_epoch_line(line, epochs), flush=True)
     if is_main():
         _publish(fit, step, target)
@@ -312,22 +339,36 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     schedule: CosineLRScheduler,
     average: ModelEmaV3 | None,
+    part: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``."""
+    """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``.
+
+    ``part`` is what ``Stopped`` told of an epoch that was begun earlier.
+    """
     seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
     torch.manual_seed(seed + 10**6 * rank())  # dropout and stochastic depth
     dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
     batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
-    loader = training_loader(dataset, [batch[rank() :: world()] for batch in batches], fit.machine.workers)
+    first = part["batches"] if part else 0
+    loader = training_loader(dataset, [batch[rank() :: world()] for batch in batches[first:]], fit.machine.workers)
     fit.model.to(memory_format=torch.channels_last).train()
     mix = make_mixup(fit.params, fit.task)
     np.random.seed(seed + rank())  # noqa: NPY002 (timm's mixup draws from it)
     started, losses, seen = time.monotonic(), [], 0
+    if part:
+        losses, seen = list(part["losses"]) if is_main() else [], part["seen"]
+        started -= part["seconds"]
     bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
-    for number, batch in enumerate(bar):
+    for number, batch in enumerate(bar, start=first):
         fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
-        share, everywhere = len(batch["index"]), total(len(batch["index"]))
+        if part and number == first:
+            _set_random_state(part["random"])
+        share = len(batch["index"])
+        everywhere, stops = totals(share, int(fit.stopping()))
+        if stops:
+            facts = {"losses": losses, "seen": seen, "seconds": time.monotonic() - started, "random": _random_state()}
+            raise Stopped({"batches": number} | facts)
         if not everywhere:
             continue
         update = epoch * fit.updates + number
@@ -363,6 +404,17 @@ def _train_epoch(
         "images_per_second": round(seen / seconds, 1),
         "seconds": round(seconds, 1),
     }
+
+
+def _random_state() -> list[Any]:
+    """The states of torch's and NumPy's generators, in types that a checkpoint may hold."""
+    name, keys, *others = np.random.get_state()  # noqa: NPY002
+    return [torch.get_rng_state(), name, keys.tolist(), *others]
+
+
+def _set_random_state(state: list[Any]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state((state[1], np.array(state[2], np.uint32), *state[3:]))  # noqa: NPY002
 
 
 def _nothing(fit: Fit) -> dict[str, Any]:
