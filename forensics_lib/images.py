@@ -4,6 +4,8 @@
 - Every mode becomes 8-bit RGB: alpha is dropped, palettes are looked up, CMYK is converted, 16-bit values keep their
   upper byte, the first frame of an animation counts.
 - A truncated file is an error, never a half-grey image; so is one of more than ``MAX_PIXELS`` pixels.
+- The content decides what a file is, not its name, and only ``FORMATS`` are opened: others that Pillow knows would start
+  programs (PostScript) or open further files.  HEIC needs the package pillow-heif.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from forensics_lib.parquet import member_bytes
 
 MAX_PIXELS = 250_000_000
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".heic"})
 
 Image.MAX_IMAGE_PIXELS = None  # the check below replaces Pillow's, which only warns between one and two times its limit
@@ -52,18 +55,30 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
         data = source if isinstance(source, bytes) else member_bytes(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata: the pixels decide
-            with Image.open(name if data is None else io.BytesIO(data)) as image:
+            if data is None and not Path(name).is_file():
+                raise ImageError(f"{name}: no such file, a broken link, or no file at all")
+            with Image.open(name if data is None else io.BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
                 yield image
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that Pillow can read") from None
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file, or a broken link") from None
+        hint = "; for heic, pip install pillow-heif" if name.lower().endswith((".heic", ".heif")) else ""
+        raise ImageError(f"{name}: not an image that Pillow can read{hint}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
         raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """Those of ``FORMATS`` that can be decoded here."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return [form for form in FORMATS if form in Image.OPEN]
 
 
 def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header:
@@ -80,7 +95,8 @@ def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header
         if complete and not ended:
             image.load()
         quality = _quality(tuple(tables[min(tables)])) if tables else None
-        return Header(image.width, image.height, image.format or "", quality, camera, length)
+        form = "JPEG" if image.format == "MPO" else image.format or ""  # an MPO is a JPEG that others follow
+        return Header(image.width, image.height, form, quality, camera, length)
 
 
 def _length_and_end(image: Image.Image) -> tuple[int, bool]:
