@@ -28,7 +28,7 @@ RUN = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data "$(s
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality chaos fuzz lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -70,7 +70,9 @@ test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 	FORENSICS_HOME=$(SCRATCH) FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=1200 --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
-bench: setup ## Measure the speed and memory of looking at 600,000 files
+bench: setup ## Measure speed and memory: inference, training, decoding (docs/performance.md), and 600,000 files
+	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_speed.py run
+	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_speed.py report
 	$(PY) tests/benchmarks/bench_manifest.py
 
 bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENSICS_CORPUS; hours)
@@ -79,6 +81,12 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	$(PY) tests/benchmarks/bench_quality.py report
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
+
+chaos: setup ## Kill a run 50 times at random moments; it must end as one that was not (about 30 minutes)
+	$(PY) tests/campaigns/chaos.py
+
+fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)
+	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/test_fuzz.py -q --tb=short
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -265,17 +266,31 @@ def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
     """A data set's own CSV as text; a byte order mark and Windows line ends do not matter.  Raises ``LayoutError``."""
     if not path.is_file():
         raise LayoutError(f"no {path.name} in {path.parent}; {contents(path.parent)}")
-    listing = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    listing = read_text_table(path)
     if list(listing.columns) != columns:
         raise LayoutError(f"{path} has the columns {list(listing.columns)}; expected {columns}")
     return listing
+
+
+def read_text_table(path: Path) -> pd.DataFrame:
+    """A CSV as text, empty where a row is short; with or without a byte order mark.  Raises ``LayoutError``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig").fillna("")
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # what pandas raises of damaged files are ValueErrors
+        raise LayoutError(f"{path} is not a CSV in UTF-8: {error}") from None
+    odd = table.apply(lambda column: column.str.contains("\0", regex=False))
+    if odd.to_numpy().any():
+        raise LayoutError(f"{path} row {int(odd.any(axis=1).to_numpy().argmax()) + 2}: holds a null byte, which no text does")
+    return table
 
 
 def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
     """``sagid\\val\\coco\\...`` as the official tables write it, below ``root``, without ``sagid`` and ``prefix``."""
     parts = re.split(r"[\\/]", written.strip())
     for leading in ("sagid", *prefix):
-        if parts[0] == leading:
+        if parts[:1] == [leading]:
             parts = parts[1:]
     if len(parts) < 3 or ".." in parts:
         raise LayoutError(f"{root}: its table names {written!r}; expected sagid\\{{split}}\\{{source}}\\{{method}}\\...")
@@ -284,7 +299,7 @@ def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
 
 def photo_group(source: str, stem: str) -> str:
     """COCO ids without their leading zeros, as TGIF writes them; RAISE names as they are."""
-    return f"coco:{int(stem)}" if source == "coco" and stem.isdigit() else f"{source}:{stem}"
+    return f"coco:{int(stem)}" if source == "coco" and stem.isdecimal() else f"{source}:{stem}"
 
 
 def read_test(folder: Path) -> Rows:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow.parquet as pq
 
 from forensics_lib.files import from_home
@@ -25,6 +24,7 @@ from forensics_lib.layouts import (
     read_listing,
     read_task_a,
     read_task_b_validation,
+    read_text_table,
     read_tgif,
     sagid_path,
 )
@@ -190,7 +190,7 @@ def read_sagi_d(root: Path, _: DataSet) -> Rows:
 
 def read_table(path: Path, entry: DataSet) -> Rows:
     """A CSV with ``path`` and ``label`` (0 or 1), and any of ``TABLE_COLUMNS``; paths count from the table's folder."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = read_text_table(path)
     missing = {"path", "label"} - set(table.columns)
     unknown = set(table.columns) - {"path", "label", *TABLE_COLUMNS}
     if missing or unknown:

@@ -237,3 +237,11 @@ def test_ids_that_look_like_numbers_or_nothing_stay_text(finished, rng):
 def test_missing_results_name_the_step_to_run(tiny_run):
     with pytest.raises(FileNotFoundError, match="04_infer"):
         build_submission(tiny_run, "A")
+
+
+def test_an_archive_of_an_unknown_zip_version(finished):
+    path = build_submission(finished, "A").path
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 255  # the version that is needed to unpack it
+    path.write_bytes(content)
+    assert "not a zip archive" in validate_submission(path, "A", finished.test_folder("A")).faults[0]
