@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,17 +37,42 @@ def is_main() -> bool:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path`` to write to; rename it to ``path`` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())
+    """Give a temporary name beside ``path`` to write to; rename it to ``path`` only when the block ends well.
+
+    Raises ``WriteError`` where the disk is full or the folder cannot be written to.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o666 & ~_umask())
         yield temporary
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if cause := _why_not_written(path, temporary, error):
+            raise WriteError(f"{path} was not written: {cause}. Earlier results are whole; the same command goes on") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+class WriteError(OSError):
+    """A file cannot be written; the message says which, why, and what is needed."""
+
+
+def _why_not_written(path: Path, temporary: Path | None, error: Exception) -> str | None:
+    """The cause where it lies with the disk or the folder, else None."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        return f"{path.parent} cannot be written to ({error.strerror}); give permission, or choose another place"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if temporary and temporary.exists() and (full or not isinstance(error, OSError)):
+        free, written = shutil.disk_usage(path.parent).free, temporary.stat().st_size
+        if full or free < 1 << 20:
+            return f"the disk is full ({free:,} bytes are free, and more than {written:,} are needed for it); make room"
+    return "the disk is full; make room" if full else None
 
 
 def _umask() -> int:

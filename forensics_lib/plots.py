@@ -34,6 +34,7 @@ EXAMPLES = {  # choices of ``mask_examples``: what their galleries are called
     "borderline": "Validation: probabilities next to the threshold",
     "alarms": "Validation: authentic images with the most flagged pixels",
 }
+plt.rcParams["text.parse_math"] = False  # names of files and sources are shown, and dollar signs in them begin no formula
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
