@@ -7,6 +7,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1# what a new .venv gets; any pair in p
 PARAMS ?= params/sample.yaml# for 'make run'
 DATA ?=# data root instead of the parameter file's
 SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
+RUN ?= constrained_sample# for 'make reproduce': name of a run in outputs/
 FROM ?=# notebook to begin with, such as FROM=03
 
 SHELL := /bin/bash
@@ -24,11 +25,11 @@ $(error ENV is '$(ENV)'; allowed are venv and active)
 endif
 
 PY := $(BIN)python
-RUN = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
+PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality chaos fuzz lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality reproduce chaos fuzz lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -49,13 +50,13 @@ endif
 	@touch $@
 
 run: setup ## Execute the notebooks with PARAMS (default: the built-in sample)
-	@$(call RUN,$(PARAMS))
+	@$(call PIPELINE,$(PARAMS))
 
 run-constrained: setup ## Constrained run: official data only, Tasks A and B, to archives in submission/
-	@$(call RUN,params/constrained.yaml)
+	@$(call PIPELINE,params/constrained.yaml)
 
 run-open: setup ## Open run: any data, Task A, to an archive in submission/
-	@$(call RUN,params/open.yaml)
+	@$(call PIPELINE,params/open.yaml)
 
 sample: setup ## Make the built-in sample data in data/sample
 	@$(PY) -m forensics_lib sample
@@ -81,6 +82,9 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	$(PY) tests/benchmarks/bench_quality.py report
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
+
+reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
+	$(PY) -m forensics_lib reproduce "$(RUN)"
 
 chaos: setup ## Kill a run 50 times at random moments; it must end as one that was not (about 30 minutes)
 	$(PY) tests/campaigns/chaos.py

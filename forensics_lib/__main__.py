@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         added = of_run(command(name, do, text, "--params params/constrained.yaml --tasks A"))
         added.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    text = "do a run again from its run.json and compare what comes out"
+    command("reproduce", _reproduce, text, "constrained").add_argument("run", help="name of a run in outputs/")
     command("sample", _sample, "make the built-in sample data in data/sample")
     text = "count what a run needs against what the official sets hold"
     of_run(command("check-data", _check_data, text, "--data /path/to/data"), "params/constrained.yaml")
@@ -141,6 +143,15 @@ def _submit(options: argparse.Namespace) -> int:
         print(build_submission(run, task).report())
     print(f"report: {build_report(run)}")
     return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from forensics_lib.reproduce import reproduce
+
+    table = reproduce(options.run)
+    print(table[~table["equal"]].to_string(index=False) if not table["equal"].all() else "")
+    print(f"{table['equal'].sum()} of {len(table)} results are equal to the last byte")
+    return 0 if table["equal"].all() else 1
 
 
 def _sample(_: argparse.Namespace) -> int:

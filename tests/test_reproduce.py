@@ -1,0 +1,126 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, picture, save
+from PIL import Image
+
+from forensics_lib.__main__ import main
+from forensics_lib.evaluation import evaluate
+from forensics_lib.files import read_json, update_json
+from forensics_lib.infer import infer
+from forensics_lib.manifest import build_manifest
+from forensics_lib.model import read_checkpoint
+from forensics_lib.params import Params
+from forensics_lib.reproduce import reproduce
+from forensics_lib.runs import Run, open_run
+from forensics_lib.training import train
+
+
+def finished(run: Run, tasks: str = "AB") -> Run:
+    for task in tasks:
+        manifest = build_manifest(run, task)
+        train(run, task, manifest)
+        evaluate(run, task, manifest)
+        infer(run, task)
+    return run
+
+
+def test_a_run_is_done_again_from_its_record(tiny_run, capsys):
+    finished(open_run(tiny_run.write_params()))
+    table = reproduce("tiny")
+    assert len(table) == 4 + 4  # two tables a task, and the masks
+    assert table["equal"].all()
+    assert (table["largest_difference"] == 0).all()
+    assert "is {" not in capsys.readouterr().out
+    probs = tiny_run.test_probs("A")
+    probs.write_text(probs.read_text().replace("a0.jpg,0", "a0.jpg,1", 1))
+    update_json(tiny_run.folder / "run.json", versions={"torch": "0.1"})
+    save(tiny_run.data / "dataset" / "train" / "0_real" / "src" / "0_real9.png", picture(np.random.default_rng(9)))
+    assert main(["reproduce", "tiny"]) == 1
+    said = capsys.readouterr().out
+    assert "versions was {'torch': '0.1'}" in said
+    assert "Task A: the data are not those of the first run" in said
+    assert "tiny_test_probs.csv" in said
+    assert main(["reproduce", "nothing"]) == 1
+
+
+def weights(run: Run, task: str) -> dict[str, torch.Tensor]:
+    state = read_checkpoint(run.folder / "checkpoints" / f"task{task}_state.pt")
+    return state["model"] | state["average"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Runs on data of their own in places of their own."""
+
+    def enter(name: str, data: Path, **values) -> Run:
+        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
+        return Run(Params(**TINY | {"data_root": str(data)} | values), data)
+
+    return enter
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_neither_test_images_nor_labels_nor_validation_pixels_reach_training(task, places, tiny_data, tmp_path):
+    honest = places("honest", tiny_data)
+    train(honest, task, build_manifest(honest, task))
+    tampered = tmp_path / "tampered"
+    shutil.copytree(tiny_data, tampered)
+    rng = np.random.default_rng(5)
+    changed = [*(tampered / "dataset" / "val").rglob("*.png"), *(tampered / "test").rglob("*.jpg")]
+    changed += [*(tampered / "dataset_taskB" / "validation").rglob("*.jpg")]
+    changed += [p for s in ("validation", "testing") for p in (tampered / "dataset_taskB" / "TGIF").rglob(f"*/{s}/**/*.png")]
+    assert len(changed) > 30
+    for path in changed:
+        if "mask" not in path.parts and "masks" not in path.parts:
+            with Image.open(path) as image:
+                width, height = image.size
+            save(path, picture(rng, height, width))
+    (tampered / "labels").mkdir()
+    (tampered / "labels" / f"task{task}_test.csv").write_text("image_id,label\na0.jpg,1\n")
+    dishonest = places("dishonest", tampered)
+    train(dishonest, task, build_manifest(dishonest, task))
+    assert equal(weights(honest, task), weights(dishonest, task))
+    assert build_manifest(dishonest, task)["path"].str.contains("/test/").sum() == 0
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_workers_order_on_disk_and_batch_of_inference_change_nothing(task, places, tiny_data, tmp_path):
+    first = finished(places("first", tiny_data), task)
+    other = tmp_path / "other"
+    for path in sorted(tiny_data.rglob("*"), reverse=True):  # the last one is made first
+        if path.is_file():
+            (other / path.relative_to(tiny_data)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, other / path.relative_to(tiny_data))
+    second = finished(places("second", other, workers=2), task)
+    assert equal(weights(first, task), weights(second, task))
+    assert first.test_probs(task).read_bytes() == second.test_probs(task).read_bytes()
+    again = Run(second.params.model_copy(update={"batch_size": 7}), second.data)
+    infer(again, task)
+    assert first.test_probs(task).read_bytes() == second.test_probs(task).read_bytes()
+    for mask in first.masks.glob("*.npz"):
+        assert mask.read_bytes() == (second.masks / mask.name).read_bytes()
+
+
+def test_another_seed_gives_another_model(places, tiny_data):
+    models = []
+    for seed in (0, 1):
+        run = places(f"seed{seed}", tiny_data, seed=seed)
+        train(run, "A", build_manifest(run, "A"))
+        models.append(weights(run, "A"))
+    assert not equal(*models)
+
+
+def test_the_record_says_what_a_repetition_needs(tiny_run):
+    run = finished(open_run(tiny_run.write_params()), "A")
+    facts = read_json(run.folder / "run.json")
+    assert facts["params"]["seed"] == 0
+    assert {"torch", "timm", "numpy"} <= set(facts["versions"])
+    assert {"data", "machine", "python", "git", "taskA_data_fingerprint", "taskA_training_seconds"} <= set(facts)
