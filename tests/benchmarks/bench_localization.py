@@ -51,7 +51,7 @@ from forensics_lib.training import train
 
 BUILD, DOCS = project_root() / "build" / "localization", project_root() / "docs"
 BACKBONE = "tf_efficientnet_lite0"
-EPOCHS = 26  # of step 2: 8 to 15 minutes on 2 cores
+EPOCHS = 22  # of step 2: 8 to 15 minutes on 2 cores
 SETS = {"simulated": "TGIF testing split", "real": "dataset_taskB/validation", "test": "test/taskB"}
 Predict = Callable[[pd.DataFrame], tuple[np.ndarray, np.ndarray]]  # rows to probabilities (N,) and histograms (N, 2, 256)
 
