@@ -8,6 +8,7 @@ PARAMS ?= params/sample.yaml# for 'make run'
 DATA ?=# data root instead of the parameter file's
 SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
 RUN ?= constrained_sample# for 'make reproduce': name of a run in outputs/
+RUNS ?=# for 'make compare': names of runs in outputs/
 FROM ?=# notebook to begin with, such as FROM=03
 
 SHELL := /bin/bash
@@ -29,7 +30,7 @@ PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality reproduce chaos fuzz lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -82,6 +83,9 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	$(PY) tests/benchmarks/bench_quality.py report
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
+
+compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
+	@$(PY) -m forensics_lib compare $(RUNS)
 
 reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
 	$(PY) -m forensics_lib reproduce "$(RUN)"

@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         added = of_run(command(name, do, text, "--params params/constrained.yaml --tasks A"))
         added.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    added = command("report", _report, "write a run's report.html again", "--params params/constrained.yaml")
+    of_run(added).set_defaults(tasks=None)
+    text = "scores, differences with intervals, parameters and cost of several runs side by side"
+    command("compare", _compare, text, "constrained open").add_argument("runs", nargs="+", help="names of runs in outputs/")
     text = "do a run again from its run.json and compare what comes out"
     command("reproduce", _reproduce, text, "constrained").add_argument("run", help="name of a run in outputs/")
     command("sample", _sample, "make the built-in sample data in data/sample")
@@ -142,6 +146,27 @@ def _submit(options: argparse.Namespace) -> int:
     for task in run.params.tasks:
         print(build_submission(run, task).report())
     print(f"report: {build_report(run)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from forensics_lib.report import build_report
+
+    print(build_report(_open(options)))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from forensics_lib.compare import compare, comparison_figure
+    from forensics_lib.files import whole
+
+    tables = compare(options.runs)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table.to_string(index=name in ('parameters', 'cost')) if len(table) else 'none'}")
+    target = home() / "outputs" / f"comparison_{'_'.join(options.runs)}.png"
+    with whole(target) as temporary:
+        comparison_figure(tables).savefig(temporary, dpi=110)
+    print(f"\n{target}")
     return 0
 
 

@@ -1,0 +1,123 @@
+"""Runs side by side, from the files that they left: scores with intervals, what differs, and whether a difference is real."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from forensics_lib.files import home, read_json
+from forensics_lib.metrics import f1_score, roc_auc
+from forensics_lib.plots import BLUE, ORANGE, new_figure
+
+SHOWN = {"A": ("auc", "f1", "fpr", "ece"), "B": ("auc", "f1", "fpr", "iou_manipulated", "submitted_iou_all")}
+ROUNDS = 1000
+
+
+class ComparisonError(ValueError):
+    """Runs cannot be compared; the message says which and why."""
+
+
+def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
+    """Tables about runs in ``outputs``: ``scores``, ``differences`` of each run to the one before, ``parameters``, ``cost``.
+
+    Scores are of each run's own validation images, with 95% intervals.  Differences are of the images that two runs share,
+    by paired bootstrap: both runs' scores are taken on the same draws.  Raises ``ComparisonError``.
+    """
+    if len(set(runs)) < 2:
+        raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
+    facts = {run: read_json(home() / "outputs" / run / "run.json") for run in runs}
+    missing = [run for run, fact in facts.items() if not any(f"task{task}_validation" in fact for task in "AB")]
+    if missing:
+        there = sorted(path.parent.name for path in (home() / "outputs").glob("*/run.json"))
+        raise ComparisonError(f"no evaluated run {', '.join(missing)}; there are {', '.join(there) or 'none'}")
+    return {
+        "scores": _scores(facts),
+        "differences": _differences(facts),
+        "parameters": _parameters(facts),
+        "cost": _cost(facts),
+    }
+
+
+def _scores(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for task, keys in SHOWN.items():
+        for run, fact in facts.items():
+            scores = fact.get(f"task{task}_validation") or {}
+            ends = fact.get(f"task{task}_validation_intervals") or {}
+            for key in (key for key in keys if key in scores):
+                low, high = ends.get(key, (np.nan, np.nan))
+                rows.append([task, key, run, scores[key], low, high])
+    return pd.DataFrame(rows, columns=["task", "score", "run", "value", "from", "to"]).round(4)
+
+
+def _differences(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for first, second in pairwise(facts):
+        for task in SHOWN:
+            tables = [_probs(run, task) for run in (first, second)]
+            if any(table is None for table in tables):
+                continue
+            both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
+            if both.empty or both["label_first"].nunique() < 2:
+                continue
+            thresholds = [read_json(home() / "outputs" / run / "thresholds.json")[task]["threshold"] for run in (first, second)]
+            for key, (value, low, high) in _paired(both, thresholds).items():
+                rows.append([task, key, f"{second} less {first}", value, low, high, len(both)])
+    columns = ["task", "score", "difference of", "value", "from", "to", "images"]
+    return pd.DataFrame(rows, columns=columns).round(4)
+
+
+def _probs(run: str, task: str) -> pd.DataFrame | None:
+    path = home() / "outputs" / f"{run}{'_taskB' if task == 'B' else ''}_val_probs.csv"
+    return pd.read_csv(path).drop_duplicates("path").set_index("path")[["label", "prob"]] if path.is_file() else None
+
+
+def _paired(both: pd.DataFrame, thresholds: list[float], seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """The difference of AUC and F1, and its 95% interval over draws of images within each class."""
+    labels = both["label_first"].to_numpy(int)
+    probs = [both[f"prob_{end}"].to_numpy() for end in ("first", "second")]
+
+    def differences(drawn: np.ndarray) -> dict[str, float]:
+        y, (first, second) = labels[drawn], (prob[drawn] for prob in probs)
+        f1 = f1_score(y, second >= thresholds[1]) - f1_score(y, first >= thresholds[0])
+        return {"auc": roc_auc(y, second) - roc_auc(y, first), "f1": f1}
+
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(labels == label) for label in (0, 1)]
+    draws = pd.DataFrame([differences(np.concatenate([rng.choice(m, len(m)) for m in members])) for _ in range(ROUNDS)])
+    whole = differences(np.arange(len(labels)))
+    return {key: (whole[key], draws[key].quantile(0.025), draws[key].quantile(0.975)) for key in whole}
+
+
+def _parameters(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The parameters in which the runs differ."""
+    table = pd.DataFrame({run: fact.get("params", {}) for run, fact in facts.items()}, dtype=object)
+    told = table.drop("run_name", errors="ignore").astype(str)
+    return told[told.ne(told.iloc[:, 0], axis=0).any(axis=1)]
+
+
+def _cost(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    rows = {}
+    for run, fact in facts.items():
+        seconds = {f"task {task}, training, s": fact.get(f"task{task}_training_seconds") for task in "AB"}
+        rows[run] = seconds | {"all notebooks, s": fact.get("pipeline_seconds"), "machine": fact.get("machine")}
+    return pd.DataFrame(rows).dropna(how="all")
+
+
+def comparison_figure(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Scores with their intervals, a panel for each task and score; runs from top to bottom."""
+    groups = list(tables["scores"].groupby(["task", "score"], sort=False))
+    runs = list(dict.fromkeys(tables["scores"]["run"]))
+    figure, axes = new_figure(1, len(groups), 2.4 * len(groups) + 1, 0.4 * len(runs) + 1.4)
+    for axis, ((task, score), part) in zip(axes[0], groups, strict=True):
+        places = [runs.index(run) for run in part["run"]]
+        axis.hlines(places, part["from"], part["to"], color=BLUE, linewidth=3, alpha=0.5)
+        axis.scatter(part["value"], places, color=ORANGE, zorder=3)
+        axis.set(title=f"Task {task}: {score}", ylim=(len(runs) - 0.5, -0.5))
+        axis.set_yticks(range(len(runs)), runs if axis is axes[0, 0] else [""] * len(runs))
+    figure.suptitle("Validation, with 95% intervals", fontsize=10)
+    return figure
