@@ -270,6 +270,12 @@ def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
     reflection; one that has room for a single crop gives one.
     """
     image = pad_to(image, size, size)
+    return [image[y : y + size, x : x + size] for y, x in chosen_places(image, size, count)]
+
+
+def chosen_places(image: np.ndarray, size: int, count: int) -> list[tuple[int, int]]:
+    """The upper left corners of ``chosen_crops``."""
+    image = pad_to(image, size, size)
     height, width = image.shape[:2]
     places = [((height - size) // 2, (width - size) // 2)]
     if count > 1 and (height > size or width > size):
@@ -277,7 +283,7 @@ def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
         texture = _texture(image, size, grid)
         ranked = [grid[i] for i in np.argsort(-texture, kind="stable")]
         places += [place for place in ranked if place != places[0]][: count - 1]
-    return [image[y : y + size, x : x + size] for y, x in places]
+    return places
 
 
 def _grid(length: int, size: int) -> list[int]:

@@ -1,24 +1,53 @@
 import io
+import time
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import picture
+from conftest import picture, save
 from PIL import Image
 
-from forensics_lib.browser import VIEWS, MaskBrowser
-from forensics_lib.evaluation import MaskExample
+from forensics_lib.browser import (
+    EVERY,
+    IMAGE_VIEWS,
+    MASK_VIEWS,
+    THUMBNAILS,
+    MaskBrowser,
+    browse_evaluated_images,
+    browse_evaluated_masks,
+    browse_test_masks,
+)
+from forensics_lib.evaluation import MaskExample, evaluate
+from forensics_lib.images import read_image
+from forensics_lib.infer import infer
+from forensics_lib.manifest import build_manifest
+from forensics_lib.training import train
+
+ORDERS = {"worst": ("score", True), "best": ("score", False)}
+
+
+def browser_of(table: pd.DataFrame, folder) -> MaskBrowser:
+    def example(index: int) -> MaskExample:
+        mask = np.linspace(0, 1, 40 * 60).reshape(40, 60).astype(np.float16)
+        return MaskExample("", read_image(table["path"][index]), mask, mask > 0.5 if index else None)
+
+    return MaskBrowser(table, ["kind"], ORDERS, folder, example, 0.5)
 
 
 @pytest.fixture
-def browser(rng) -> MaskBrowser:
-    def load(index: int) -> MaskExample:
-        mask = np.linspace(0, 1, 40 * 60).reshape(40, 60).astype(np.float16)
-        return MaskExample("", picture(rng, 40, 60), mask, mask > 0.5 if index else None)
+def table(tmp_path, rng) -> pd.DataFrame:
+    paths = [save(tmp_path / f"{number}.png", picture(rng, 40, 60)) for number in range(20)]
+    kinds = ["sp", "fr", None, "sp"] * 5
+    names = [f"image {number}" for number in range(20)]
+    return pd.DataFrame({"path": [str(p) for p in paths], "name": names, "kind": kinds, "score": np.arange(20) / 20})
 
-    return MaskBrowser(["first", "second"], load, 0.5)
+
+@pytest.fixture
+def browser(table, tmp_path) -> MaskBrowser:
+    return browser_of(table, tmp_path / "figures")
 
 
-def shown(browser: MaskBrowser) -> np.ndarray:
+def shown(browser) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(browser.picture.value)))
 
 
@@ -33,18 +62,88 @@ def test_every_control_changes_the_picture(browser):
 
 
 def test_views_and_what_is_said_of_them(browser):
-    for view in VIEWS:
+    for view in MASK_VIEWS:
         browser.view.value = view
         assert shown(browser).shape[0] == 40
     assert "50.0% flagged" in browser.text.value and "IoU" not in browser.text.value
     browser.forth.click()
     assert "50.0% manipulated, IoU 0.99" in browser.text.value or "IoU 1.000" in browser.text.value
-    browser.forth.click()
+    browser.back.click()
     assert browser.chosen.value == 0
     browser.back.click()
-    assert browser.chosen.value == 1
+    assert browser.chosen.value == 19, "from the first image back to the last"
 
 
-def test_nothing_to_browse_says_so():
+def test_filters_and_orders_change_the_list(browser):
+    assert [label for label, _ in browser.chosen.options][:2] == ["image 0", "image 1"]
+    browser.order.value = "best"
+    assert browser.chosen.options[0] == ("image 19", 19)
+    assert browser.chosen.value == 19
+    browser.filters["kind"].value = "fr"
+    assert [index for _, index in browser.chosen.options] == [17, 13, 9, 5, 1]
+    browser.filters["kind"].value = "-"
+    assert len(browser.chosen.options) == 5
+    browser.filters["kind"].value = EVERY
+    assert len(browser.chosen.options) == 20
+
+
+def test_thumbnails_follow_the_choice_and_choose(browser):
+    assert len(browser.page.children) == THUMBNAILS
+    browser.chosen.value = 17
+    assert len(browser.page.children) == 4, "the last page"
+    _, button = browser.page.children[2].children
+    button.click()
+    assert browser.chosen.value == 18
+
+
+def test_pictures_are_saved(browser, tmp_path):
+    browser.export.click()
+    saved = tmp_path / "figures" / "browsed_0.png"
+    assert saved.read_bytes() == browser.picture.value
+    assert str(saved) in browser.said.value
+
+
+def test_a_file_that_vanished_is_named(browser, table, tmp_path):
+    (tmp_path / "3.png").unlink()
+    browser.chosen.value = 3
+    assert "3.png: no such file" in browser.text.value
+    browser.forth.click()
+    assert "flagged" in browser.text.value
+
+
+def test_a_thousand_images_open_and_step_at_once(table, tmp_path):
+    many = pd.concat([table] * 50, ignore_index=True)
+    started = time.monotonic()
+    browser = browser_of(many, tmp_path / "figures")
+    for _ in range(20):
+        browser.forth.click()
+    browser.order.value = "best"
+    assert len(browser.chosen.options) == 1000
+    assert browser._thumbnail.cache_info().currsize <= 20, "thumbnails are made for pages that are looked at"
+    assert time.monotonic() - started < 60, "a bound for a machine that does much else; it takes about a second"
+
+
+def test_nothing_to_browse_says_so(table, tmp_path):
     with pytest.raises(ValueError, match="no image"):
-        MaskBrowser([], lambda index: None, 0.5)
+        browser_of(table[:0], tmp_path)
+
+
+def test_browsers_of_a_run(tiny_run):
+    for task in ("A", "B"):
+        manifest = build_manifest(tiny_run, task)
+        train(tiny_run, task, manifest)
+        evaluation = evaluate(tiny_run, task, manifest)
+        results = infer(tiny_run, task)
+        browser = (browse_evaluated_images if task == "A" else browse_evaluated_masks)(tiny_run, evaluation)
+        assert len(browser.chosen.options) == len(evaluation.table)
+        for order in browser.order.options:
+            browser.order.value = order
+        for verdict in browser.filters["verdict"].options:
+            browser.filters["verdict"].value = verdict
+            assert browser.chosen.options
+        for view in IMAGE_VIEWS if task == "A" else MASK_VIEWS:
+            browser.view.value = view
+            assert shown(browser).size
+        assert ("probability" if task == "A" else "flagged") in browser.text.value
+    browser = browse_test_masks(tiny_run, results)
+    assert len(browser.chosen.options) == 4
