@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ENV ?= venv# venv: build and use .venv; active: use the active conda or virtual environment
 TORCH ?= torch==2.14.1 torchvision==0.29.1# what a new .venv gets; any pair in pyproject.toml's ranges
+LOCKED ?=# 1: exactly the packages of .ci/requirements.lock, by their hashes (Linux x86-64, Python 3.11)
 PARAMS ?= params/sample.yaml# for 'make run'
 DATA ?=# data root instead of the parameter file's
 SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
@@ -30,7 +31,7 @@ PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -45,7 +46,11 @@ ifeq ($(strip $(ENV)),venv)
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3."; exit 1; }
 	@echo "Building the environment in .venv (several minutes the first time)"
 	$(PYTHON) -m venv .venv
+ifneq ($(strip $(LOCKED)),)
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/requirements.lock
+else
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+endif
 endif
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
@@ -95,6 +100,9 @@ chaos: setup ## Kill a run 50 times at random moments; it must end as one that w
 
 fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)
 	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/test_fuzz.py -q --tb=short
+
+lock: setup ## Write .ci/requirements.lock anew: what pip chooses now, with hashes
+	$(PY) .ci/lock.py $(TORCH)
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

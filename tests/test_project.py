@@ -7,6 +7,8 @@ import tomllib
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from forensics_lib.files import project_root
 
@@ -22,6 +24,18 @@ def test_environment_file_agrees_with_pyproject():
     expected = {CONDA_NAMES.get(name, name) + bounds for name, bounds in split} | {f"python{project['requires-python']}"}
     listed = {line for line in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if isinstance(line, str)}
     assert listed - {"pip", "make"} == expected
+
+
+def test_lock_file_agrees_with_pyproject():
+    """Every dependency is pinned with a hash, at a version that pyproject.toml allows."""
+    lines = [line for line in (ROOT / ".ci" / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    pinned = {}
+    for line in lines:
+        name, version = re.fullmatch(r"([a-z0-9._-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups()
+        pinned[canonicalize_name(name)] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        assert pinned[canonicalize_name(wanted.name)] in wanted.specifier, wanted
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
