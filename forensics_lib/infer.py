@@ -20,7 +20,7 @@ from forensics_lib.files import WriteError, is_main, whole, write_csv
 from forensics_lib.images import ImageError, read_header
 from forensics_lib.inference import FALLBACK_PROB, load_mask, predict_masks, predict_probabilities, save_mask
 from forensics_lib.layouts import LayoutError
-from forensics_lib.machine import Machine, choose_machine
+from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.metrics import round_probs
 from forensics_lib.model import CombinedModel, load_model
@@ -53,6 +53,9 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     print(f"Task {task}: {len(rows)} test images on {machine}")
     shards = Shards(run, task, rows, _key(run, model, rows))
     shards.prepare()
+    if not all(shards.done(number) for number in range(len(shards))):
+        model = model.to(machine.device, memory_format=torch.channels_last)
+        compile_where_it_pays(model, _pixels(run, task, rows))
     shards.complete(model, machine)
     wait_for_all()
     table = shards.merged()
@@ -69,6 +72,13 @@ def infer(run: Run, task: str) -> pd.DataFrame:
         write_csv(run.test_probs(task), table[["image_id", "prob"]])
     wait_for_all()
     return table[["image_id", "prob", "error", "path"]]
+
+
+def _pixels(run: Run, task: str, rows: pd.DataFrame) -> float:
+    """How many pixels go through the model: of the crops, or of the images."""
+    if task == "B":
+        return float((rows["width"] * rows["height"]).sum())
+    return len(rows) * run.params.crops_per_image * run.params.crop_size**2
 
 
 def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:

@@ -171,7 +171,9 @@ def _blended_mask(
         probs = torch.zeros(len(batch), tile_h, tile_w, device=machine.device)
         for flipped in (False, True)[:views]:
             with machine.autocast():
-                output = model(tensor.flip(-1) if flipped else tensor)
+                # a compiled model is compiled for full batches of whole tiles, other shapes run as they are
+                run = model if tensor.shape == (per_batch, 3, tile, tile) else model.forward
+                output = run(tensor.flip(-1) if flipped else tensor)
             found = output.mask_logits.float().sigmoid()[:, 0]
             probs += (found.flip(-1) if flipped else found) / views
             features += output.features.float().unbind()

@@ -1,0 +1,70 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, picture, save
+
+from forensics_lib import machine as module
+from forensics_lib.inference import predict_mask, predict_probabilities
+from forensics_lib.machine import choose_machine, compile_where_it_pays
+from forensics_lib.model import CombinedModel
+from forensics_lib.params import Params
+
+PARAMS = Params(**TINY | {"crop_size": 64, "tile_size": 64})
+
+
+def test_batches_of_inference_follow_from_the_size_alone():
+    machine = choose_machine(PARAMS)
+    assert [machine.images_at_once(side**2) for side in (112, 224, 512)] == [32, 8, 1]
+    assert choose_machine(PARAMS.model_copy(update={"batch_size": 1})).images_at_once(224**2) == 8
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        choose_machine(PARAMS.model_copy(update={"device": "cuda"}))
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    params = PARAMS.model_copy(update={"workers": "auto"})
+    assert choose_machine(params).workers == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_machine(params).workers == 3
+
+
+def test_little_work_is_not_compiled_for():
+    model = CombinedModel("A", "test_convnext")
+    assert not compile_where_it_pays(model, pixels=1e6)
+    assert next(model.parameters()).requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_fast_path_agrees_with_plain_fp32(precision, tmp_path, rng, monkeypatch):
+    """Mixed precision, channels last, packed batches and compilation change probabilities by less than 0.01."""
+    rows = pd.DataFrame({"path": [str(save(tmp_path / f"{i}.png", picture(rng, 90 + i, 150))) for i in range(6)]})
+    models = {}
+    for task in ("A", "B"):
+        torch.manual_seed(0)
+        models[task] = CombinedModel(task, "test_convnext", decoder_channels=16).eval()
+    machine = choose_machine(PARAMS.model_copy(update={"precision": "fp32"}))
+
+    def answers() -> tuple[np.ndarray, np.ndarray]:
+        probs = [found.prob for found in predict_probabilities(models["A"], rows, PARAMS, machine)]
+        image = picture(np.random.default_rng(1), 130, 170)
+        prob, mask = predict_mask(models["B"].to(memory_format=torch.channels_last), image, PARAMS, machine)
+        return np.array([*probs, prob]), mask.astype(float)
+
+    plain = answers()
+    machine = choose_machine(PARAMS.model_copy(update={"precision": precision}))
+    monkeypatch.setattr(module, "COMPILED_FROM", 0)
+    for model in models.values():
+        assert compile_where_it_pays(model, pixels=1)
+    monkeypatch.setattr(module.Machine, "images_at_once", lambda self, pixels: 4)
+    fast = answers()
+    assert np.abs(fast[0] - plain[0]).max() < 0.01
+    assert np.abs(fast[1] - plain[1]).max() < 0.02
+    names = set(models["A"].state_dict())
+    assert names == set(CombinedModel("A", "test_convnext").state_dict()), "checkpoints keep their names"
