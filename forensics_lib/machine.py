@@ -12,7 +12,6 @@ from torch import nn
 from forensics_lib.distributed import local_processes
 from forensics_lib.params import Params
 
-
 COMPILED_FROM = 1e16  # pixels times parameters: about 2,300 crops of 224 pixels with ConvNeXt-B
 
 
