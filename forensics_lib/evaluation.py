@@ -16,7 +16,7 @@ from forensics_lib.files import is_main, read_json, update_json, write_csv
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask
 from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import problems, usable
+from forensics_lib.manifest import problems, sampled, usable
 from forensics_lib.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -34,7 +34,6 @@ from forensics_lib.model import add_to_checkpoint, load_model
 from forensics_lib.robustness import robustness
 from forensics_lib.runs import Run
 from forensics_lib.scoring import Predictions, predict, truth_mask
-from forensics_lib.training import sampled
 
 KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
 # How much of an image is manipulated: edges of the classes and their names

@@ -126,6 +126,14 @@ def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
+def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    """At most ``limit`` rows, the same share of each class and source."""
+    if len(rows) <= limit:
+        return rows
+    parts = rows.groupby(["label", "source"], group_keys=False)
+    return parts.sample(frac=limit / len(rows), random_state=seed).sort_index().reset_index(drop=True)
+
+
 def data_fingerprint(manifest: pd.DataFrame) -> str:
     """Changes with the images' paths, sizes in bytes, labels, masks or splits."""
     facts = manifest[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False)

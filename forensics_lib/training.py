@@ -9,100 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
-from forensics_lib.distributed import (
-    as_one,
-    gathered,
-    launch,
-    launches,
-    rank,
-    replicated,
-    totals,
-    wait_for_all,
-    world,
-)
+from forensics_lib.distributed import as_one, launch, launches, replicated, wait_for_all, world
+from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
-from forensics_lib.images import ImageError
-from forensics_lib.losses import make_mixup, mask_loss
-from forensics_lib.machine import Machine, choose_machine
-from forensics_lib.manifest import data_fingerprint, sources, usable
-from forensics_lib.metrics import pixel_curves, roc_auc
-from forensics_lib.model import CheckpointError, CombinedModel, build_model, read_checkpoint, save_checkpoint
+from forensics_lib.machine import choose_machine
+from forensics_lib.manifest import data_fingerprint, sampled, sources, usable
+from forensics_lib.model import CheckpointError, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.progress import progress
 from forensics_lib.runs import Run
-from forensics_lib.scoring import predict
 from forensics_lib.stopping import stop_requests
 
-CLIP_NORM = 1.0  # gradients are scaled down to this norm
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
     "robustness_images", "processes",
 }  # fmt: skip
-
-
-class Stopped(Exception):
-    """An epoch was stopped between two batches; ``part`` is what is needed to go on from there."""
-
-    def __init__(self, part: dict[str, Any]) -> None:
-        super().__init__()
-        self.part = part
-
-
-@dataclass
-class Fit:
-    """The state of one training that outlives an epoch."""
-
-    run: Run
-    task: str
-    model: CombinedModel
-    machine: Machine
-    train: pd.DataFrame
-    val: pd.DataFrame
-    equalize: bool  # recompress every crop, see degradations.degrade
-    errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
-    trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
-
-    stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
-
-    def __post_init__(self) -> None:
-        self.trained = self.model
-
-    @property
-    def params(self) -> Params:
-        return self.run.params
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates in an epoch."""
-        return -(-len(self.train) // self.params.batch_size)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run.folder / "checkpoints"
-
-    @property
-    def state_file(self) -> Path:
-        return self.checkpoints / f"task{self.task}_state.pt"
-
-    def best_file(self, step: str) -> Path:
-        return self.checkpoints / f"task{self.task}_{step}_best.pth"
 
 
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
@@ -167,12 +95,6 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
     return equalize
 
 
-def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
-    """The crops that a task trains on."""
-    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "seed": seed, "equalize": equalize}
-    return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
-
-
 def _forget(run: Run, task: str) -> None:
     """Remove what another training of this name left, so that nothing is taken for this one's."""
     for path in (run.classifier_model(task), run.finetuned_model(task), run.val_probs(task), run.test_probs(task)):
@@ -221,14 +143,6 @@ def _without_pretrained(params: Params) -> Params:
     return params.model_copy(update={"pretrained": False, "pretrained_file": None})
 
 
-def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """At most ``limit`` rows, the same share of each class and source."""
-    if len(rows) <= limit:
-        return rows
-    parts = rows.groupby(["label", "source"], group_keys=False)
-    return parts.sample(frac=limit / len(rows), random_state=seed).sort_index().reset_index(drop=True)
-
-
 # ---- Steps and epochs ------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +159,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     if step == "finetune" and not mine:
         fit.model.load_state_dict(read_checkpoint(fit.best_file("head"))["model"])
     fit.model.freeze_backbone(0 if step == "head" else fit.params.finetune_stages)
-    optimizer = _optimizer(fit.model, fit.params.lr_head if step == "head" else fit.params.lr_finetune, fit.params)
+    optimizer = make_optimizer(fit.model, fit.params.lr_head if step == "head" else fit.params.lr_finetune, fit.params)
     if mine:
         fit.model.load_state_dict(mine["model"])
         optimizer.load_state_dict(mine["optimizer"])
@@ -255,7 +169,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
         average.module.load_state_dict(mine["average"])
     fit.trained = replicated(fit.model)
     best = mine["best"] if mine else _first_best(fit, step)
-    schedule = _schedule(optimizer, epochs * fit.updates, fit.params.warmup)
+    schedule = make_schedule(optimizer, epochs * fit.updates, fit.params.warmup)
 
     def save(epoch: int, part: dict[str, Any] | None = None) -> None:
         content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
@@ -265,7 +179,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     part = mine["part"] if mine else None
     for epoch in range(mine["epoch"] if mine else 0, epochs):
         try:
-            line = _train_epoch(fit, step, epoch, optimizer, schedule, average, part)
+            line = train_epoch(fit, step, epoch, optimizer, schedule, average, part)
         except Stopped as stopped:
             if is_main():
                 save(epoch, stopped.part)
@@ -276,7 +190,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
         part = None
         judged = average.module if average else fit.model
         as_one(judged)  # each process has normalised with statistics of its own images
-        line |= _validate(fit, judged)
+        line |= validate(fit, judged)
         better, best = line["score"] > best, max(line["score"], best)
         if is_main():
             _append_metrics(fit.run, line)
@@ -305,165 +219,6 @@ def _publish(fit: Fit, step: str, target: Path) -> None:
     params = {key: getattr(fit.params, key) for key in keep}
     facts = {"step": step, "epoch": best["epoch"], "score": best["score"], "inference": params, "run": fit.run.name}
     save_checkpoint(target, fit.model, sample=fit.run.sample, **facts)
-
-
-def _optimizer(model: CombinedModel, rate: float, params: Params) -> torch.optim.Optimizer:
-    """AdamW; with ``layer_decay`` each backbone layer below the last learns that much slower (Bao et al., BEiT, 2022)."""
-    if params.layer_decay == 1:
-        return torch.optim.AdamW(param_groups_weight_decay(model, params.weight_decay), lr=rate)
-    new = [module for name, module in model.named_children() if name != "backbone"]
-    groups = [group for module in new for group in param_groups_weight_decay(module, params.weight_decay) if group["params"]]
-    layers = param_groups_layer_decay(model.backbone, params.weight_decay, layer_decay=params.layer_decay)
-    return torch.optim.AdamW([*groups, *layers], lr=rate)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, updates: int, warmup: float) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine down to a hundredth of the peak; stepped by the number of updates."""
-    rise = max(1, round(updates * warmup))
-    peak = optimizer.defaults["lr"]
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(updates, rise + 1),
-        lr_min=peak / 100,
-        warmup_t=rise,
-        warmup_lr_init=peak / 100,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
-
-
-def _train_epoch(
-    fit: Fit,
-    step: str,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: CosineLRScheduler,
-    average: ModelEmaV3 | None,
-    part: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """One pass over a balanced selection of the training images; returns what goes into ``metrics.jsonl``.
-
-    ``part`` is what ``Stopped`` told of an epoch that was begun earlier.
-    """
-    seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
-    torch.manual_seed(seed + 10**6 * rank())  # dropout and stochastic depth
-    dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
-    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
-    batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
-    first = part["batches"] if part else 0
-    loader = training_loader(dataset, [batch[rank() :: world()] for batch in batches[first:]], fit.machine.workers)
-    fit.model.to(memory_format=torch.channels_last).train()
-    mix = make_mixup(fit.params, fit.task)
-    np.random.seed(seed + rank())  # noqa: NPY002 (timm's mixup draws from it)
-    started, losses, seen = time.monotonic(), [], 0
-    if part:
-        losses, seen = list(part["losses"]) if is_main() else [], part["seen"]
-        started -= part["seconds"]
-    bar = progress(loader, f"Task {fit.task} {step} epoch {epoch + 1}")
-    for number, batch in enumerate(bar, start=first):
-        fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
-        if part and number == first:
-            _set_random_state(part["random"])
-        share = len(batch["index"])
-        everywhere, stops = totals(share, int(fit.stopping()))
-        if stops:
-            facts = {"losses": losses, "seen": seen, "seconds": time.monotonic() - started, "random": _random_state()}
-            raise Stopped({"batches": number} | facts)
-        if not everywhere:
-            continue
-        update = epoch * fit.updates + number
-        schedule.step_update(update)
-        loss = _loss(fit, batch if share else _nothing(fit), mix)
-        if not torch.isfinite(loss):
-            files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in {step} epoch {epoch + 1}; lower the rate, or look at\n  {files}"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        (loss * (share * world() / everywhere)).backward()  # gradients are averaged over processes, whatever their shares
-        torch.nn.utils.clip_grad_norm_(fit.model.parameters(), CLIP_NORM)
-        optimizer.step()
-        if average:
-            average.update(fit.model, update)
-        losses += [loss.item()] if share else []
-        seen += everywhere
-        bar.note(f"loss {np.mean(losses[-20:]):.3f}")
-    losses = [value for part in gathered(losses) for value in part]
-    fit.errors = {path: reason for part in gathered(fit.errors) for path, reason in part.items()}
-    if not losses:
-        raise ImageError(
-            f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}"
-        )
-    seconds = time.monotonic() - started
-    return {
-        "task": fit.task,
-        "step": step,
-        "epoch": epoch + 1,
-        "train_loss": float(np.mean(losses)),
-        "lr": optimizer.param_groups[0]["lr"],
-        "images_per_second": round(seen / seconds, 1),
-        "seconds": round(seconds, 1),
-    }
-
-
-def _random_state() -> list[Any]:
-    """The states of torch's and NumPy's generators, in types that a checkpoint may hold."""
-    name, keys, *others = np.random.get_state()  # noqa: NPY002
-    return [torch.get_rng_state(), name, keys.tolist(), *others]
-
-
-def _set_random_state(state: list[Any]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state((state[1], np.array(state[2], np.uint32), *state[3:]))  # noqa: NPY002
-
-
-def _nothing(fit: Fit) -> dict[str, Any]:
-    """A batch of one black image, for a process whose share of a batch is empty: its loss counts nothing."""
-    side = fit.params.crop_size
-    batch = {"index": [], "image": torch.zeros(1, 3, side, side, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
-    return batch | {"mask": torch.zeros(1, 1, side, side, dtype=torch.bool)}
-
-
-def _loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
-    """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
-    images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
-    smoothing = fit.params.label_smoothing
-    if mix is not None and len(images) % 2 == 0:  # pairs are mixed; a last batch of an odd number is not
-        images, labels = mix(images, labels)
-        smoothing = 0.0
-    with fit.machine.autocast():
-        output = fit.trained(images)
-    loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
-    if output.mask_logits is not None:
-        masks, params = batch["mask"].to(fit.machine.device, non_blocking=True), fit.params
-        of_masks = mask_loss(output.mask_logits.float(), masks, params.mask_loss, params.boundary_weight)
-        loss = loss + params.mask_weight * of_masks
-    return loss
-
-
-# ---- Validation ------------------------------------------------------------------------------------------------------
-
-
-def _validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
-    """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU).
-
-    Task A is judged on images of sources that training does not have, where validation has such of both classes.
-    """
-    result = predict(model, fit.task, fit.val, fit.params, fit.machine)
-    good, labels = result.good(), fit.val["label"].to_numpy(int)
-    auc = roc_auc(labels[good], result.probs[good])
-    if not np.isfinite(auc):
-        reasons = "; ".join(list(result.errors.values())[:3])
-        raise ImageError(f"validation needs readable images of both classes; {len(result.errors)} could not be read: {reasons}")
-    values = {"val_auc": auc, "score": auc}
-    unseen = good & ~fit.val["source"].isin(fit.train["source"]).to_numpy()
-    if fit.task == "A" and len(set(labels[unseen])) == 2:
-        values["score"] = roc_auc(labels[unseen], result.probs[unseen])
-    if result.histograms is not None:
-        manipulated = result.histograms[good & (fit.val["label"] == 1)]
-        values["val_iou"] = float(pixel_curves(manipulated)[0].mean(0)[1:].max())
-        values["score"] = (values["val_auc"] + values["val_iou"]) / 2
-    return values
 
 
 def _append_metrics(run: Run, line: dict[str, Any]) -> None:

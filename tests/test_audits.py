@@ -18,13 +18,13 @@ from forensics_lib.audits import (
     mask_areas,
     shortcut_audit,
 )
+from forensics_lib.epochs import training_crops
 from forensics_lib.files import project_root
 from forensics_lib.images import read_header
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 from forensics_lib.runs import Run
 from forensics_lib.traces import average_spectrum, radial_profile
-from forensics_lib.training import training_crops
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 

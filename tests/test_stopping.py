@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from forensics_lib import training
+from forensics_lib import epochs
 from forensics_lib.__main__ import main
 from forensics_lib.files import project_root
 from forensics_lib.manifest import build_manifest
@@ -54,7 +54,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
     undisturbed = begin("one")
     expected = train(undisturbed, task, build_manifest(undisturbed, task))
 
-    run, real, calls = begin("two"), training._loss, []
+    run, real, calls = begin("two"), epochs.batch_loss, []
     manifest = build_manifest(run, task)
 
     def loss(*arguments):
@@ -63,7 +63,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_loss", loss)
+    monkeypatch.setattr(epochs, "batch_loss", loss)
     stops = 0
     while True:
         try:
@@ -80,13 +80,13 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
 
 
 def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
-    real = training._loss
+    real = epochs.batch_loss
 
     def loss(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_loss", loss)
+    monkeypatch.setattr(epochs, "batch_loss", loss)
     assert main(["train", "--params", str(tiny_run.write_params()), "--tasks", "A"]) == 130
     assert "the same command or cell goes on from there" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import picture, save
 
-from forensics_lib import plots, training
+from forensics_lib import epochs, plots, training
 from forensics_lib.attribution import grad_cam
 from forensics_lib.browser import browse_evaluated_masks
 from forensics_lib.card import build_card
@@ -87,7 +87,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, sto
     train(run, "A", manifest)
     expected = read_checkpoint(run.finetuned_model("A"))["model"], read_metrics(run, "A")["train_loss"].tolist()
     again = changed(run, run_name="again")
-    calls, original = [], training._train_epoch
+    calls, original = [], training.train_epoch
 
     def stops(*arguments):
         if len(calls) == stop_after:
@@ -95,11 +95,11 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, sto
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(training, "_train_epoch", stops)
+    monkeypatch.setattr(training, "train_epoch", stops)
     with pytest.raises(KeyboardInterrupt):
         train(again, "A", manifest)
     assert not again.finetuned_model("A").exists(), "an unfinished step has no public file"
-    monkeypatch.setattr(training, "_train_epoch", original)
+    monkeypatch.setattr(training, "train_epoch", original)
     train(again, "A", manifest)
     resumed = read_checkpoint(again.finetuned_model("A"))["model"]
     assert all(torch.equal(value, resumed[name]) for name, value in expected[0].items())
@@ -135,7 +135,7 @@ def test_validation_without_a_readable_class_is_an_error(tiny_run):
 
 
 def test_a_loss_that_is_not_finite_names_the_files(tiny_run, monkeypatch):
-    monkeypatch.setattr(training, "_loss", lambda fit, batch, mix: torch.tensor(float("nan")))
+    monkeypatch.setattr(epochs, "batch_loss", lambda fit, batch, mix: torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match=r"src/\d_\w+\.png"):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
 
@@ -258,8 +258,8 @@ def test_lower_layers_learn_slower_with_layer_decay(tiny_run):
     model = build_model(tiny_run.params, "A")
     model.freeze_backbone("all")
     params = tiny_run.params.model_copy(update={"layer_decay": 0.5})
-    optimizer = training._optimizer(model, 1e-3, params)
-    schedule = training._schedule(optimizer, 100, 0.1)
+    optimizer = epochs.make_optimizer(model, 1e-3, params)
+    schedule = epochs.make_schedule(optimizer, 100, 0.1)
     schedule.step_update(10)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: rates[id(p)] for name, p in model.named_parameters()}
@@ -282,8 +282,8 @@ def test_mixed_labels_cost_what_they_should(tiny_run):
 
     def cost(logits: torch.Tensor, mix) -> torch.Tensor:
         machine = training.choose_machine(tiny_run.params)
-        fit = training.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False)
-        return training._loss(fit, batch, mix)
+        fit = epochs.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False)
+        return epochs.batch_loss(fit, batch, mix)
 
     def halves(images, labels):
         return images, torch.full((2, 2), 0.5)
@@ -298,11 +298,11 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     val = usable(manifest, "val")
     val["source"] = np.where(val.groupby("label").cumcount() < 2, "src", "other")
     probs = np.where(val["source"] == "src", val["label"], 1 - val["label"]).astype(float)
-    monkeypatch.setattr(training, "predict", lambda *_: Predictions(probs, {}))
-    fit = training.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
-    assert training._validate(fit, None)["score"] == 0.0
+    monkeypatch.setattr(epochs, "predict", lambda *_: Predictions(probs, {}))
+    fit = epochs.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
+    assert epochs.validate(fit, None)["score"] == 0.0
     fit.val = val.assign(source="src")
-    assert training._validate(fit, None)["score"] == training._validate(fit, None)["val_auc"] == 0.5
+    assert epochs.validate(fit, None)["score"] == epochs.validate(fit, None)["val_auc"] == 0.5
 
 
 def test_calibrated_probabilities_are_what_is_written_for_test_images(tiny_run):

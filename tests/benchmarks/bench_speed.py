@@ -40,6 +40,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_loader
 
 from forensics_lib.datasets import InferenceImages, epoch_order, training_loader
+from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch, training_crops
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask, predict_masks, predict_probabilities, save_mask
@@ -48,7 +49,6 @@ from forensics_lib.manifest import indexed, usable
 from forensics_lib.model import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
 from forensics_lib.runs import Run
-from forensics_lib.training import Fit, _loss, _optimizer, _schedule, _train_epoch, training_crops
 
 BUILD, DOCS = project_root() / "build" / "performance", project_root() / "docs"
 PARTS = ("classify", "localize", "train", "decode", "grow")
@@ -229,8 +229,8 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             model = build_model(used, task).to(machine.device)
             model.freeze_backbone(used.finetune_stages)
             fit = Fit(Run(used, CORPUS), task, model, machine, rows, rows, equalize=True)
-            optimizer = _optimizer(model, used.lr_finetune, used)
-            schedule = _schedule(optimizer, 1000, 0.1)
+            optimizer = make_optimizer(model, used.lr_finetune, used)
+            schedule = make_schedule(optimizer, 1000, 0.1)
             order = epoch_order(rows["label"].to_numpy(int), 0, 0)
             parts = np.array_split(order, -(-len(order) // used.batch_size))
             batches = list(training_loader(training_crops(rows, task, used, equalize=True, seed=0), parts, 2))
@@ -238,14 +238,14 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             def learn(fit: Fit = fit, batches: list = batches, optimizer: torch.optim.Optimizer = optimizer) -> None:
                 fit.model.train()
                 for batch in batches:
-                    loss = _loss(fit, batch, None)
+                    loss = batch_loss(fit, batch, None)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
                     loss.item()
 
             ways = {
-                "ours": lambda fit=fit, o=optimizer, s=schedule: _train_epoch(fit, "finetune", 0, o, s, None),
+                "ours": lambda fit=fit, o=optimizer, s=schedule: train_epoch(fit, "finetune", 0, o, s, None),
                 "ceiling": learn,
             }
             seconds = interleaved(ways, repeats)
