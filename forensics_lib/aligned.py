@@ -10,7 +10,6 @@ photograph has lost.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from forensics_lib.files import home, whole
 from forensics_lib.images import ImageError, open_image, random_square, read_image
 from forensics_lib.layouts import COLUMNS
 from forensics_lib.params import Aligned
+from forensics_lib.plugins import named
 from forensics_lib.progress import progress
 
 Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
@@ -39,14 +39,8 @@ def load_autoencode(name: str) -> Autoencode:
         from forensics_lib.autoencoder import load_autoencoder, regenerate
 
         return partial(regenerate, load_autoencoder())
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"aligned.autoencoder: {name!r} cannot be loaded ({error}); give 'own', or 'module:function' whose function, "
-            "called without arguments, returns a callable from image to image"
-        ) from None
+    wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
+    return named(name, "autoencoder", wanted)()
 
 
 def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode | None = None) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from forensics_lib.files import project_root
+from forensics_lib.plugins import PATTERN
 
 PROBABILITY = {"ge": 0.0, "le": 1.0}
 
@@ -22,10 +24,10 @@ class ParamsError(ValueError):
     """The parameters are not valid; the message names each key, what was found and what is allowed."""
 
 
-LAYOUTS = Literal[
+LAYOUTS = (
     "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
-]  # fmt: skip
+)  # fmt: skip
 
 
 class DataSet(BaseModel):
@@ -34,10 +36,21 @@ class DataSet(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     root: str = Field(description="folder of the data set, or a CSV file")
-    layout: LAYOUTS | None = Field(None, description="how it is laid out; null: recognised by what lies in it")
+    layout: str | None = Field(
+        None, description="how it is laid out, or module:function of a reader; null: recognised by what lies in it"
+    )
     split: Literal["train", "val", "test"] | None = Field(None, description="its split, where the layout tells none")
     coco_root: str | None = Field(None, description="corvi_ldm: the folder of COCO's train2017 images")
     lsun_root: str | None = Field(None, description="corvi_ldm: CNNDetection's train folder")
+
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, value: str | None) -> str | None:
+        if value is not None and value not in LAYOUTS and not re.fullmatch(PATTERN, value):
+            raise ValueError(
+                f"no layout {value!r}; there are {', '.join(LAYOUTS)}, and module:function of a reader of your own"
+            )
+        return value
 
     @model_validator(mode="after")
     def _validation_data_stays_validation_data(self) -> DataSet:
@@ -56,6 +69,7 @@ class Degradations(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    own: str | None = Field(None, pattern=f"^{PATTERN}$", description="module:function that changes crops first; null: none")
     resize: float = Field(0.3, **PROBABILITY, description="probability of scaling, by a random kernel")
     resize_scale: Scales = Field((0.5, 1.5), description="range of the scale")
     blur: float = Field(0.1, **PROBABILITY, description="probability of Gaussian blur")

@@ -46,11 +46,18 @@ def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEB
 
     Raises ``PipelineError`` at the first notebook that fails or leaves a file missing.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a notebook's process is told, as by Ctrl-C
+    try:
+        return _run_notebooks(params_file, overrides, start)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_notebooks(params_file: str, overrides: dict[str, Any], start: str) -> Run:
     run = open_run(params_file, overrides)
     os.environ["FORENSICS_HEADLESS"] = "1"
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the notebooks take from the file
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the notebook's process is told, as by Ctrl-C
     for notebook in NOTEBOOKS[NOTEBOOKS.index(start) :]:
         print(f"--- {notebook}  ({run.name}, {time.monotonic() - began:.0f} s so far)", flush=True)
         try:

@@ -30,6 +30,7 @@ from forensics_lib.layouts import (
 )
 from forensics_lib.params import DataSet
 from forensics_lib.parquet import class_names, image_columns, member_path
+from forensics_lib.plugins import named
 
 Reader = Callable[[Path, DataSet], Rows]
 ITW_SM = "ITW-SM"  # the folder that the archive holds
@@ -42,10 +43,34 @@ def read_data_set(entry: DataSet) -> Rows:
     """The images of one entry of the ``data`` parameter; its layout is recognised where none is named."""
     entry = recognised(entry)
     root = from_home(entry.root)
-    rows = READERS[entry.layout](root, entry)
+    rows = _reader(entry.layout)(root, entry)
+    if entry.layout not in READERS:
+        _check_own(rows, entry)
     if not len(rows):
         raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
     return rows
+
+
+def _reader(layout: str) -> Reader:
+    """The reader of a layout, or the user's own that ``module:function`` names."""
+    if layout in READERS:
+        return READERS[layout]
+    return named(layout, "data: layout", "its function gets the root (a Path) and the entry, and returns layouts.Rows")
+
+
+def _check_own(rows: Rows, entry: DataSet) -> None:
+    """What the project's readers see to, of rows that another one made.  Raises ``LayoutError``."""
+    if not isinstance(rows, Rows):
+        raise LayoutError(f"data: {entry.layout} returned {type(rows).__name__}; forensics_lib.layouts.Rows is needed")
+    table = rows.table()
+    wrong = table[~table["label"].isin([0, 1]) | ~table["split"].isin(["train", "val", "test"])]
+    if len(wrong):
+        raise LayoutError(
+            f"data: {entry.layout} gave {wrong['path'].iloc[0]} a label or split that is none of 0, 1, train, val, test"
+        )
+    validation = [path for path in table.loc[table["split"] == "train", "path"] if of_itw_sm(Path(path))]
+    if validation:
+        raise LayoutError(f"{validation[0]} is of ITW-SM, the validation set, and must not be trained on")
 
 
 def recognised(entry: DataSet) -> DataSet:
@@ -63,6 +88,8 @@ def task_of(entry: DataSet) -> str:
         return "B" if "mask_path" in header.strip().split(",") else "A"
     if entry.layout == "parquet":
         return "B" if has_masks(from_home(entry.root)) else "A"
+    if entry.layout not in READERS:
+        return "B" if read_data_set(entry).table()["mask_path"].notna().any() else "A"
     return "B" if entry.layout in TASK_B_LAYOUTS else "A"
 
 

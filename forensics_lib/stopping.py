@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +22,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     noted: list[int] = []
+    owner = os.getpid()
 
     def note(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # Ctrl-C reaches loader processes too; the one that started them ends them
+            return
         if noted:
             raise KeyboardInterrupt
         noted.append(number)

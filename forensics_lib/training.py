@@ -70,6 +70,8 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     with stop_requests() as fit.stopping:
         for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
             _run_step(fit, step, epochs, state, fingerprint)
+        if fit.stopping():
+            raise KeyboardInterrupt(f"stopped when Task {task} was trained: the same command or cell goes on from there")
     run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
     run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
@@ -215,7 +217,7 @@ def _publish(fit: Fit, step: str, target: Path) -> None:
     """Give the step's best checkpoint its public name, with what inference needs to know."""
     best = read_checkpoint(fit.best_file(step))
     fit.model.load_state_dict(best["model"])
-    keep = ("crop_size", "crops_per_image", "tile_size", "tile_overlap")
+    keep = ("crop_size", "crops_per_image", "tile_size", "tile_overlap", "mask_scales", "mask_flips")
     params = {key: getattr(fit.params, key) for key in keep}
     facts = {"step": step, "epoch": best["epoch"], "score": best["score"], "inference": params, "run": fit.run.name}
     save_checkpoint(target, fit.model, sample=fit.run.sample, **facts)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from forensics_lib import epochs
+from forensics_lib import epochs, training
 from forensics_lib.__main__ import main
 from forensics_lib.files import project_root
 from forensics_lib.manifest import build_manifest
@@ -77,6 +77,22 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     columns = ["step", "epoch", "train_loss", "val_auc", "lr"]
     assert metrics[columns].equals(expected[columns])
+
+
+def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
+    manifest, real, calls = build_manifest(tiny_run, "A"), training.validate, []
+
+    def validate(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "validate", validate)
+    with pytest.raises(KeyboardInterrupt, match="stopped when Task A was trained"):
+        train(tiny_run, "A", manifest)
+    assert len(train(tiny_run, "A", manifest)) == 2
+    assert len(calls) == 2, "nothing was done again"
 
 
 def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):

@@ -1,0 +1,134 @@
+"""The code of docs/extending.md and docs/backbones.md, run as it stands there."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY, picture, save
+
+from forensics_lib import model as model_module
+from forensics_lib.degradations import degrade
+from forensics_lib.files import home, project_root
+from forensics_lib.infer import infer
+from forensics_lib.layouts import LayoutError
+from forensics_lib.manifest import build_manifest
+from forensics_lib.model import CheckpointError, load_model
+from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
+from forensics_lib.readers import read_data_set, task_of
+from forensics_lib.runs import Run
+from forensics_lib.training import train
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (project_root() / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def modules(monkeypatch) -> list[str]:
+    """The page's modules, written where a user would put them."""
+    monkeypatch.setattr(model_module, "SegmentationBranch", model_module.SegmentationBranch)  # put back afterwards
+    names = []
+    for block in blocks("extending.md"):
+        name = re.match(r"# (\w+)\.py", block)[1]
+        (home() / f"{name}.py").write_text(block)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        names.append(name)
+        assert len(block.splitlines()) < 30
+    monkeypatch.syspath_prepend(str(home()))
+    return names
+
+
+def test_a_layout_of_ones_own(modules, tiny_run, rng):
+    root = tiny_run.data / "cameras"
+    for camera in ("one", "two"):
+        for kind in ("originals", "generated"):
+            for number in range(12):
+                save(root / camera / kind / f"{number:02d}.png", picture(rng))
+    entry = {"root": str(root), "layout": "my_layouts:read_by_camera"}
+    assert task_of(DataSet(**entry)) == "A"
+    values = tiny_run.params.model_dump() | {"data": [entry], "run_type": "open", "tasks": ["A"]}
+    table = build_manifest(Run(make_params(values, "test"), tiny_run.data), "A")
+    assert table.groupby(["split", "label"]).size().to_dict() == {
+        ("train", 0): 20,
+        ("train", 1): 20,
+        ("val", 0): 4,
+        ("val", 1): 4,
+    }
+    assert set(table["source"]) == {"cameras/one", "cameras/two"}
+    with pytest.raises(LayoutError, match="constrained run takes official data only"):
+        build_manifest(Run(make_params(values | {"run_type": "constrained"}, "test"), tiny_run.data), "A")
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("def read(root, entry):\n    return []", "returned list"),
+        (
+            "def read(root, entry):\n    rows = Rows()\n    rows.add(['x.jpg'], 3, 'train', 's', kind=None)\n    return rows",
+            "none of 0, 1",
+        ),
+        (
+            "def read(root, entry):\n    r = Rows()\n    r.add(['ITW-SM/x.jpg'], 1, 'train', 's', kind=None)\n    return r",
+            "of ITW-SM",
+        ),
+        ("def other(root, entry):\n    pass", "cannot be loaded"),
+    ],
+)
+def test_a_reader_that_does_wrong_is_told_so(code, fault, tmp_path, monkeypatch):
+    (home() / "wrong_reader.py").write_text(f"from forensics_lib.layouts import Rows\n\n\n{code}\n")
+    monkeypatch.delitem(sys.modules, "wrong_reader", raising=False)
+    monkeypatch.syspath_prepend(str(home()))
+    with pytest.raises(ValueError, match=fault):
+        read_data_set(DataSet(root=str(tmp_path), layout="wrong_reader:read"))
+
+
+def test_an_unknown_layout_names_those_that_there_are():
+    with pytest.raises(ParamsError, match=r"no layout 'tgiff'; there are own, .*module:function"):
+        make_params({"data": [{"root": "x", "layout": "tgiff"}]}, "test")
+
+
+def test_a_degradation_of_ones_own(modules):
+    nothing = dict.fromkeys(("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social"), 0.0)
+    settings = Degradations(own="my_degradations:exposure", **nothing)
+    image = picture(np.random.default_rng(0))
+    changed = [degrade(image, None, settings, np.random.default_rng(seed))[0] for seed in range(60)]
+    share = np.mean([(one != image).any() for one in changed])
+    assert 0.05 < share < 0.4
+    again = degrade(image, None, settings, np.random.default_rng(3))[0]
+    assert np.array_equal(again, changed[3])
+
+
+def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):
+    original = model_module.SegmentationBranch
+    __import__("my_decoder")
+    assert model_module.SegmentationBranch is not original
+    manifest = build_manifest(tiny_run, "B")
+    train(tiny_run, "B", manifest)
+    assert len(list(Path(tiny_run.finetuned_model("B")).parent.glob("*finetuned*"))) == 1
+    model, _ = load_model(tiny_run.finetuned_model("B"), "B")
+    assert type(model.segmentation).__name__ == "LastStage"
+    monkeypatch.setattr(model_module, "SegmentationBranch", original)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_model(tiny_run.finetuned_model("B"), "B")
+
+
+def test_a_checkpoint_opens_with_timm(tiny_run, monkeypatch):
+    from forensics_lib.evaluation import evaluate
+
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    evaluate(tiny_run, "A", manifest)
+    with_timm, in_three_lines = blocks("backbones.md")
+    checkpoint = str(tiny_run.finetuned_model("A"))
+    spaces: dict = {}
+    exec(with_timm.replace("outputs/constrained_finetuned_model.pth", checkpoint), spaces)  # noqa: S102
+    ours, _ = load_model(tiny_run.finetuned_model("A"), "A")
+    assert isinstance(spaces["backbone"], type(timm.create_model(TINY["backbone"])))
+    assert all(torch.equal(value, ours.backbone.state_dict()[name]) for name, value in spaces["backbone"].state_dict().items())
+    code = in_three_lines.replace("outputs/constrained_finetuned_model.pth", checkpoint)
+    exec(code.replace("folder/of/images", str(tiny_run.test_folder("A"))), spaces)  # noqa: S102
+    assert len(spaces["table"]) == len(infer(tiny_run, "A")) == 4
