@@ -31,7 +31,7 @@ PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz lock lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -100,6 +100,9 @@ chaos: setup ## Kill a run 50 times at random moments; it must end as one that w
 
 fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)
 	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/test_fuzz.py -q --tb=short
+
+docs: setup ## Build the library's reference from its docstrings in build/docs
+	$(PY) -W error::UserWarning:pdoc -m pdoc --docformat restructuredtext --output-directory build/docs forensics_lib
 
 lock: setup ## Write .ci/requirements.lock anew: what pip chooses now, with hashes
 	$(PY) .ci/lock.py $(TORCH)
