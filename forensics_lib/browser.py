@@ -42,8 +42,9 @@ class Browser:
     """A list of images with filters, an order and thumbnails, and the picture of the chosen one at native pixels.
 
     ``table`` has one row per image with its ``path`` and a ``name`` for the list; the columns in ``filters`` can be filtered
-    by; ``orders`` gives for each name of an order the column to sort by and whether upwards.  In the list the arrow keys go
-    from image to image.  ``folder`` is where pictures are saved.
+    by; ``orders`` gives for each name of an order the column to sort by and whether upwards.  In the box with the image's
+    number the arrow keys go from image to image (JupyterLab keeps them for itself elsewhere).  ``folder`` is where pictures
+    are saved.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Browser:
         }
         self.order = widgets.Dropdown(options=list(orders), description="order")
         self.chosen = widgets.Select(rows=10, layout=widgets.Layout(width="auto", min_width="380px"))
+        self.number = widgets.BoundedIntText(1, min=1, description="number", layout=widgets.Layout(width="170px"))
         self.back, self.forth = widgets.Button(description="previous"), widgets.Button(description="next")
         self.export, self.said = widgets.Button(description="save picture"), widgets.Label()
         self.view = widgets.ToggleButtons(options=views, description="view")
@@ -78,6 +80,7 @@ class Browser:
         for control in (*self.filters.values(), self.order):
             control.observe(self._list, "value")
         self.chosen.observe(self._choose, "value")
+        self.number.observe(self._count, "value")
         for control in (self.view, self.zoom):
             control.observe(self._draw, "value")
         self._page_shown: tuple[int, ...] = ()
@@ -103,7 +106,7 @@ class Browser:
         from IPython.display import display
 
         first = widgets.VBox([*self.filters.values(), self.order])
-        buttons = widgets.HBox([self.back, self.forth, self.export, self.said])
+        buttons = widgets.HBox([self.number, self.back, self.forth, self.export, self.said])
         scrolled = widgets.Box([self.picture], layout=widgets.Layout(overflow="auto", max_height="640px"))
         rows = [widgets.HBox([self.chosen, first]), self.page, buttons, *self.controls(), self.view, self.zoom, self.text]
         display(widgets.VBox([*rows, scrolled]))
@@ -118,6 +121,7 @@ class Browser:
         rows = rows.sort_values(column, ascending=upwards, kind="stable")
         self._shown = rows.index.tolist()
         self.said.value = "" if self._shown else "no image fits these filters"
+        self.number.max = max(1, len(self._shown))
         self.chosen.options = list(zip(rows["name"], self._shown, strict=True))  # which chooses none
         if self._shown:
             self.chosen.value = self._shown[0]
@@ -126,9 +130,14 @@ class Browser:
         if self.chosen.value is not None:
             self.chosen.value = self._shown[(self._shown.index(self.chosen.value) + by) % len(self._shown)]
 
+    def _count(self, _: Any = None) -> None:
+        if self.chosen.value is not None:
+            self.chosen.value = self._shown[self.number.value - 1]
+
     def _choose(self, _: Any = None) -> None:
         if self.chosen.value is None:
             return
+        self.number.value = self._shown.index(self.chosen.value) + 1
         self._show_page()
         try:
             self.load(self.chosen.value)

@@ -46,11 +46,12 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 
 
 def save_figure(run: Run, figure: Figure, name: str) -> Figure:
-    """Keep a figure as ``figures/<name>.png`` of the run; returns it, so that a cell ends with this call."""
+    """Keep a figure as ``figures/<name>.png`` and ``.svg`` of the run; returns it, so that a cell ends with this call."""
     if run.sample:
         figure.suptitle(f"{figure.get_suptitle()}  [sample data]".strip(), fontsize=10)
-    with whole(run.folder / "figures" / f"{name}.png") as temporary:
-        figure.savefig(temporary, dpi=110)
+    for ending in ("png", "svg"):
+        with whole(run.folder / "figures" / f"{name}.{ending}") as temporary:
+            figure.savefig(temporary, dpi=110)
     return figure
 
 

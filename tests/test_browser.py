@@ -87,6 +87,17 @@ def test_filters_and_orders_change_the_list(browser):
     assert len(browser.chosen.options) == 20
 
 
+def test_numbers_go_through_the_list(browser):
+    browser.number.value = 3
+    assert browser.chosen.value == 2
+    browser.forth.click()
+    assert browser.number.value == 4
+    browser.filters["kind"].value = "fr"
+    assert (browser.number.value, browser.number.max) == (1, 5)
+    browser.number.value = 5
+    assert browser.chosen.value == 17
+
+
 def test_thumbnails_follow_the_choice_and_choose(browser):
     assert len(browser.page.children) == THUMBNAILS
     browser.chosen.value = 17
