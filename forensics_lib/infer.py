@@ -33,7 +33,7 @@ USED = ("crop_size", "crops_per_image", "tile_size", "tile_overlap", "mask_scale
 
 
 class InferenceError(RuntimeError):
-    """What the shards hold is not what the test folder holds."""
+    """What an inference needs or found does not fit together; the message says what and what to do."""
 
 
 def infer(run: Run, task: str) -> pd.DataFrame:
@@ -44,7 +44,11 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     is done; those of another model, other parameters or other images are removed.  With ``processes`` above 1 that many
     processes share the work.  Returns image_id, prob, error and path.
     """
-    temperature = stored_thresholds(run, task)["temperature"]
+    temperature = stored_thresholds(run, task).get("temperature")
+    if temperature is None:
+        raise InferenceError(
+            f"{run.thresholds} names no temperature for Task {task}: run the training notebook of this run again"
+        )
     if launches(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     rows = build_test_manifest(run, task)

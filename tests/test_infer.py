@@ -6,6 +6,7 @@ import pytest
 
 from forensics_lib import infer as module
 from forensics_lib.evaluation import evaluate
+from forensics_lib.files import update_json
 from forensics_lib.infer import InferenceError, Shards, infer
 from forensics_lib.inference import load_mask
 from forensics_lib.manifest import build_manifest
@@ -61,6 +62,13 @@ def test_shards_that_are_not_the_folders_are_refused(trained):
     second.replace(first)
     shutil.copy(first, second)
     with pytest.raises(InferenceError, match="differ"):
+        infer(run, task)
+
+
+def test_thresholds_of_an_older_version_are_refused(trained):
+    run, task = trained
+    update_json(run.thresholds, **{task: {"threshold": 0.5}})
+    with pytest.raises(InferenceError, match="names no temperature"):
         infer(run, task)
 
 
