@@ -221,7 +221,8 @@ def batch_loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tens
     loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
     if output.mask_logits is not None:
         masks, params = batch["mask"].to(fit.machine.device, non_blocking=True), fit.params
-        of_masks = mask_loss(output.mask_logits.float(), masks, params.mask_loss, params.boundary_weight)
+        weights = params.boundary_weight, params.authentic_weight
+        of_masks = mask_loss(output.mask_logits.float(), masks, params.mask_loss, *weights)
         loss = loss + params.mask_weight * of_masks
     return loss
 

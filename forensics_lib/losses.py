@@ -20,25 +20,31 @@ def make_mixup(params: Params, task: str) -> Mixup | None:
     return Mixup(params.mixup, params.cutmix, label_smoothing=params.label_smoothing, num_classes=2, mode="elem")
 
 
-def mask_loss(logits: torch.Tensor, masks: torch.Tensor, kind: str = "bce_dice", boundary_weight: float = 0.0) -> torch.Tensor:
+def mask_loss(
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+    kind: str = "bce_dice",
+    boundary_weight: float = 0.0,
+    authentic_weight: float = 1.0,
+) -> torch.Tensor:
     """A loss of each pixel plus a loss of each region; ``(N, 1, H, W)`` logits and bool masks to a scalar.
 
     ``bce_dice``: cross-entropy and Dice (Milletari et al., 3DV 2016); ``focal_dice``: cross-entropy that counts what is
     already right less (Lin et al., ICCV 2017), and Dice; ``bce_lovasz``: cross-entropy and the Lovász hinge, a surrogate of
     IoU (Berman et al., CVPR 2018).  Losses of regions are taken over images that have manipulated pixels: on authentic
-    ones the loss of pixels alone keeps the mask empty.  Pixels within ``BORDER`` of a region's edge weigh
-    ``1 + boundary_weight``.
+    ones the loss of pixels alone keeps the mask empty, and counts ``authentic_weight`` times.  Pixels within ``BORDER`` of
+    a region's edge weigh ``1 + boundary_weight``.
     """
-    target = masks.float()
+    target, marked = masks.float(), masks.flatten(1).any(1)
     pixels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if kind == "focal_dice":
         pixels = pixels * FOCAL_SCALE * (1 - torch.exp(-pixels)) ** FOCAL_GAMMA
+    pixels = pixels * torch.where(marked, 1.0, authentic_weight).view(-1, 1, 1, 1)
     if boundary_weight:
         weights = 1 + boundary_weight * near_border(target)
         loss = (pixels * weights).sum() / weights.sum()
     else:
         loss = pixels.mean()
-    marked = masks.flatten(1).any(1)
     if not marked.any():
         return loss
     of_regions = _lovasz_hinge if kind == "bce_lovasz" else _dice

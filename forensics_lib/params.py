@@ -154,6 +154,9 @@ class Params(BaseModel):
         "bce_dice", description="mask loss: of each pixel (bce or focal) plus of each region (Dice or Lovász)"
     )
     boundary_weight: float = Field(0.0, ge=0, description="how much more pixels near a region's border weigh in the mask loss")
+    authentic_weight: float = Field(
+        4.0, ge=0, description="how many times the pixels of authentic images count in the mask loss"
+    )
 
     # Training
     crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")

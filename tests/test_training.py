@@ -181,6 +181,13 @@ def test_pixels_near_a_border_weigh_more():
     assert near_border(truth.float()).sum() == 32 * 2 * BORDER
 
 
+def test_false_alarms_on_authentic_images_weigh_more():
+    logits, empty, marked = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.bool), torch.zeros(2, 1, 8, 8) > 0
+    marked[:, :, :2] = True
+    assert torch.isclose(mask_loss(logits, empty, authentic_weight=4.0), 4 * mask_loss(logits, empty))
+    assert torch.equal(mask_loss(logits, marked, authentic_weight=4.0), mask_loss(logits, marked))
+
+
 def test_validation_writes_probabilities_and_thresholds(tiny_run):
     manifest = build_manifest(tiny_run, "B")
     train(tiny_run, "B", manifest)
