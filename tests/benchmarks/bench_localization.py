@@ -364,7 +364,8 @@ it passes over them some sixty times while the full recipe, with its degradation
 real pairs are larger (their regions as large as whole training images), and most are of methods that training has nothing of:
 copy-move (36%), splices with double JPEG (19%), GAN and exemplar inpainting; there the image's decision is near chance.
 """
-_ABLATIONS = """One run each. Choices were made on the validation split; the others are shown, not chosen on.
+_ABLATIONS = """One run each, most of them shorter than those above. Choices were made on the validation split; the others are
+shown, not chosen on. Where nothing else is said, pixels of authentic images counted once (`authentic_weight` 1).
 """
 
 
