@@ -38,11 +38,20 @@ class Output(NamedTuple):
     features: torch.Tensor  # (N, C): what the backbone's pooled features are
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Group normalisation whose result does not depend on the number of threads, which channels last would bring on CPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, group normalisation (so that batch size does not matter), GELU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
-        nn.GroupNorm(8, channels_out),
+        _GroupNorm(8, channels_out),
         nn.GELU(),
     )
 

@@ -184,10 +184,10 @@ def test_a_file_that_failed_is_read_again_when_its_cause_is_gone(tiny_run, monke
     known = images.Image.open
     name = str(tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png")
 
-    def refuse(source):
+    def refuse(source, **options):
         if source == name:
             raise PermissionError(13, "Permission denied", name)
-        return known(source)
+        return known(source, **options)
 
     monkeypatch.setattr(images.Image, "open", refuse)
     assert "Permission denied" in problems(build_manifest(tiny_run, "A"))["error"].item()

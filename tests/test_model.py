@@ -98,6 +98,23 @@ class _Attack:
         return (Path.touch, (Path("/tmp/forensics-attack"),))  # noqa: S108 (must not come to be)
 
 
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_threads_change_nothing_in_bf16(task):
+    torch.manual_seed(0)
+    model = CombinedModel(task, "test_convnext", decoder_channels=16).eval().to(memory_format=torch.channels_last)
+    outputs, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for side in (64, 96, 160):
+            x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(side))
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                found = model(x.contiguous(memory_format=torch.channels_last))
+            outputs.append([found.logits, found.features] + ([found.mask_logits] if task == "B" else []))
+    torch.set_num_threads(before)
+    for number, output in enumerate(outputs):
+        assert all(torch.equal(value, first) for value, first in zip(output, outputs[number % 3], strict=True))
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
     (tmp_path / "m.pth").write_bytes(pickle.dumps({"format": 1, "model": _Attack()}))
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
