@@ -122,7 +122,8 @@ def _train(options: argparse.Namespace) -> int:
         if not launched():  # a notebook goes on by itself
             print(evaluate(run, task, manifest).summary().to_string())
             held_out = evaluate_held_out(run, task, manifest)
-            print("" if held_out is None else f"held out:\n{held_out.summary().to_string()}")
+            if held_out is not None:
+                print(f"held out:\n{held_out.summary().to_string()}")
     leave_group()
     return 0
 
@@ -174,7 +175,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     from forensics_lib.reproduce import reproduce
 
     table = reproduce(options.run)
-    print(table[~table["equal"]].to_string(index=False) if not table["equal"].all() else "")
+    if not table["equal"].all():
+        print(table[~table["equal"]].to_string(index=False))
     print(f"{table['equal'].sum()} of {len(table)} results are equal to the last byte")
     return 0 if table["equal"].all() else 1
 

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import home, read_json
-from forensics_lib.metrics import f1_score, roc_auc
+from forensics_lib.metrics import bootstrap_intervals, f1_score, roc_auc
+from forensics_lib.params import Params
 from forensics_lib.plots import BLUE, ORANGE, new_figure
+from forensics_lib.runs import Run
 
 SHOWN = {"A": ("auc", "f1", "fpr", "ece"), "B": ("auc", "f1", "fpr", "iou_manipulated", "submitted_iou_all")}
 ROUNDS = 1000
@@ -29,7 +32,7 @@ def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     """
     if len(set(runs)) < 2:
         raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
-    facts = {run: read_json(home() / "outputs" / run / "run.json") for run in runs}
+    facts = {run: read_json(_paths(run).folder / "run.json") for run in runs}
     missing = [run for run, fact in facts.items() if not any(f"task{task}_validation" in fact for task in "AB")]
     if missing:
         there = sorted(path.parent.name for path in (home() / "outputs").glob("*/run.json"))
@@ -64,33 +67,34 @@ def _differences(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
             both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
             if both.empty or both["label_first"].nunique() < 2:
                 continue
-            thresholds = [read_json(home() / "outputs" / run / "thresholds.json")[task]["threshold"] for run in (first, second)]
+            thresholds = [stored_thresholds(_paths(run), task)["threshold"] for run in (first, second)]
             for key, (value, low, high) in _paired(both, thresholds).items():
                 rows.append([task, key, f"{second} less {first}", value, low, high, len(both)])
     columns = ["task", "score", "difference of", "value", "from", "to", "images"]
     return pd.DataFrame(rows, columns=columns).round(4)
 
 
+def _paths(run: str) -> Run:
+    """A run of this name, for where its files are."""
+    return Run(Params(run_name=run), home())
+
+
 def _probs(run: str, task: str) -> pd.DataFrame | None:
-    path = home() / "outputs" / f"{run}{'_taskB' if task == 'B' else ''}_val_probs.csv"
+    path = _paths(run).val_probs(task)
     return pd.read_csv(path).drop_duplicates("path").set_index("path")[["label", "prob"]] if path.is_file() else None
 
 
-def _paired(both: pd.DataFrame, thresholds: list[float], seed: int = 0) -> dict[str, tuple[float, float, float]]:
+def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[float, float, float]]:
     """The difference of AUC and F1, and its 95% interval over draws of images within each class."""
-    labels = both["label_first"].to_numpy(int)
-    probs = [both[f"prob_{end}"].to_numpy() for end in ("first", "second")]
+    labels, probs = both["label_first"].to_numpy(int), both[["prob_first", "prob_second"]].to_numpy()
 
-    def differences(drawn: np.ndarray) -> dict[str, float]:
-        y, (first, second) = labels[drawn], (prob[drawn] for prob in probs)
+    def differences(y: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+        first, second = drawn.T
         f1 = f1_score(y, second >= thresholds[1]) - f1_score(y, first >= thresholds[0])
         return {"auc": roc_auc(y, second) - roc_auc(y, first), "f1": f1}
 
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(labels == label) for label in (0, 1)]
-    draws = pd.DataFrame([differences(np.concatenate([rng.choice(m, len(m)) for m in members])) for _ in range(ROUNDS)])
-    whole = differences(np.arange(len(labels)))
-    return {key: (whole[key], draws[key].quantile(0.025), draws[key].quantile(0.975)) for key in whole}
+    ends = bootstrap_intervals(differences, labels, probs, ROUNDS)
+    return {key: (value, *ends[key]) for key, value in differences(labels, probs).items()}
 
 
 def _parameters(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:

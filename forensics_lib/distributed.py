@@ -143,8 +143,9 @@ def launch(processes: int, *arguments: str) -> None:
         ended = False
         for line in process.stdout or ():
             ended = ended or bool(TORCHRUN_ENDS.match(line))
-            print("" if ended else line, end="", flush=True)
-            said.extend([] if ended else [line])
+            if not ended:
+                print(line, end="", flush=True)
+                said.append(line)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -57,10 +57,11 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     print(f"Task {task}: {len(rows)} test images on {machine}")
     shards = Shards(run, task, rows, _key(run, model, rows))
     shards.prepare()
-    if not all(shards.done(number) for number in range(len(shards))):
+    missing = shards.missing()
+    if missing:
         model = model.to(machine.device, memory_format=torch.channels_last)
         compile_where_it_pays(model, _pixels(run, task, rows))
-    shards.complete(model, machine)
+    shards.complete(missing, model, machine)
     wait_for_all()
     table = shards.merged()
     failed = table["error"].notna()
@@ -135,9 +136,12 @@ class Shards:
             self.folder.mkdir(parents=True, exist_ok=True)
         wait_for_all()
 
-    def complete(self, model: CombinedModel, machine: Machine) -> None:
-        """Do those of this process's parts that are not done."""
-        missing = [number for number in range(len(self)) if not self.done(number)]
+    def missing(self) -> list[int]:
+        """The parts that are not done."""
+        return [number for number in range(len(self)) if not self.done(number)]
+
+    def complete(self, missing: list[int], model: CombinedModel, machine: Machine) -> None:
+        """Do this process's share of the ``missing`` parts."""
         if self.task == "B":
             self._check_space(missing)
         if 0 < len(missing) < len(self):

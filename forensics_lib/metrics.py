@@ -125,7 +125,7 @@ def bootstrap_intervals(
     rounds: int = 300,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """``bootstrap_interval`` of several scores from the same draws."""
+    """``bootstrap_interval`` of several scores from the same draws; ``probs`` may be of several models, ``(N, M)``."""
     labels, probs = np.asarray(labels), np.asarray(probs)
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(labels == label) for label in (0, 1)]

@@ -344,14 +344,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: Path, task: str) -> tuple[CombinedModel, dict[str, Any]]:
+def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
     """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
 
-    Raises ``CheckpointError`` where it belongs to another task or its weights do not fit.
+    Raises ``CheckpointError`` where it belongs to another task than the one wanted, or its weights do not fit.
     """
     content = read_checkpoint(path)
     config = content["config"]
-    if config["task"] != task:
+    if task is not None and config["task"] != task:
         raise CheckpointError(f"{path} was trained for Task {config['task']}, not for Task {task}")
     model = CombinedModel(**config)
     try:

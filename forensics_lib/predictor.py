@@ -11,7 +11,7 @@ import pandas as pd
 from forensics_lib.calibration import at_temperature
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import choose_machine
-from forensics_lib.model import CheckpointError, load_model, read_checkpoint
+from forensics_lib.model import CheckpointError, load_model
 from forensics_lib.params import Params
 
 
@@ -28,11 +28,10 @@ def predict(
     checkpoint, folder = Path(checkpoint), Path(images) if isinstance(images, str | Path) else None
     paths = sorted(p for p in folder.iterdir() if p.is_file()) if folder and folder.is_dir() else [folder] if folder else images
     rows = pd.DataFrame({"path": [str(path) for path in paths]})
-    content = read_checkpoint(checkpoint)
+    model, content = load_model(checkpoint)
     if "thresholds" not in content:
         raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")
     task, thresholds = content["config"]["task"], content["thresholds"]
-    model, _ = load_model(checkpoint, task)
     params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
     machine = choose_machine(params)
     masks: dict[str, np.ndarray] = {}

@@ -46,14 +46,11 @@ def reproduce(name: str) -> pd.DataFrame:
         train(again, task, manifest)
         evaluate(again, task, manifest)
         infer(again, task)
-        rows += [_compared(of(task), of_again(task)) for of, of_again in _tables(first, again)]
+        rows.append(_compared(first.val_probs(task), again.val_probs(task)))
+        rows.append(_compared(first.test_probs(task), again.test_probs(task)))
         if task == "B":
             rows += [_compared(mask, again.masks / mask.name) for mask in sorted(first.masks.glob("*.npz"))]
     return pd.DataFrame(rows, columns=["file", "equal", "largest_difference"])
-
-
-def _tables(first: Run, again: Run) -> list[tuple[Any, Any]]:
-    return [(first.val_probs, again.val_probs), (first.test_probs, again.test_probs)]
 
 
 def _differences(first: dict[str, Any], again: dict[str, Any]) -> list[str]:

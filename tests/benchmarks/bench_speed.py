@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,6 @@ def table_of(paths: list[Path]) -> pd.DataFrame:
     return pd.DataFrame({"path": [str(path) for path in paths]})
 
 
-def quiet(results: Iterator[Any]) -> list[Any]:
-    return list(results)
-
-
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +138,7 @@ def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
                 plain(x.to(machine.device)).logits.softmax(1).cpu()
 
         ways = {
-            "ours": lambda: quiet(predict_probabilities(model, table_of(paths), params, machine)),
+            "ours": lambda: list(predict_probabilities(model, table_of(paths), params, machine)),
             "ceiling": lambda: in_memory(model, batches, machine),
             "plain loop": one_by_one,
             "timm": by_timm,
