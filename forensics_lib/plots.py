@@ -220,4 +220,4 @@ def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: i
         examples.append(
             MaskExample(f"{row['image_id'][:14]}\nprob {row['prob']:.2f}", read_image(Path(row["path"])), mask, None)
         )
-    return mask_gallery(examples, loc_threshold, "Test images and their submitted masks")
+    return mask_gallery(examples, loc_threshold, "Test images and their masks as predicted")
