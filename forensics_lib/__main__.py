@@ -164,10 +164,11 @@ def _compare(options: argparse.Namespace) -> int:
     tables = compare(options.runs)
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=name in ('parameters', 'cost')) if len(table) else 'none'}")
-    target = home() / "outputs" / f"comparison_{'_'.join(options.runs)}.png"
-    with whole(target) as temporary:
-        comparison_figure(tables).savefig(temporary, dpi=110)
-    print(f"\n{target}")
+    figure, target = comparison_figure(tables), home() / "outputs" / f"comparison_{'_'.join(options.runs)}"
+    for ending in ("png", "svg"):
+        with whole(target.with_name(f"{target.name}.{ending}")) as temporary:
+            figure.savefig(temporary, dpi=110)
+    print(f"\n{target}.png and .svg")
     return 0
 
 

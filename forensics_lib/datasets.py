@@ -65,7 +65,8 @@ class TrainingCrops(Dataset):
             return {"index": index, "error": str(error)}
         image = pad_to(image, self.crop_size, self.crop_size)
         mask = None if mask is None else pad_to(mask, self.crop_size, self.crop_size)
-        image, mask = _crop(image, mask, self.crop_size, rng)
+        place = _place(image.shape[:2], mask, self.crop_size, rng)
+        image, mask = image[place], None if mask is None else mask[place]
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], None if mask is None else mask[:, ::-1]
         sample = {"index": index, "label": int(row["label"]), "image": to_tensor(image)}
@@ -98,15 +99,26 @@ class TrainingCrops(Dataset):
 
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
         """A native square of an image, degraded."""
-        image = read_image(row["path"])
-        mask = self._mask(row, image.shape[:2])
-        image, mask = _crop(image, mask, self.window, rng)
+        image, mask = self._square(row, rng)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)))
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
+
+    def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """A random square of an image, and of its mask where samples carry masks."""
+        masks: list[np.ndarray] = []
+
+        def chosen(height: int, width: int) -> tuple[slice, slice]:
+            mask = self._mask(row, (height, width))
+            place = _place((height, width), mask, self.window, rng)
+            if mask is not None:
+                masks.append(mask[place])
+            return place
+
+        return read_image(row["path"], chosen), masks[0] if masks else None
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         donor = None
@@ -133,11 +145,9 @@ def _window(manifest: pd.DataFrame, crop_size: int) -> int:
     return int(np.clip(common, crop_size, 2 * crop_size))
 
 
-def _crop(
-    image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """A random ``size`` square, or what there is of it; of a mask that marks something by ``PLACES``."""
-    limits = max(0, image.shape[0] - size), max(0, image.shape[1] - size)
+def _place(shape: tuple[int, int], mask: np.ndarray | None, size: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """The rows and columns of a random ``size`` square, or of what there is; of a mask that marks something by ``PLACES``."""
+    limits = max(0, shape[0] - size), max(0, shape[1] - size)
     top, left = (int(rng.integers(limit + 1)) for limit in limits)
     if mask is not None:
         place = rng.choice(PLACES, p=SHARES)
@@ -148,8 +158,7 @@ def _crop(
                 int(np.clip(centre - rng.integers(size // 4, 3 * size // 4 + 1), 0, limit))
                 for centre, limit in zip((y, x), limits, strict=True)
             )
-        mask = mask[top : top + size, left : left + size]
-    return image[top : top + size, left : left + size], mask
+    return slice(top, min(top + size, shape[0])), slice(left, min(left + size, shape[1]))
 
 
 def _border(mask: np.ndarray) -> np.ndarray:

@@ -55,6 +55,20 @@ def save_figure(run: Run, figure: Figure, name: str) -> Figure:
     return figure
 
 
+def submitted_probabilities(table: pd.DataFrame, task: str) -> Figure:
+    """The distribution of the submitted probabilities (columns ``prob``, ``label``, ``threshold``), by submitted label."""
+    figure, axes = new_figure(1, 1, 6, 2.6)
+    axis, threshold = axes[0, 0], float(table["threshold"].iloc[0])
+    groups = [table.loc[table["label"] == label, "prob"] for label in CLASS_COLOURS]
+    names = [f"called {CLASS_NAMES[task][label]}: {len(group)}" for label, group in enumerate(groups)]
+    axis.hist(groups, np.linspace(0, 1, 41), stacked=True, color=list(CLASS_COLOURS.values()), label=names)
+    axis.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
+    axis.set(xlabel="probability", ylabel="test images")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"Task {task}: what is submitted", fontsize=10)
+    return figure
+
+
 def hide_axes(axes: np.ndarray) -> None:
     for axis in axes.flat:
         axis.set_axis_off()

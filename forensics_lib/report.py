@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from forensics_lib.files import read_json, write_text
 from forensics_lib.runs import Run
@@ -16,7 +18,8 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1a1a1a;background:#fff}
 h1,h2{line-height:1.2} h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;font-size:.9rem} td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td+td,th+th{font-variant-numeric:tabular-nums} .wide{overflow-x:auto} img{max-width:100%;height:auto}
+td,th+th{font-variant-numeric:tabular-nums} .wide{overflow-x:auto;margin:1rem 0} img{max-width:100%;height:auto}
+.facts th{font-weight:400;white-space:nowrap;vertical-align:top} .facts td{overflow-wrap:anywhere;min-width:12rem}
 .sample{background:#fff3cd;border:2px solid #8a6d00;padding:.8rem;font-weight:600} figure{margin:1rem 0}
 figcaption{font-size:.9rem;color:#444} @media print{h2{break-after:avoid} figure{break-inside:avoid}}
 """
@@ -49,6 +52,7 @@ METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
     "flagged_authentic": "authentic images with over 1% of pixels flagged",
     "loc_threshold": "localization threshold",
 }
+_RANKING = {"A": ("f1", "auc", "fpr"), "B": ("f1", "iou_manipulated", "submitted_flagged_authentic")}
 _TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
 _CAPTIONS = {
     "balance": "Usable images by split, source, method and class",
@@ -72,6 +76,7 @@ _CAPTIONS = {
     "borderline": "Images whose probability is next to the threshold",
     "alarms": "Authentic images with the most falsely flagged pixels",
     "test": "What the test images got",
+    "submitted": "Probabilities of the test images, and the threshold",
 }
 
 
@@ -81,19 +86,38 @@ def build_report(run: Run) -> Path:
     parts = [f"<h1>Run {escape(run.name)}</h1>", f"<p>{escape(_sentence(run, facts))}</p>"]
     if run.sample:
         parts.insert(0, '<p class="sample">BUILT-IN SAMPLE DATA. These results say nothing about real generators.</p>')
+    parts += ["<h2>Summary</h2>", *_summary(run, facts)]
     for task in run.params.tasks:
         parts += _task_section(run, task, facts)
-    parts += ["<h2>Provenance</h2>", _table(_provenance(facts)), "<h2>Parameters</h2>", _table(facts.get("params", {}))]
+    again = f"<p><code>make reproduce RUN={escape(run.name)}</code> does this run again and compares every result.</p>"
+    parts += ["<h2>Provenance</h2>", again, _table(_provenance(facts))]
+    parts += ["<h2>Parameters</h2>", _table(facts.get("params", {}))]
     path = run.folder / "report.html"
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run.name)}</title>'
     view = '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    write_text(path, f"{head}{view}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
+    write_text(path, f"{head}{view}<style>{_STYLE}</style><body><main>{''.join(parts)}</main></body></html>\n")
     return path
 
 
 def _sentence(run: Run, facts: dict[str, Any]) -> str:
     tasks = " and ".join(run.params.tasks)
     return f"A {run.params.run_type} run of Task {tasks} with {run.params.backbone}, {facts.get('updated', '')}."
+
+
+def _summary(run: Run, facts: dict[str, Any]) -> list[str]:
+    """The scores that rank, with their intervals, and where the archives are."""
+    rows, archives = {}, {}
+    for task in run.params.tasks:
+        scores, held_out = (facts.get(f"task{task}_{name}") or {} for name in ("validation", "held_out"))
+        ends = facts.get(f"task{task}_validation_intervals") or {}
+        for key in (key for key in _RANKING[task] if key in scores):
+            interval = "{:.3f} to {:.3f}".format(*ends[key]) if key in ends else None
+            row = {"validation": scores[key], "95% interval": interval, "held out": held_out.get(key)}
+            rows[f"Task {task}: {METRIC_NAMES[key]}"] = row
+        if f"task{task}_submission" in facts:
+            archives[f"Task {task}, validated archive"] = facts[f"task{task}_submission"]
+    table = pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
+    return [_frame(table), *([_table(archives)] if archives else [])]
 
 
 def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
@@ -145,17 +169,34 @@ def _figure_order(path: Path) -> int:
 
 def _figure(path: Path) -> str:
     caption = escape(_CAPTIONS.get(path.stem.split("_", 1)[1], path.stem))
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    data = base64.b64encode(_small(path)).decode()
+    return f'<figure><img alt="{caption}" src="data:image/webp;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _small(path: Path) -> bytes:
+    """The figure as WebP, lossless where that is the smaller file, as it is for charts; ``figures/`` has the original."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    files = []
+    for options in ({"lossless": True, "method": 2}, {"quality": 80}):
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", **options)
+        files.append(buffer.getvalue())
+    return min(files, key=len)
 
 
 def _frame(table: pd.DataFrame) -> str:
-    return f'<div class="wide">{table.to_html(float_format="%.3f", border=0, na_rep="-")}</div>'
+    return _wide(table.to_html(float_format="%.3f", border=0, na_rep="-").replace("<th></th>", "<td></td>"))
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in values.items())
-    return f'<div class="wide"><table>{rows}</table></div>'
+    rows = "".join(f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in values.items())
+    return _wide(f'<table class="facts">{rows}</table>')
+
+
+def _wide(table: str) -> str:
+    """A table that scrolls by itself where the page is too narrow for it, by keyboard too."""
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def _provenance(facts: dict[str, Any]) -> dict[str, Any]:

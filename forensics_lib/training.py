@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from timm.utils import ModelEmaV3
 
+from forensics_lib.attach import only_trainer
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
 from forensics_lib.distributed import as_one, launch, launches, replicated, wait_for_all, world
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
@@ -36,13 +38,19 @@ NOT_TRAINING = {  # parameters that training does not depend on: changing them d
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """Train a task's model by both steps and write ``_classifier_model.pth`` and ``_finetuned_model.pth``.
 
-    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again.  With
-    ``processes`` above 1 that many processes train together.  Raises ``FloatingPointError`` with the batch's files where
-    the loss is not finite.
+    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again, and where
+    another process trains it at this moment its epochs are shown until it ends.  With ``processes`` above 1 that many
+    processes train together.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite.
     """
     if launches(run.params.processes):
         launch(run.params.processes, "train", "--params", str(run.write_params()), "--tasks", task)
-        return read_metrics(run, task)
+    else:
+        with only_trainer(run, task, partial(_epoch_lines, run, task)):
+            _train(run, task, manifest)
+    return read_metrics(run, task)
+
+
+def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
     machine = choose_machine(run.params)
     print(f"Task {task} training on {machine}{f', {world()} processes' if world() > 1 else ''}")
     torch.manual_seed(run.params.seed)
@@ -79,7 +87,6 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
         print(f"{len(fit.errors)} training image(s) could not be read and were left out:")
         print("\n".join(f"  {reason}" for reason in list(fit.errors.values())[:10]))
         run.record(**{f"task{task}_unreadable_in_training": sorted(fit.errors)})
-    return read_metrics(run, task)
 
 
 def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
@@ -199,7 +206,7 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
             if better:
                 save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
             save(epoch + 1)
-        print(_epoch_line(line, epochs), flush=True)
+        print(_epoch_line(line, fit.params), flush=True)
     if is_main():
         _publish(fit, step, target)
     wait_for_all()
@@ -230,7 +237,12 @@ def _append_metrics(run: Run, line: dict[str, Any]) -> None:
     _write_metrics(run, [*kept, line])
 
 
-def _epoch_line(line: dict[str, Any], epochs: int) -> str:
+def _epoch_lines(run: Run, task: str) -> list[str]:
+    return [_epoch_line(line, run.params) for line in _metric_lines(run) if line["task"] == task]
+
+
+def _epoch_line(line: dict[str, Any], params: Params) -> str:
+    epochs = params.epochs_head if line["step"] == "head" else params.epochs_finetune
     iou = f", IoU {line['val_iou']:.3f}" if "val_iou" in line else ""
     return (
         f"{line['step']} {line['epoch']}/{epochs}: loss {line['train_loss']:.3f}, validation AUC {line['val_auc']:.3f}{iou}"

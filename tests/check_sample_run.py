@@ -10,6 +10,7 @@ from forensics_lib.submission import validate_submission
 
 PROMISES = {"taskA_validation": ("auc", 0.90), "taskB_validation": ("iou_manipulated", 0.40)}
 ARCHIVES = {"teamname_constrained_sample.zip": "A", "teamname_localization_masks_sample.zip": "B"}
+REPORT_BYTES = 5_000_000
 
 
 def main() -> int:
@@ -24,6 +25,9 @@ def main() -> int:
         result = validate_submission(home() / "submission" / name, task, home() / "data" / "sample" / "test" / f"task{task}")
         failures += not result.valid
         print(result.report())
+    size = (home() / "outputs" / "constrained_sample" / "report.html").stat().st_size
+    failures += size >= REPORT_BYTES
+    print(f"report of {size / 1e6:.1f} MB (below {REPORT_BYTES / 1e6:.0f})")
     return int(failures > 0)
 
 

@@ -1,10 +1,12 @@
-"""Execute the notebooks on the sample and keep the outputs of the cells that nbval compares; strip all others.
+"""Execute the notebooks on the sample and keep the outputs that nbval compares, small pictures and tables; strip the rest.
 
 Names of notebooks as arguments execute those alone.
 
 nbval takes a cell without an execution count for one that was never run and compares nothing, so counts are kept.
 """
 
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHECKED = "nbval-check-output"
+WIDTH = 900  # of a kept picture, pixels
 
 
 def refresh(path: Path) -> None:
@@ -24,11 +28,39 @@ def refresh(path: Path) -> None:
     NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code" and CHECKED in cell.metadata.get("tags", []):
+        if cell.cell_type != "code":
+            continue
+        if CHECKED not in cell.metadata.get("tags", []):
+            cell.outputs = [kept for output in cell.outputs if (kept := shown(output))]
+        cell.metadata.pop("keep_output", None)
+        if cell.outputs:
             cell.metadata["keep_output"] = True  # what nbstripout leaves alone
     nbformat.write(notebook, path)
     strip = [sys.executable, "-m", "nbstripout", "--keep-count", "--keep-id", str(path)]
     subprocess.run(strip, check=True)  # noqa: S603 (fixed arguments)
+
+
+def shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    """The output as it is kept: a picture made small, or a table; None for anything else and what names a folder of here."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        kind, content = small(base64.b64decode(data["image/png"]))
+        output.data = {kind: base64.b64encode(content).decode(), "text/plain": data["text/plain"]}
+        output.metadata = {}
+        return output
+    if "<table" in data.get("text/html", "") and str(NOTEBOOKS.parent) not in data["text/html"]:
+        return output
+    return None
+
+
+def small(png: bytes) -> tuple[str, bytes]:
+    """A picture at most ``WIDTH`` pixels wide, as PNG with a palette or as JPEG, whichever is smaller."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
+    files = {"image/png": io.BytesIO(), "image/jpeg": io.BytesIO()}
+    picture.quantize(64, dither=Image.Dither.NONE).save(files["image/png"], "PNG", optimize=True)
+    picture.save(files["image/jpeg"], "JPEG", quality=75, optimize=True)
+    return min(((kind, file.getvalue()) for kind, file in files.items()), key=lambda found: len(found[1]))
 
 
 if __name__ == "__main__":

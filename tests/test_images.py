@@ -116,3 +116,33 @@ def test_masks_of_every_mode_mark_the_same(mode, tmp_path: Path):
 def test_soft_edges_of_a_mask_count_from_half_on(tmp_path: Path):
     grey = np.array([[0, 60, 127, 128, 200, 255]], np.uint8)
     assert read_mask(save(tmp_path / "m.png", grey), (1, 6)).tolist() == [[False, False, False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"), [("RGB", "jpg"), ("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("I;16", "png")]
+)
+def test_a_region_has_the_pixels_of_the_whole(mode, ending, tmp_path, rng):
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (300, 201), np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (300, 201, 3), np.uint8)).convert(mode)
+    path = tmp_path / f"image.{ending}"
+    image.save(path)
+    whole = read_image(path)
+    for rows, columns in ((slice(0, 300), slice(0, 201)), (slice(7, 290), slice(33, 34)), (slice(100, 132), slice(169, 201))):
+        asked = []
+
+        def region(height, width, rows=rows, columns=columns, asked=asked):
+            asked.append((height, width))
+            return rows, columns
+
+        assert (read_image(path, region) == whole[rows, columns]).all()
+        assert asked == [(300, 201)]
+
+
+def test_a_file_damaged_below_the_region_is_an_error(tmp_path, rng):
+    path = tmp_path / "image.jpg"
+    Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(path, lambda height, width: (slice(0, 10), slice(0, 10)))

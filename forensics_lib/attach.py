@@ -1,0 +1,53 @@
+"""One process trains a task of a run at a time; whoever asks for the same meanwhile sees its epochs until it is done.
+
+So a notebook whose browser was closed, or another one, takes up a training that still runs instead of starting a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from filelock import FileLock, Timeout
+
+from forensics_lib.distributed import wait_for_all
+from forensics_lib.files import is_main
+from forensics_lib.runs import Run
+
+LOOK = 1.0  # seconds between two looks at the other's epochs
+
+
+@contextmanager
+def only_trainer(run: Run, task: str, epochs: Callable[[], list[str]]) -> Iterator[None]:
+    """Within the block no other process trains this task of this run; while one does, its ``epochs`` are printed.
+
+    ``epochs`` gives a line for each epoch that ``metrics.jsonl`` holds.  Interrupting the wait leaves the other alone.  The
+    lock is the system's: it ends with the process that holds it, however that ends.
+    """
+    path = run.folder / "checkpoints" / f"task{task}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    if is_main():
+        _acquire(lock, f"Task {task} of run {run.name}", epochs)
+    wait_for_all()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, what: str, epochs: Callable[[], list[str]]) -> None:
+    shown = 0
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            lines = epochs()
+            if not shown:
+                print(f"{what} is being trained by another process (interrupting this wait leaves it alone):", flush=True)
+            if len(lines) > shown:
+                print("\n".join(lines[shown:]), flush=True)
+            shown = max(len(lines), 1)
+            time.sleep(LOOK)

@@ -1,0 +1,74 @@
+"""A run that is already being trained elsewhere is waited for, not trained twice."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from forensics_lib import attach
+from forensics_lib.attach import only_trainer
+from forensics_lib.manifest import build_manifest
+from forensics_lib.training import read_metrics, train
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+FileLock(sys.argv[1]).acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_training_elsewhere_is_shown_and_taken_up(tiny_run, monkeypatch, capsys):
+    manifest = build_manifest(tiny_run, "A")
+    expected = train(tiny_run, "A", manifest)
+    capsys.readouterr()
+    lines = tiny_run.metrics.read_text().splitlines(keepends=True)
+    tiny_run.metrics.write_text(lines[0])
+    elsewhere = FileLock(tiny_run.folder / "checkpoints" / "taskA.lock")
+    elsewhere.acquire()
+
+    def looked(_seconds: float) -> None:
+        tiny_run.metrics.write_text("".join(lines))
+        if "finetune 1/1" in (told := capsys.readouterr().out):
+            elsewhere.release()
+        shown.append(told)
+
+    shown: list[str] = []
+    monkeypatch.setattr(attach.time, "sleep", looked)
+    metrics = train(tiny_run, "A", manifest)
+    assert metrics.equals(expected)
+    assert "being trained by another process" in shown[0]
+    assert "".join(shown).count("head 1/1") == 1
+    assert "taking up the training" in capsys.readouterr().out
+
+
+def test_interrupting_the_wait_leaves_the_other_alone(tiny_run, monkeypatch):
+    lock = FileLock(tiny_run.folder / "checkpoints" / "taskA.lock")
+    tiny_run.folder.joinpath("checkpoints").mkdir(parents=True)
+    lock.acquire()
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attach.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt), only_trainer(tiny_run, "A", list):
+        pass
+    assert lock.is_locked
+    assert read_metrics(tiny_run, "A").empty
+
+
+def test_a_killed_trainer_keeps_nobody_out(tiny_run):
+    path = tiny_run.folder / "checkpoints" / "taskA.lock"
+    path.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:  # noqa: S603 (fixed arguments)
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+        other.wait()
+    began = time.monotonic()
+    with only_trainer(tiny_run, "A", list):
+        assert time.monotonic() - began < 30
