@@ -45,6 +45,16 @@ def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     }
 
 
+def recent_runs(run: Run, others: int = 2) -> list[str]:
+    """Names of up to ``others`` further runs in ``outputs`` that were evaluated last, the latest last, then this one's."""
+    found = {}
+    for path in (home() / "outputs").glob("*/run.json"):
+        facts = read_json(path)
+        if path.parent.name != run.name and any(f"task{task}_validation" in facts for task in run.params.tasks):
+            found[path.parent.name] = path.stat().st_mtime
+    return [*sorted(found, key=lambda name: found[name])[-others:], run.name]
+
+
 def _scores(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for task, keys in SHOWN.items():

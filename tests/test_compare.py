@@ -1,10 +1,14 @@
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from forensics_lib.__main__ import main
-from forensics_lib.compare import ComparisonError, compare, comparison_figure
+from forensics_lib.compare import ComparisonError, compare, comparison_figure, recent_runs
 from forensics_lib.files import home, update_json, write_csv
+from forensics_lib.params import Params
+from forensics_lib.runs import Run
 
 
 def made_run(name: str, probs: np.ndarray, labels: np.ndarray, **params) -> None:
@@ -77,3 +81,13 @@ def test_the_command_prints_tables_and_keeps_the_figure(runs, capsys):
 def test_the_figure_has_a_panel_for_each_score(runs):
     figure = comparison_figure(compare(runs))
     assert [axis.get_title() for axis in figure.axes] == [f"Task A: {score}" for score in ("auc", "f1", "fpr", "ece")]
+
+
+def test_the_latest_others_stand_before_a_run(runs):
+    for age, name in enumerate(["same", "weak", "strong"]):
+        os.utime(home() / "outputs" / name / "run.json", (1000 - age, 1000 - age))
+    update_json(home() / "outputs" / "unfinished" / "run.json", params={})
+    run = Run(Params(run_name="new"), home())
+    assert recent_runs(run) == ["weak", "same", "new"]
+    assert recent_runs(run, others=5) == ["strong", "weak", "same", "new"]
+    assert recent_runs(Run(Params(run_name="weak"), home())) == ["strong", "same", "weak"]
