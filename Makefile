@@ -31,7 +31,7 @@ PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data
 	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
 SCRATCH := $(CURDIR)/outputs/.test
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos fuzz docs lock lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -97,6 +97,9 @@ reproduce: setup ## Do a run again from its run.json and compare: make reproduce
 
 chaos: setup ## Kill a run 50 times at random moments; it must end as one that was not (about 30 minutes)
 	$(PY) tests/campaigns/chaos.py
+
+load: setup ## Infer 20,000 small and 200 large images; memory, open files and threads must not grow (about 10 minutes)
+	$(PY) tests/campaigns/load.py
 
 fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)
 	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/test_fuzz.py -q --tb=short

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from forensics_lib.files import read_json, write_text
-from forensics_lib.report import METRIC_NAMES
+from forensics_lib.report import METRIC_NAMES, TABLES
 from forensics_lib.runs import Run
 
 _USE = """Finding AI-generated images (Task A) or AI-manipulated regions (Task B) in research and in the MediaEval *Synthetic
@@ -42,9 +42,7 @@ def build_card(run: Run, task: str) -> Path:
         f"## Data\n\n{markdown_table(data)}\n\n",
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",
         _optional("Scores on held-out images", facts.get(f"task{task}_held_out"), _scores),
-        _optional("Scores by source", facts.get(f"task{task}_by_source"), lambda rows: markdown_table(pd.DataFrame(rows))),
-        _optional("Scores by method", facts.get(f"task{task}_by_method"), lambda rows: markdown_table(pd.DataFrame(rows))),
-        _optional("Robustness", facts.get(f"task{task}_robustness"), lambda rows: markdown_table(pd.DataFrame(rows))),
+        *(_optional(f"Scores {title}", facts.get(f"task{task}_{name}"), _table) for name, title in TABLES.items()),
         f"## Limits\n\n{_LIMITS.format(share=share, rest=1 - share)}\n",
     ]
     path = run.folder / f"task{task}_model_card.md"
@@ -54,6 +52,10 @@ def build_card(run: Run, task: str) -> Path:
 
 def _optional(title: str, value: Any, show: Any) -> str:
     return f"## {title}\n\n{show(value)}\n\n" if value else ""
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    return markdown_table(pd.DataFrame(rows))
 
 
 def _scores(scores: dict[str, float], intervals: dict[str, list[float]] | None = None) -> str:

@@ -222,10 +222,10 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
-    facts["by_source"] = evaluation.by("source").to_dict("records")
+    columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
     if task == "B":
-        facts["by_method"] = evaluation.by("kind", "method").to_dict("records")
-        facts["by_size"] = evaluation.by("kind", "size").to_dict("records")
+        columns = {"source": ["source"], "method": ["kind", "method"], "size": ["kind", "size"]}
+    facts |= {f"by_{name}": evaluation.by(*keys).to_dict("records") for name, keys in columns.items()}
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 

@@ -54,6 +54,15 @@ METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
 }
 _RANKING = {"A": ("f1", "auc", "fpr"), "B": ("f1", "iou_manipulated", "submitted_flagged_authentic")}
 _TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
+TABLES = {  # key in run.json: how its scores are told apart
+    "by_source": "by source",
+    "by_generator": "by generator",
+    "by_platform": "by platform",
+    "by_format": "by file format",
+    "by_method": "by kind and method",
+    "by_size": "by kind and size of the region",
+    "robustness": "after common changes",
+}
 _CAPTIONS = {
     "balance": "Usable images by split, source, method and class",
     "sound": "Images that cannot be used or that stand twice, by split",
@@ -133,10 +142,9 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     if columns["without overlap"]:
         note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
-    tables = {"by_source": "By source", "by_method": "By kind and method", "by_size": "By kind and size of the region"}
-    for name, title in (tables | {"robustness": "After common changes"}).items():
+    for name, title in TABLES.items():
         if facts.get(f"task{task}_{name}"):
-            parts += [f"<h3>{title}</h3>", _frame(pd.DataFrame(facts[f"task{task}_{name}"]))]
+            parts += [f"<h3>Scores {title}</h3>", _frame(pd.DataFrame(facts[f"task{task}_{name}"]))]
     parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]
     findings = facts.get(f"task{task}_findings", {}).get("rows")
     if findings:

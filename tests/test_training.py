@@ -339,7 +339,7 @@ def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
     sweep = evaluate_robustness(tiny_run, "A", manifest)
     assert sweep["images"].eq(8).all()
     card = build_card(tiny_run, "A").read_text()
-    for part in ("Intended use", "| AUC |", "Robustness", "test_convnext", "Limits"):
+    for part in ("Intended use", "| AUC |", "Scores by generator", "after common changes", "test_convnext", "Limits"):
         assert part in card
     for figure in (
         plots.reliability_diagram(evaluation, "A"),
