@@ -148,7 +148,7 @@ def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
         axis.set(xlabel=name, ylim=(0, 1.02))
     for axis in axes.flat[len(changes) :]:
         axis.set_axis_off()
-    axes[0, 0].legend(frameon=False, fontsize=7, loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(f"Task {task}: what is left after common changes, {int(start['images'])} validation images", fontsize=10)
     return figure
 
