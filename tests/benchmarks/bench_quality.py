@@ -354,7 +354,8 @@ def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
             kept = all(getattr(values, key) == getattr(shipped, key) for key in varied)
         except ParamsError:  # a parameter that is no longer there
             kept = False
-        row = {"ablation": run["label"], "data": run["data"], "seed": run["seed"], "changed": str(varied or "nothing")}
+        row = {"ablation": run["label"], "start": run["start"], "data": run["data"], "seed": run["seed"]}
+        row["changed"] = str(varied or "nothing")
         row["crop"] = run["settings"].get("crop_size", shipped.crop_size)
         row |= {"AUC val": run["val"]["auc"], "AUC uploaded val": run["val"]["auc_social"], "AUC test": run["test"]["auc"]}
         rows.append(row | {"seconds": run["seconds"], "kept": "yes" if kept else "no"})
@@ -371,7 +372,8 @@ Trained on the corpus' `dataset` (constrained) or on `dataset_open` too (open); 
 lacks. The *naive* recipe squeezes whole images to 224 pixels, mirrors them, trains with Adam from the same weights for the
 same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: photographs called synthetic at the stored
 threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. With 150 + 150 images (val) and 60 + 60 (test) a difference below
-about 0.04 is noise.
+about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet weights. Scratch: `convnext_atto` with random weights,
+ours with noise residuals beside RGB and a higher rate, as [backbones.md](backbones.md) says for training without weights.
 """
 _ABLATIONS = """One run each, shorter than the runs above; compare rows of one crop size. *Kept*: `params/laptop.yaml` has what
 is varied. Choices were made on val; test is shown, not chosen on.
