@@ -154,7 +154,13 @@ def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
 
 
 def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
-    """Task A images of an evaluation, and below each where the model sees signs of generation."""
+    """Task A images of an evaluation, and below each where the model sees signs of generation; says so where there are none."""
+    if rows.empty:
+        figure, axes = new_figure(1, 1, 5, 0.9)
+        hide_axes(axes)
+        axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
+        figure.suptitle(title, fontsize=10)
+        return figure
     figure, axes = new_figure(2, max(1, len(rows)), 1.8 * max(3, len(rows)), 4.2)
     hide_axes(axes)
     model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)

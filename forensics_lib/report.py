@@ -194,7 +194,8 @@ def _small(path: Path) -> bytes:
 
 
 def _frame(table: pd.DataFrame) -> str:
-    return _wide(table.to_html(float_format="%.3f", border=0, na_rep="-").replace("<th></th>", "<td></td>"))
+    named = not isinstance(table.index, pd.RangeIndex)
+    return _wide(table.to_html(float_format="%.3f", border=0, na_rep="-", index=named).replace("<th></th>", "<td></td>"))
 
 
 def _table(values: dict[str, Any]) -> str:
