@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
 
@@ -38,16 +38,19 @@ def only_trainer(run: Run, task: str, epochs: Callable[[], list[str]]) -> Iterat
 
 
 def _acquire(lock: FileLock, what: str, epochs: Callable[[], list[str]]) -> None:
+    if _acquired(lock):
+        return
+    print(f"{what} is being trained by another process (interrupting this wait leaves it alone):", flush=True)
     shown = 0
-    while True:
-        try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            lines = epochs()
-            if not shown:
-                print(f"{what} is being trained by another process (interrupting this wait leaves it alone):", flush=True)
-            if len(lines) > shown:
-                print("\n".join(lines[shown:]), flush=True)
-            shown = max(len(lines), 1)
-            time.sleep(LOOK)
+    while not _acquired(lock):
+        lines = epochs()
+        for line in lines[shown:]:
+            print(line, flush=True)
+        shown = len(lines)
+        time.sleep(LOOK)
+
+
+def _acquired(lock: FileLock) -> bool:
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    return lock.is_locked

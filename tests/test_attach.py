@@ -14,7 +14,6 @@ from forensics_lib.training import read_metrics, train
 
 HOLD = """
 import sys, time
-from pathlib import Path
 from filelock import FileLock
 FileLock(sys.argv[1]).acquire()
 print("held", flush=True)
@@ -44,6 +43,22 @@ def test_a_training_elsewhere_is_shown_and_taken_up(tiny_run, monkeypatch, capsy
     assert "being trained by another process" in shown[0]
     assert "".join(shown).count("head 1/1") == 1
     assert "taking up the training" in capsys.readouterr().out
+
+
+def test_epochs_that_begin_after_the_first_look_are_all_shown(tiny_run, monkeypatch, capsys):
+    (tiny_run.folder / "checkpoints").mkdir(parents=True)
+    elsewhere = FileLock(tiny_run.folder / "checkpoints" / "taskA.lock")
+    elsewhere.acquire()
+    told: list[str] = []
+
+    def looked(_seconds: float) -> None:
+        if len(told) == 3:
+            elsewhere.release()
+        told.append(f"epoch {len(told) + 1}")
+
+    monkeypatch.setattr(attach.time, "sleep", looked)
+    with only_trainer(tiny_run, "A", lambda: list(told)):
+        assert capsys.readouterr().out.splitlines()[1:] == ["epoch 1", "epoch 2", "epoch 3"]
 
 
 def test_interrupting_the_wait_leaves_the_other_alone(tiny_run, monkeypatch):
