@@ -98,7 +98,7 @@ reproduce: setup ## Do a run again from its run.json and compare: make reproduce
 chaos: setup ## Kill a run 50 times at random moments; it must end as one that was not (about 30 minutes)
 	$(PY) tests/campaigns/chaos.py
 
-load: setup ## Infer 20,000 small and 200 large images; memory, open files and threads must not grow (about 10 minutes)
+load: setup ## Infer 20,000 small and 200 large images; memory, open files and threads must not grow
 	$(PY) tests/campaigns/load.py
 
 fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)

@@ -159,15 +159,13 @@ def _report(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from forensics_lib.compare import compare, comparison_figure
-    from forensics_lib.files import whole
+    from forensics_lib.plots import write_figure
 
     tables = compare(options.runs)
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=name in ('parameters', 'cost')) if len(table) else 'none'}")
-    figure, target = comparison_figure(tables), home() / "outputs" / f"comparison_{'_'.join(options.runs)}"
-    for ending in ("png", "svg"):
-        with whole(target.with_name(f"{target.name}.{ending}")) as temporary:
-            figure.savefig(temporary, dpi=110)
+    target = home() / "outputs" / f"comparison_{'_'.join(options.runs)}"
+    write_figure(comparison_figure(tables), target)
     print(f"\n{target}.png and .svg")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +34,7 @@ def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     if len(set(runs)) < 2:
         raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
     facts = {run: read_json(_paths(run).folder / "run.json") for run in runs}
-    missing = [run for run, fact in facts.items() if not any(f"task{task}_validation" in fact for task in "AB")]
+    missing = [run for run, fact in facts.items() if not _evaluated(fact, "AB")]
     if missing:
         there = sorted(path.parent.name for path in (home() / "outputs").glob("*/run.json"))
         raise ComparisonError(f"no evaluated run {', '.join(missing)}; there are {', '.join(there) or 'none'}")
@@ -50,9 +51,13 @@ def recent_runs(run: Run, others: int = 2) -> list[str]:
     found = {}
     for path in (home() / "outputs").glob("*/run.json"):
         facts = read_json(path)
-        if path.parent.name != run.name and any(f"task{task}_validation" in facts for task in run.params.tasks):
+        if path.parent.name != run.name and _evaluated(facts, run.params.tasks):
             found[path.parent.name] = path.stat().st_mtime
     return [*sorted(found, key=lambda name: found[name])[-others:], run.name]
+
+
+def _evaluated(facts: dict[str, Any], tasks: Iterable[str]) -> bool:
+    return any(f"task{task}_validation" in facts for task in tasks)
 
 
 def _scores(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:

@@ -49,10 +49,15 @@ def save_figure(run: Run, figure: Figure, name: str) -> Figure:
     """Keep a figure as ``figures/<name>.png`` and ``.svg`` of the run; returns it, so that a cell ends with this call."""
     if run.sample:
         figure.suptitle(f"{figure.get_suptitle()}  [sample data]".strip(), fontsize=10)
-    for ending in ("png", "svg"):
-        with whole(run.folder / "figures" / f"{name}.{ending}") as temporary:
-            figure.savefig(temporary, dpi=110)
+    write_figure(figure, run.folder / "figures" / name)
     return figure
+
+
+def write_figure(figure: Figure, target: Path) -> None:
+    """Write ``<target>.png`` and ``<target>.svg``."""
+    for ending in ("png", "svg"):
+        with whole(target.with_name(f"{target.name}.{ending}")) as temporary:
+            figure.savefig(temporary, dpi=110)
 
 
 def submitted_probabilities(table: pd.DataFrame, task: str) -> Figure:
@@ -161,7 +166,7 @@ def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
         axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
         figure.suptitle(title, fontsize=10)
         return figure
-    figure, axes = new_figure(2, max(1, len(rows)), 1.8 * max(3, len(rows)), 4.2)
+    figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
     hide_axes(axes)
     model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)
     for column, (_, row) in zip(axes.T, rows.iterrows(), strict=False):

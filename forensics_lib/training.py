@@ -114,7 +114,11 @@ def _forget(run: Run, task: str) -> None:
 
 def read_metrics(run: Run, task: str) -> pd.DataFrame:
     """The epochs of a task so far, one row each, from ``metrics.jsonl``."""
-    return pd.DataFrame([line for line in _metric_lines(run) if line["task"] == task])
+    return pd.DataFrame(_task_lines(run, task))
+
+
+def _task_lines(run: Run, task: str) -> list[dict[str, Any]]:
+    return [line for line in _metric_lines(run) if line["task"] == task]
 
 
 def _metric_lines(run: Run) -> list[dict[str, Any]]:
@@ -238,7 +242,7 @@ def _append_metrics(run: Run, line: dict[str, Any]) -> None:
 
 
 def _epoch_lines(run: Run, task: str) -> list[str]:
-    return [_epoch_line(line, run.params) for line in _metric_lines(run) if line["task"] == task]
+    return [_epoch_line(line, run.params) for line in _task_lines(run, task)]
 
 
 def _epoch_line(line: dict[str, Any], params: Params) -> str:

@@ -5,7 +5,6 @@ Needs the package playwright and a Chromium (``CHROMIUM``, or on the path); skip
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import CHROMIUM
 
 from forensics_lib.evaluation import evaluate
 from forensics_lib.files import project_root
@@ -21,7 +21,6 @@ from forensics_lib.manifest import build_manifest
 from forensics_lib.training import train
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path, and CHROMIUM names none")]
 SECONDS = 120_000  # milliseconds that anything may take
 

@@ -1,10 +1,8 @@
 """The report is one small page that needs nothing else, fits a phone and can be read by everybody."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
+from conftest import CHROMIUM
 
 from forensics_lib import plots, report
 from forensics_lib.evaluation import evaluate, evaluate_robustness
@@ -13,7 +11,6 @@ from forensics_lib.plots import save_figure
 from forensics_lib.report import build_report
 from forensics_lib.training import train
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 PHONE = {"width": 390, "height": 844}
 
 

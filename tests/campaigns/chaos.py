@@ -58,12 +58,16 @@ def prepare(folder: Path) -> Path:
     return target
 
 
+def environment(home: Path) -> dict[str, str]:
+    """The variables of a headless run of this project with its files in ``home``."""
+    return os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1", "PYTHONPATH": str(project_root())}
+
+
 def start(home: Path, params: Path) -> subprocess.Popen:
-    environment = os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1", "PYTHONPATH": str(project_root())}
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "forensics_lib", "run", "--params", str(params)]
     log = (home / "log.txt").open("a")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(command, env=environment(home), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def descendants(pid: int) -> list[int]:

@@ -28,7 +28,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from chaos import descendants
+from chaos import descendants, environment
 from conftest import TINY, make_tiny_data, picture
 
 from forensics_lib.files import project_root, write_json
@@ -62,10 +62,9 @@ def linked(folder: Path, count: int, rng: np.random.Generator, height: int, widt
 
 def watched(command: list[str], home: Path) -> tuple[pd.DataFrame, float]:
     """Run a command; what its processes held, by time, and the seconds that it took.  Ends the program where it fails."""
-    environment = os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1", "PYTHONPATH": str(project_root())}
     began, held = time.monotonic(), []
     with (home / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment(home), stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             held.append({"seconds": time.monotonic() - began} | total(descendants(process.pid)))
             time.sleep(0.25)
