@@ -53,7 +53,8 @@ def predict_probabilities(
     waiting: deque[tuple[ProbPrediction, int, list[float]]] = deque()  # images in order: answer, crops, margins so far
     crops: deque[tuple[list[float], torch.Tensor]] = deque()
     for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
-        chosen, margins = sample.get("crops", ()), []
+        # copied, since each tensor of a loader process keeps a file open as long as it lives
+        chosen, margins = sample["crops"].clone() if "crops" in sample else (), []
         waiting.append((ProbPrediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
         crops.extend((margins, crop) for crop in chosen)
         while len(crops) >= size:

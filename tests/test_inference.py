@@ -1,5 +1,6 @@
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -128,6 +129,23 @@ def test_probabilities_do_not_depend_on_the_other_images(files, precision, monke
     for number in (0, 1, 3, 4):
         (alone,) = predict_probabilities(model, files.iloc[[number]], PARAMS, machine)
         assert alone.prob == together[number].prob
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_images_that_wait_for_a_full_batch_hold_no_open_files(files, monkeypatch):
+    open_files = []
+
+    class Counting(Constant):
+        def forward(self, x):
+            open_files.append(len(list(Path("/proc/self/fd").iterdir())))
+            return super().forward(x)
+
+    monkeypatch.setattr(Machine, "images_at_once", lambda self, pixels: 1000)  # all wait
+    many = pd.concat([files] * 20, ignore_index=True)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert len(list(predict_probabilities(Counting(), many, PARAMS, replace(MACHINE, workers=1)))) == len(many)
+    assert len(open_files) == 1
+    assert open_files[0] < before + 40  # not one for each of the 80 readable images
 
 
 def test_masks_keep_the_order_and_carry_errors(files):
