@@ -374,6 +374,9 @@ same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: 
 threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. With 150 + 150 images (val) and 60 + 60 (test) a difference below
 about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet weights. Scratch: `convnext_atto` with random weights,
 ours with noise residuals beside RGB and a higher rate, as [backbones.md](backbones.md) says for training without weights.
+
+The threshold is the one with the best F1 on val, since F1 ranks runs. Between these distributions it lies where more
+photographs are called synthetic than the target for false positives allows; a higher one would meet that and give up F1.
 """
 _ABLATIONS = """One run each, shorter than the runs above; compare rows of one crop size. *Kept*: `params/laptop.yaml` has what
 is varied. Choices were made on val; test is shown, not chosen on.
