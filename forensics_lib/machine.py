@@ -38,7 +38,9 @@ class Machine:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {'bf16' if self.bf16 else 'fp32'}, {self.workers} loader processes"
+        precision = "bf16" if self.bf16 else "fp32"
+        deterministic = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+        return f"{self.device.type} ({name}), {precision}{deterministic}, {self.workers} loader processes"
 
 
 def choose_machine(params: Params) -> Machine:
@@ -47,10 +49,19 @@ def choose_machine(params: Params) -> Machine:
         raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
     cuda = params.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if cuda:
+        compute_deterministically(params.deterministic)
     bf16 = params.precision == "bf16" or (params.precision == "auto" and _computes_bf16_fast(device))
     cores = max(1, (os.cpu_count() or 1) // local_processes())
     workers = min(cores, 16) if params.workers == "auto" else params.workers
     return Machine(device, bf16, workers)
+
+
+def compute_deterministically(wanted: bool) -> None:
+    """Have a GPU use algorithms that give the same results each time, or the fastest; PyTorch warns where it has none such."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:

@@ -204,6 +204,7 @@ class Params(BaseModel):
     # Machine
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine computes it fast")
+    deterministic: bool = Field(False, description="GPU: the same results each time, more slowly; a CPU gives them always")
     processes: int = Field(1, ge=1, description="processes on this machine that train and infer together, one for each GPU")
     workers: int | Literal["auto"] = Field("auto", description="processes that load images; auto: one per core, at most 16")
 

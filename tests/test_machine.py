@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +26,23 @@ def test_a_gpu_that_is_not_there_is_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="no CUDA GPU"):
         choose_machine(PARAMS.model_copy(update={"device": "cuda"}))
+
+
+def test_a_gpu_computes_deterministically_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    params = PARAMS.model_copy(update={"device": "cuda", "precision": "fp32", "deterministic": True})
+    try:
+        machine = choose_machine(params)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert "cuda (a GPU), fp32, deterministic" in str(machine)
+    finally:
+        choose_machine(params.model_copy(update={"deterministic": False}))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):

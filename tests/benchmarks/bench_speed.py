@@ -46,7 +46,7 @@ from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule,
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask, predict_masks, predict_probabilities, save_mask
-from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
+from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays, compute_deterministically
 from forensics_lib.manifest import indexed, usable
 from forensics_lib.model import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
@@ -250,6 +250,14 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
                 "ceiling": learn,
                 "compiled": lambda fit=compiled, o=of_compiled, learn=learn: learn(fit, optimizer=o),
             }
+
+            def deterministic(learn: Callable[[], None] = learn) -> None:
+                compute_deterministically(True)
+                learn()
+                compute_deterministically(False)
+
+            if machine.device.type == "cuda":
+                ways["deterministic"] = deterministic
             seconds = interleaved(ways, repeats)
             del os.environ["FORENSICS_HOME"]
         facts |= {f"Task {task}: {name}, samples/s": len(rows) / value for name, value in seconds.items()}
