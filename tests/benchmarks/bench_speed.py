@@ -14,7 +14,8 @@
 
 Repeats are interleaved and medians taken.  The pictures are those of the corpus (``FORENSICS_CORPUS``, default
 ``../shared/corpus``), enlarged where large ones are wanted; weights are random, which changes no speed.  ``run`` leaves
-``build/performance/<device>-<part>.json``; ``report`` gathers them in ``docs/performance.json`` and ``.md``.
+``build/performance/<device>-<part>.json``; ``report`` gathers them in ``docs/performance.json`` and ``.md``, with what
+``make load`` has left.
 """
 
 from __future__ import annotations
@@ -344,8 +345,9 @@ TARGETS = [
 
 def report() -> None:
     known = read_json(DOCS / "performance.json") | {path.stem: read_json(path) for path in sorted(BUILD.glob("*.json"))}
+    known["load"] = read_json(BUILD.parent / "load" / "load.json") or known.get("load", {})
     write_json(DOCS / "performance.json", known)
-    parts = [_HEAD]
+    load, parts = known.pop("load"), [_HEAD]
     for device in sorted({facts["device"] for facts in known.values()}):
         mine = {facts["part"]: facts for facts in known.values() if facts["device"] == device}
         parts.append(f"\n## On {device}: {', '.join(sorted({facts['machine'] for facts in mine.values()}))}\n")
@@ -365,10 +367,20 @@ def report() -> None:
             f"\n### {IMAGES:,} images\n\nHours at the rates above; *eight* is an eighth of them: no scaling was measured.\n"
         )
         parts.append(markdown(expected_hours({name: facts["figures"] for name, facts in mine.items()})))
+    if load:
+        grown = ", ".join(load["grown"]) or "none"
+        table = pd.DataFrame(load["jobs"]).set_index("job").round(2).T.reset_index(names="job")
+        parts += [_LOAD, markdown(table), f"\nJobs whose last quarter held more than their second one: {grown}."]
     write_text(DOCS / "performance.md", "\n".join(parts) + "\n")
     print(f"wrote {DOCS / 'performance.md'}")
 
 
+_LOAD = """
+## Many images
+
+`make load`, a small model: memory (GB), open files and threads of all processes together, at most in the second (2/4) and in
+the last quarter (4/4) of a job's time. Seconds are those of a busy machine and say nothing of speed.
+"""
 IMAGES = 400_000
 RATES = {
     "Task A: an epoch of step 2": ("train", "Task A: ours, samples/s"),
