@@ -44,7 +44,10 @@ class Machine:
 
 
 def choose_machine(params: Params) -> Machine:
-    """Resolve the ``auto`` settings.  Raises ``ValueError`` where a GPU is asked for and there is none."""
+    """Resolve the ``auto`` settings, and have a GPU compute as ``deterministic`` says.
+
+    Raises ``ValueError`` where a GPU is asked for and there is none.
+    """
     if params.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
     cuda = params.device != "cpu" and torch.cuda.is_available()

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,22 @@ def alone(code: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def learn(fit: Fit, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    fit.model.train()
+    for batch in batches:
+        loss = batch_loss(fit, batch, None)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def deterministically(way: Callable[[], Any]) -> None:
+    compute_deterministically(True)
+    way()
+    compute_deterministically(False)
+
+
 def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for task, root, layout in (("A", "dataset", "own"), ("B", "dataset_taskB/TGIF", "tgif")):
@@ -234,31 +251,15 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             parts = np.array_split(order, -(-len(order) // used.batch_size))
             batches = list(training_loader(training_crops(rows, task, used, equalize=True, seed=0), parts, 2))
 
-            def learn(fit: Fit = fit, batches: list = batches, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                fit.model.train()
-                for batch in batches:
-                    loss = batch_loss(fit, batch, None)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    loss.item()
-
             compiled = Fit(fit.run, task, copy.deepcopy(model), machine, rows, rows, equalize=True)
             compiled.model.compile(dynamic=False)
-            of_compiled = make_optimizer(compiled.model, used.lr_finetune, used)
             ways = {
-                "ours": lambda fit=fit, o=optimizer, s=schedule: train_epoch(fit, "finetune", 0, o, s, None),
-                "ceiling": learn,
-                "compiled": lambda fit=compiled, o=of_compiled, learn=learn: learn(fit, optimizer=o),
+                "ours": partial(train_epoch, fit, "finetune", 0, optimizer, schedule, None),
+                "ceiling": partial(learn, fit, batches, optimizer),
+                "compiled": partial(learn, compiled, batches, make_optimizer(compiled.model, used.lr_finetune, used)),
             }
-
-            def deterministic(learn: Callable[[], None] = learn) -> None:
-                compute_deterministically(True)
-                learn()
-                compute_deterministically(False)
-
             if machine.device.type == "cuda":
-                ways["deterministic"] = deterministic
+                ways["deterministic"] = partial(deterministically, ways["ceiling"])
             seconds = interleaved(ways, repeats)
             del os.environ["FORENSICS_HOME"]
         facts |= {f"Task {task}: {name}, samples/s": len(rows) / value for name, value in seconds.items()}
@@ -379,7 +380,7 @@ _LOAD = """
 ## Many images
 
 `make load`, a small model: memory (GB), open files and threads of all processes together, at most in the second (2/4) and in
-the last quarter (4/4) of a job's time. Seconds are those of a busy machine and say nothing of speed.
+the last quarter (4/4) of a job's time.
 """
 IMAGES = 400_000
 RATES = {
@@ -402,7 +403,9 @@ _HEAD = """# Speed and memory
 Made by `make bench`; [performance.json](performance.json) has the numbers. Ratios compare ways that took turns in one
 process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
 found. What each part measures is said in `tests/benchmarks/bench_speed.py`. The plain loop computes in fp32: where the
-processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop.
+processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop. Training is
+not compiled; its ceiling is, where that is faster. On a CPU the loader processes, started anew for each epoch, share the cores
+with the network.
 """
 
 
