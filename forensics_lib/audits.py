@@ -96,7 +96,8 @@ def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> 
     At most ``EQUALIZED_ROWS`` images are drawn, since each is decoded.
     """
     drawn = rows.sample(min(EQUALIZED_ROWS, len(rows)), random_state=seed)
-    facts = [crops.source_facts(index, rows.loc[index]) for index in progress(drawn.index, "auditing the training crops")]
+    shown = progress(drawn.index, "auditing the training crops")
+    facts = [crops.source_facts((seed, index), rows.loc[index]) for index in shown]
     table = drawn.assign(**pd.DataFrame(facts, index=drawn.index))
     return shortcut_audit(table[table["width"].notna()], "train", seed)
 

@@ -28,11 +28,12 @@ PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 class TrainingCrops(Dataset):
     """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
 
-    Every random choice follows from (seed, epoch, index), so results do not depend on workers or order.  With
-    ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed as one of the JPEG
-    files were, and every crop ends in one distribution of compressions.  With ``masks``, samples carry the mask's crop,
-    and a spliced image's crop without a manipulated pixel counts as authentic.  ``paste`` is the share of authentic crops
-    that get a region from elsewhere in the image or from another authentic one, and count as spliced.
+    ``crops[seed, index]`` is a sample of an image; every random choice follows from these two, so results do not depend on
+    workers or order, and another epoch is another seed.  With ``equalize`` all images get one history of compressions: one
+    that is no JPEG is first compressed as one of the JPEG files were, and every crop ends in one distribution of
+    compressions.  With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
+    counts as authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from
+    another authentic one, and count as spliced.
     """
 
     def __init__(
@@ -42,23 +43,22 @@ class TrainingCrops(Dataset):
         *,
         masks: bool,
         degradations: Degradations,
-        seed: int,
         equalize: bool = False,
         paste: float = 0.0,
     ) -> None:
         self.rows = manifest[["path", "label", "mask_path", "kind", "format"]].to_dict("records")
-        self.crop_size, self.masks, self.seed = crop_size, masks, seed
+        self.crop_size, self.masks = crop_size, masks
         self.degradations, self.equalize, self.paste = degradations, equalize, paste
         self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
         self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
         self.window = _window(manifest, crop_size)
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, rng = self.rows[index], np.random.default_rng([self.seed, self.epoch, index])
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        (_, index), rng = key, np.random.default_rng(key)
+        row = self.rows[index]
         try:
             image, mask, _ = self._degraded(row, rng)
         except ImageError as error:
@@ -76,12 +76,12 @@ class TrainingCrops(Dataset):
                 sample["label"] = int(mask.any())
         return sample
 
-    def source_facts(self, index: int, file: pd.Series) -> dict[str, Any]:
-        """What the file facts of a tensor's source would be, were it stored; empty where its file cannot be read.
+    def source_facts(self, key: tuple[int, int], file: pd.Series) -> dict[str, Any]:
+        """What the file facts of a sample's source would be, were it stored; empty where its file cannot be read.
 
         ``file`` holds the facts of the image's own file, which its source keeps where it was not compressed again.
         """
-        row, rng = self.rows[index], np.random.default_rng([self.seed, self.epoch, index])
+        row, rng = self.rows[key[1]], np.random.default_rng(key)
         try:
             image, _, encoding = self._degraded(row, rng)
         except ImageError:
@@ -230,9 +230,24 @@ def epoch_order(
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
-def training_loader(dataset: TrainingCrops, batches: list[np.ndarray], workers: int) -> DataLoader:
-    """The given batches of indices of ``dataset``; one may be empty."""
-    return DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers, collate_fn=collate)
+class TrainingLoader:
+    """Batches of crops, made ahead by processes that start with the first epoch and serve all that follow."""
+
+    def __init__(self, crops: TrainingCrops, workers: int) -> None:
+        self._keys: list[list[tuple[int, int]]] = []
+        self._loader = DataLoader(
+            crops,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
+        )
+
+    def epoch(self, seed: int, batches: list[np.ndarray]) -> DataLoader:
+        """The batches with these indices, drawn by ``seed``; one may be empty.  Ends the epoch that was asked for before."""
+        self._keys[:] = [[(seed, index) for index in batch.tolist()] for batch in batches]
+        return self._loader
 
 
 class InferenceImages(Dataset):

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
+from forensics_lib.datasets import TrainingCrops, TrainingLoader, drawing_groups, epoch_order
 from forensics_lib.distributed import gathered, rank, totals, world
 from forensics_lib.files import is_main
 from forensics_lib.images import ImageError
@@ -56,10 +56,13 @@ class Fit:
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
+    loader: TrainingLoader = field(init=False)
     stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
 
     def __post_init__(self) -> None:
         self.trained = self.model
+        crops = training_crops(self.train, self.task, self.params, equalize=self.equalize)
+        self.loader = TrainingLoader(crops, self.machine.workers)
 
     @property
     def params(self) -> Params:
@@ -82,9 +85,9 @@ class Fit:
         return self.checkpoints / f"task{self.task}_{step}_best.pth"
 
 
-def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, seed: int) -> TrainingCrops:
+def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
     """The crops that a task trains on."""
-    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "seed": seed, "equalize": equalize}
+    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "equalize": equalize}
     return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
 
 
@@ -136,7 +139,7 @@ def train_epoch(
     if part:
         started, first, seen = started - part["seconds"], part["batches"], part["seen"]
         losses = list(part["losses"]) if is_main() else []
-    bar = progress(_loader(fit, epoch, seed, first), f"Task {fit.task} {step} epoch {epoch + 1}")
+    bar = progress(_batches(fit, epoch, seed, first), f"Task {fit.task} {step} epoch {epoch + 1}")
     for number, batch in enumerate(bar, start=first):
         if part and number == first:
             _set_random_state(part["random"])
@@ -164,12 +167,11 @@ def train_epoch(
     return _gathered_line(fit, step, epoch, losses, seen, time.monotonic() - started) | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def _loader(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
+def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
-    dataset = training_crops(fit.train, fit.task, fit.params, equalize=fit.equalize, seed=seed)
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
     batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
-    return training_loader(dataset, [batch[rank() :: world()] for batch in batches[first:]], fit.machine.workers)
+    return fit.loader.epoch(seed, [batch[rank() :: world()] for batch in batches[first:]])
 
 
 def _check_finite(fit: Fit, loss: torch.Tensor, batch: dict[str, Any], where: str) -> None:

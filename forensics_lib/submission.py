@@ -160,7 +160,7 @@ def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
         result.faults.append(f"not a zip archive: {error}")
         return result
     with archive:
-        members = [info for info in archive.infolist() if not info.is_dir()]
+        members = [info for info in archive.infolist() if not info.filename.endswith("/")]  # is_dir() fails on an empty name
         _check_members(members, result)
         csv_members = [info for info in members if info.filename.lower().endswith(".csv")]
         if len(csv_members) != 1 or (task == "B" and csv_members[0].filename != SCORES):
@@ -185,6 +185,8 @@ def _check_members(members: list[zipfile.ZipInfo], result: Validation) -> None:
     for name, times in Counter(info.filename for info in members).items():
         if times > 1:
             result.faults.append(f"{name}: {times} times in the archive")
+        if not name:
+            result.faults.append("a file in the archive has no name")
         if "/" in name or "\\" in name:
             result.faults.append(f"{name}: lies in a folder; files belong at the top of the archive")
 

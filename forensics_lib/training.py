@@ -97,7 +97,7 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
     facts = {"shortcut_auc": round(audit.auc, 3), "equalized": equalize, "shortcut_auc_of_crops": None}
     if audit.found:
         print("\n".join(f"  closed by {remedy}" for remedy in audit.remedies()))
-        after = equalized_audit(rows, training_crops(rows, task, run.params, equalize=equalize, seed=run.params.seed))
+        after = equalized_audit(rows, training_crops(rows, task, run.params, equalize=equalize), run.params.seed)
         print(f"  of the training crops, equalize {'on' if equalize else 'off'}: {after.message()}")
         facts["shortcut_auc_of_crops"] = round(after.auc, 3)
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})

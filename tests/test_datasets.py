@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,7 +7,7 @@ import torch
 from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order, training_loader
+from forensics_lib.datasets import TrainingCrops, TrainingLoader, chosen_crops, collate, drawing_groups, epoch_order
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
@@ -16,33 +18,47 @@ def rows(tiny_run):
 
 
 def crops(rows, **changes):
-    options = {"crop_size": 32, "masks": True, "degradations": Degradations(), "seed": 0} | changes
+    options = {"crop_size": 32, "masks": True, "degradations": Degradations()} | changes
     return TrainingCrops(rows, **options)
 
 
 def test_crops_have_the_asked_size_and_masks_go_with_them(rows):
-    for sample in crops(rows):
+    dataset = crops(rows)
+    for sample in (dataset[0, index] for index in range(len(dataset))):
         assert sample["image"].shape == (3, 32, 32)
         assert sample["image"].dtype == torch.uint8
         assert sample["mask"].shape == (1, 32, 32)
 
 
-def test_a_crop_depends_on_seed_and_epoch_alone(rows):
+def test_a_crop_depends_on_its_seed_alone(rows):
     first, again = crops(rows), crops(rows)
-    assert torch.equal(first[3]["image"], again[3]["image"])
-    again.epoch = 1
-    assert not torch.equal(first[3]["image"], again[3]["image"])
+    assert torch.equal(first[0, 3]["image"], again[0, 3]["image"])
+    assert not torch.equal(first[0, 3]["image"], again[1, 3]["image"])
 
 
 def test_workers_change_nothing(rows):
     order = np.arange(len(rows))
-    batches = [next(iter(training_loader(crops(rows), [order], workers))) for workers in (0, 2)]
+    batches = [next(iter(TrainingLoader(crops(rows), workers).epoch(0, [order]))) for workers in (0, 2)]
     assert torch.equal(batches[0]["image"], batches[1]["image"])
     assert batches[0]["index"] == batches[1]["index"] == order.tolist()
 
 
+def test_the_same_processes_make_every_epoch(rows):
+    """Also after an epoch that was left in its middle; each sample is what its seed says, and no number is drawn."""
+    dataset, batches = crops(rows), [np.array([0, 1]), np.array([2, 3]), np.array([1, 3])]
+    loader, before, random = TrainingLoader(dataset, 2), set(multiprocessing.active_children()), torch.get_rng_state()
+    next(iter(loader.epoch(0, batches)))
+    started = set(multiprocessing.active_children()) - before
+    for seed in (1, 2):
+        made = list(loader.epoch(seed, batches))
+        assert [batch["index"] for batch in made] == [batch.tolist() for batch in batches]
+        assert torch.equal(made[1]["image"], torch.stack([dataset[seed, index]["image"] for index in (2, 3)]))
+    assert set(multiprocessing.active_children()) - before == started and len(started) == 2
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 def test_a_share_of_a_batch_may_be_empty(rows):
-    first, second = training_loader(crops(rows), [np.array([2, 0]), np.array([], int)], 0)
+    first, second = TrainingLoader(crops(rows), 0).epoch(0, [np.array([2, 0]), np.array([], int)])
     assert first["index"] == [2, 0]
     assert second["index"] == second["errors"] == []
 
@@ -51,8 +67,8 @@ def test_a_spliced_crop_without_its_region_is_authentic(rows):
     spliced = rows[rows["kind"] == "sp"].reset_index(drop=True)
     dataset = crops(spliced, degradations=NOTHING, crop_size=16)
     labels = []
-    for dataset.epoch in range(30):
-        for sample in dataset:
+    for seed in range(30):
+        for sample in (dataset[seed, index] for index in range(len(dataset))):
             assert sample["label"] == int(sample["mask"].any())
             labels.append(sample["label"])
     assert 0 < sum(labels) < len(labels)
@@ -70,8 +86,8 @@ def test_image_and_mask_stay_aligned_through_degradations(tmp_path):
     table = pd.DataFrame([{"path": path, "label": 1, "mask_path": mask, "kind": "sp", "format": "PNG"}])
     table[["jpeg_quality", "width", "height"]] = np.nan, 80, 80
     dataset = crops(table, crop_size=64, degradations=EVERYTHING)
-    for dataset.epoch in range(20):
-        sample = dataset[0]
+    for seed in range(20):
+        sample = dataset[seed, 0]
         bright = sample["image"].float().mean(0) > 127
         assert (bright == sample["mask"][0]).float().mean() > 0.93
 
@@ -79,7 +95,7 @@ def test_image_and_mask_stay_aligned_through_degradations(tmp_path):
 def test_unreadable_files_are_reported_and_the_rest_goes_on(rows):
     rows = rows.copy()
     rows.loc[0, "path"] = "/nowhere.png"
-    batch = collate([crops(rows)[i] for i in range(len(rows))])
+    batch = collate([crops(rows)[0, i] for i in range(len(rows))])
     assert len(batch["index"]) == len(rows) - 1
     assert batch["errors"][0][0] == 0
     assert "/nowhere.png" in batch["errors"][0][1]
@@ -130,8 +146,8 @@ def test_equalizing_gives_other_formats_a_jpeg_history(tmp_path, rng):
     table.loc[1, ["format", "jpeg_quality"]] = "JPEG", 20.0
     fine = NOTHING.model_copy(update={"jpeg_quality": (100, 100), "webp_quality": (100, 100)})
     options = {"masks": False, "degradations": fine, "crop_size": 64}
-    plain = crops(table.iloc[:1], **options, equalize=True)[0]["image"].float()
-    history = crops(table, **options, equalize=True)[0]["image"].float()
+    plain = crops(table.iloc[:1], **options, equalize=True)[0, 0]["image"].float()
+    history = crops(table, **options, equalize=True)[0, 0]["image"].float()
     assert (history - plain).abs().mean() > 5
 
 
@@ -150,11 +166,8 @@ def test_crops_show_regions_borders_and_authentic_places(tmp_path, rng):
     files = [save(tmp_path / "a.png", picture(rng, 400, 400)), save(tmp_path / "m.png", mask)]
     rows = pd.DataFrame({"path": str(files[0]), "label": 1, "mask_path": str(files[1]), "kind": "sp"}, index=[0])
     rows = rows.assign(format="PNG", jpeg_quality=np.nan, width=400.0, height=400.0)
-    crops = TrainingCrops(rows, 64, masks=True, degradations=NOTHING, seed=0)
-    shares = []
-    for crops.epoch in range(150):
-        shares.append(crops[0]["mask"].float().mean().item())
-    shares = np.array(shares)
+    crops = TrainingCrops(rows, 64, masks=True, degradations=NOTHING)
+    shares = np.array([crops[seed, 0]["mask"].float().mean().item() for seed in range(150)])
     assert (shares == 0).mean() > 0.05
     assert (shares == 1).any()
     assert ((shares > 0) & (shares < 1)).mean() > 0.4
@@ -162,12 +175,12 @@ def test_crops_show_regions_borders_and_authentic_places(tmp_path, rng):
 
 def test_pasted_regions_are_marked_and_count_as_manipulated(rows):
     authentic = rows.assign(label=0, mask_path=None, kind="orig")
-    crops = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, seed=0, paste=1.0)
-    plain = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, seed=0)
-    samples = [crops[index] for index in range(len(authentic))]
+    crops = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, paste=1.0)
+    plain = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING)
+    samples = [crops[0, index] for index in range(len(authentic))]
     assert any(sample["label"] for sample in samples)
     assert all(sample["label"] == int(sample["mask"].any()) for sample in samples)
-    assert not any(plain[index]["mask"].any() for index in range(len(authentic)))
+    assert not any(plain[0, index]["mask"].any() for index in range(len(authentic)))
 
 
 def test_spliced_and_regenerated_images_are_drawn_by_their_share():

@@ -245,3 +245,14 @@ def test_an_archive_of_an_unknown_zip_version(finished):
     content[content.index(b"PK\x01\x02") + 6] = 255  # the version that is needed to unpack it
     path.write_bytes(content)
     assert "not a zip archive" in validate_submission(path, "A", finished.test_folder("A")).faults[0]
+
+
+def test_a_member_whose_name_begins_with_a_null_byte(finished):
+    """zipfile takes a name to end there."""
+    path = build_submission(finished, "B").path
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"b.npz")] = 0  # in the directory at the end
+    path.write_bytes(content)
+    faults = validate_submission(path, "B", finished.test_folder("B")).faults
+    assert "a file in the archive has no name" in faults
+    assert "b.npz: mask is missing" in faults

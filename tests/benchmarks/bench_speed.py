@@ -43,8 +43,8 @@ from bench_quality import CORPUS, markdown
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from forensics_lib.datasets import InferenceImages, epoch_order, training_loader
-from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch, training_crops
+from forensics_lib.datasets import InferenceImages, epoch_order
+from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask, predict_masks, predict_probabilities, save_mask
@@ -249,7 +249,7 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             schedule = make_schedule(optimizer, 1000, 0.1)
             order = epoch_order(rows["label"].to_numpy(int), 0, 0)
             parts = np.array_split(order, -(-len(order) // used.batch_size))
-            batches = list(training_loader(training_crops(rows, task, used, equalize=True, seed=0), parts, 2))
+            batches = list(fit.loader.epoch(0, parts))
 
             compiled = Fit(fit.run, task, copy.deepcopy(model), machine, rows, rows, equalize=True)
             compiled.model.compile(dynamic=False)
