@@ -47,7 +47,7 @@ from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import build_manifest, test_images, usable
 from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics, roc_auc
 from forensics_lib.model import CombinedModel, load_model
-from forensics_lib.params import Params, ParamsError, load_params
+from forensics_lib.params import Params, load_params
 from forensics_lib.robustness import Change
 from forensics_lib.runs import Run
 from forensics_lib.training import train
@@ -85,7 +85,6 @@ def weights_file() -> Path:
 def params_for(data: str, start: str, seed: int, name: str, settings: dict[str, Any]) -> Params:
     values: dict[str, Any] = {"run_name": name, "run_type": data, "tasks": ["A"], "seed": seed, "data_root": str(CORPUS)}
     values |= {"backbone": BACKBONES[start], "pretrained": start == "pretrained"}
-    values |= {"pretrained_file": str(weights_file()) if start == "pretrained" else None}
     values |= {"epochs_head": 1, "epochs_finetune": EPOCHS[start, data]} | (FROM_SCRATCH if start == "scratch" else {})
     return load_params("params/laptop.yaml", values | settings)
 
@@ -211,7 +210,8 @@ def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings:
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    run = Run(params_for(data, start, seed, name, settings), CORPUS)
+    weights = {"pretrained_file": str(weights_file())} if start == "pretrained" else {}
+    run = Run(params_for(data, start, seed, name, settings | weights), CORPUS)
     manifest = build_manifest(run, "A")
     if recipe == "ours":
         facts = ours(run, manifest)
@@ -328,7 +328,10 @@ def _summary(runs: list[dict[str, Any]]) -> pd.DataFrame:
             row[f"AUC {split}"] = f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
             for key, name in _COLUMNS.items():
                 row[f"{name} {split}"] = median([run[split][key] for run in members])
-        rows.append(row | {"seconds": median([run["seconds"] for run in members])})
+        differs = _differences(members[0]) if recipe == "ours" else []
+        rows.append(
+            row | {"seconds": median([run["seconds"] for run in members]), "differs": ", ".join(differs) or "in nothing"}
+        )
     return pd.DataFrame(rows)
 
 
@@ -345,24 +348,25 @@ def _generators(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    shipped = load_params("params/laptop.yaml")
     rows = []
     for run in (run for run in runs if run["label"]):
-        varied = {key: value for key, value in run["settings"].items() if key not in _SCALE}
-        try:
-            values = load_params("params/laptop.yaml", run["settings"])
-            kept = all(getattr(values, key) == getattr(shipped, key) for key in varied)
-        except ParamsError:  # a parameter that is no longer there
-            kept = False
         row = {"ablation": run["label"], "start": run["start"], "data": run["data"], "seed": run["seed"]}
-        row["changed"] = str(varied or "nothing")
-        row["crop"] = run["settings"].get("crop_size", shipped.crop_size)
+        row |= {"differs": ", ".join(_differences(run)) or "in nothing", "crop": run["params"]["crop_size"]}
         row |= {"AUC val": run["val"]["auc"], "AUC uploaded val": run["val"]["auc_social"], "AUC test": run["test"]["auc"]}
-        rows.append(row | {"seconds": run["seconds"], "kept": "yes" if kept else "no"})
+        rows.append(row | {"seconds": run["seconds"]})
     return pd.DataFrame(rows)
 
 
-_SCALE = {"crop_size", "crops_per_image", "epochs_finetune"}  # what ablations share to be quick
+def _differences(run: dict[str, Any]) -> list[str]:
+    """The parameters of a run that are not what its recipe has now, those that only make ablations quick left out."""
+    now = params_for(run["data"], run["start"], run["seed"], "now", {}).model_dump(mode="json")
+    had, now = ({**values, **values["degrade"], "degrade": None} for values in (run["params"], now))
+    return [f"{key} {value}" for key, value in had.items() if key not in _APART and value != now.get(key)]
+
+
+# What makes ablations quick, or says nothing of Task A's recipe
+_APART = {"crop_size", "crops_per_image", "epochs_head", "epochs_finetune", "run_name", "data_root", "pretrained_file"}
+_APART |= {"decoder_channels", "degrade_b", "forgeries"}
 _HEAD = """# Quality of Task A
 
 Made by `make bench-quality`; every run behind it is in [quality.json](quality.json). Machines: {machines}.
@@ -371,15 +375,16 @@ Trained on the corpus' `dataset` (constrained) or on `dataset_open` too (open); 
 `val`; `test/taskA` read only for these tables. Both sets hold generators, sources and a social-media pipeline that training
 lacks. The *naive* recipe squeezes whole images to 224 pixels, mirrors them, trains with Adam from the same weights for the
 same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: photographs called synthetic at the stored
-threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. With 150 + 150 images (val) and 60 + 60 (test) a difference below
+threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the runs had and the recipe has not now. With 150 + 150 images (val) and 60 + 60 (test) a difference below
 about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet weights. Scratch: `convnext_atto` with random weights,
 ours with noise residuals beside RGB and a higher rate, as [backbones.md](backbones.md) says for training without weights.
 
 The threshold is the one with the best F1 on val, since F1 ranks runs. Between these distributions it lies where more
 photographs are called synthetic than the target for false positives allows; a higher one would meet that and give up F1.
 """
-_ABLATIONS = """One run each, shorter than the runs above; compare rows of one crop size. *Kept*: `params/laptop.yaml` has what
-is varied. Choices were made on val; test is shown, not chosen on.
+_ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had and the
+recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen on.
+What did not help by more than seeds differ is off.
 """
 
 
