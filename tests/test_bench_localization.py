@@ -20,6 +20,7 @@ def made_run(iou: float, **values) -> dict:
     keys += tuple(f"submitted_{key}" for key in ("iou", "iou_all", "iou_sp", "iou_fr", "flagged_authentic"))
     split = dict.fromkeys(keys, iou) | {"flagged_authentic": 0.3, "fpr": 0.1, "by_method": {"paste": iou}}
     facts = {"recipe": "ours", "seed": 0, "label": "", "settings": {}, "seconds": 500.0, "machine": "m", "torch": "t"}
+    facts["params"] = bench_localization.params_for(0, "now", {}).model_dump(mode="json")
     return facts | dict.fromkeys(("val", "simulated", "test"), split) | {"real": split | {"iou_fr": None}} | values
 
 
@@ -48,7 +49,10 @@ def test_targets_are_judged_by_medians_and_against_the_naive_recipe(folders):
 
 
 def test_ablations_stand_apart_and_earlier_runs_are_kept(folders, monkeypatch):
-    text = report(folders, a=made_run(0.4), b=made_run(0.9, label="tried", settings={"paste": 0.4}))
+    former = made_run(0.4)
+    former["params"] |= {"decoder_channels": 9}
+    text = report(folders, a=former, b=made_run(0.9, label="tried", settings={"paste": 0.4}))
+    assert "has not now: decoder_channels 9." in text
     assert "| simulated SP, mean IoU | at least 0.50 | 0.400 | MISSED |" in text
     assert "naive" in text and "not measured" in text
     (tried,) = [line for line in text.splitlines() if line.startswith("| tried ")]

@@ -31,7 +31,7 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from bench_quality import CORPUS, SIDE, arguments, markdown, median, squeezed, verdict, weights_file
+from bench_quality import CORPUS, SIDE, arguments, differences, markdown, median, squeezed, verdict, weights_file
 from PIL import Image
 from torch import nn
 
@@ -59,7 +59,7 @@ Predict = Callable[[pd.DataFrame], tuple[np.ndarray, np.ndarray]]  # rows to pro
 def params_for(seed: int, name: str, settings: dict[str, Any]) -> Params:
     values: dict[str, Any] = {"run_name": name, "tasks": ["B"], "seed": seed, "data_root": str(CORPUS)}
     values |= {"data": [{"root": str(CORPUS / "dataset_taskB" / "TGIF"), "layout": "tgif"}]}
-    values |= {"backbone": BACKBONE, "pretrained": True, "pretrained_file": str(weights_file())}
+    values |= {"backbone": BACKBONE, "pretrained": True}
     values |= {"epochs_head": 1, "epochs_finetune": EPOCHS}
     return load_params("params/laptop.yaml", values | settings)
 
@@ -230,7 +230,7 @@ def run_one(recipe: str, seed: int, label: str, settings: dict[str, Any]) -> Non
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    run = Run(params_for(seed, name, settings), CORPUS)
+    run = Run(params_for(seed, name, settings | {"pretrained_file": str(weights_file())}), CORPUS)
     manifest = build_manifest(run, "B")
     if recipe == "ours":
         facts = ours(run, manifest)
@@ -265,10 +265,25 @@ def report() -> None:
     main_runs = [run for run in runs.values() if not run["label"]]
     machines = "; ".join(sorted({f"{run['machine']}, torch {run['torch']}" for run in runs.values()}))
     parts = [_HEAD.format(machines=machines), "## Targets\n", markdown(_targets(main_runs)), "\n## Recipes and floors\n"]
+    parts += [_differences(main_runs)]
     parts += [markdown(_summary(main_runs, of_floors)), "\n## By method\n", markdown(_methods(main_runs))]
     parts += ["\n## Ablations\n", _ABLATIONS, markdown(_ablations([run for run in runs.values() if run["label"]]))]
     write_text(DOCS / "localization.md", "\n".join(parts) + "\n")
     print(f"wrote {DOCS / 'localization.md'} of {len(runs)} runs")
+
+
+def _differences(runs: list[dict[str, Any]]) -> str:
+    """What our runs had and the recipe has not now."""
+    found = {
+        name
+        for run in runs
+        if run["recipe"] == "ours"
+        for name in differences(run, params_for(0, "now", {}), "degrade_b", _APART)
+    }
+    return f"What ours had in these runs and has not now: {', '.join(sorted(found))}.\n" if found else ""
+
+
+_APART = {"run_name", "seed", "degrade", "crops_per_image"}  # what says nothing of the recipe
 
 
 def _of(runs: list[dict[str, Any]], recipe: str, split: str, key: str) -> float:

@@ -358,10 +358,13 @@ def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _differences(run: dict[str, Any]) -> list[str]:
-    """The parameters of a run that are not what its recipe has now, those that only make ablations quick left out."""
-    now = params_for(run["data"], run["start"], run["seed"], "now", {}).model_dump(mode="json")
-    had, now = ({**values, **values["degrade"], "degrade": None} for values in (run["params"], now))
-    return [f"{key} {value}" for key, value in had.items() if key not in _APART and value != now.get(key)]
+    return differences(run, params_for(run["data"], run["start"], run["seed"], "now", {}), "degrade", _APART)
+
+
+def differences(run: dict[str, Any], now: Params, degrade: str, apart: set[str]) -> list[str]:
+    """The parameters of a run that are not what its recipe has now, and what of its degradations is not, ``apart`` left out."""
+    had, has = ({**values, **values[degrade], degrade: None} for values in (run["params"], now.model_dump(mode="json")))
+    return [f"{key} {value}" for key, value in had.items() if key not in apart and value != has.get(key)]
 
 
 # What makes ablations quick, or says nothing of Task A's recipe
@@ -375,16 +378,17 @@ Trained on the corpus' `dataset` (constrained) or on `dataset_open` too (open); 
 `val`; `test/taskA` read only for these tables. Both sets hold generators, sources and a social-media pipeline that training
 lacks. The *naive* recipe squeezes whole images to 224 pixels, mirrors them, trains with Adam from the same weights for the
 same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: photographs called synthetic at the stored
-threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the runs had and the recipe has not now. With 150 + 150 images (val) and 60 + 60 (test) a difference below
-about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet weights. Scratch: `convnext_atto` with random weights,
-ours with noise residuals beside RGB and a higher rate, as [backbones.md](backbones.md) says for training without weights.
+threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the runs had and the recipe has not now. With 150 +
+150 images (val) and 60 + 60 (test) a difference below about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet
+weights. Scratch: `convnext_atto` with random weights, ours with noise residuals beside RGB and a higher rate, as
+[backbones.md](backbones.md) says for training without weights.
 
 The threshold is the one with the best F1 on val, since F1 ranks runs. Between these distributions it lies where more
 photographs are called synthetic than the target for false positives allows; a higher one would meet that and give up F1.
 """
-_ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had and the
-recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen on.
-What did not help by more than seeds differ is off.
+_ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had
+and the recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen
+on. What did not help by more than seeds differ is off.
 """
 
 
