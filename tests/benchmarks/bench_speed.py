@@ -370,8 +370,9 @@ def report() -> None:
         parts.append(markdown(expected_hours({name: facts["figures"] for name, facts in mine.items()})))
     if load:
         grown = ", ".join(load["grown"]) or "none"
-        table = pd.DataFrame(load["jobs"]).set_index("job").round(2).T.reset_index(names="job")
-        parts += [_LOAD, markdown(table), f"\nJobs whose last quarter held more than their second one: {grown}."]
+        held = pd.DataFrame(load["jobs"]).set_index("job").drop(columns=["seconds", "images/s"]).round(2)
+        parts += [_LOAD, markdown(held.T.reset_index(names="job"))]
+        parts += [f"\nJobs whose last quarter held more than their second one: {grown}."]
     write_text(DOCS / "performance.md", "\n".join(parts) + "\n")
     print(f"wrote {DOCS / 'performance.md'}")
 
@@ -380,7 +381,7 @@ _LOAD = """
 ## Many images
 
 `make load`, a small model: memory (GB), open files and threads of all processes together, at most in the second (2/4) and in
-the last quarter (4/4) of a job's time.
+the last quarter (4/4) of a job's time. The machine may have done other work too, so nothing is said of time.
 """
 IMAGES = 400_000
 RATES = {
@@ -404,8 +405,7 @@ Made by `make bench`; [performance.json](performance.json) has the numbers. Rati
 process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
 found. What each part measures is said in `tests/benchmarks/bench_speed.py`. The plain loop computes in fp32: where the
 processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop. Training is
-not compiled; its ceiling is, where that is faster. On a CPU the loader processes, started anew for each epoch, share the cores
-with the network.
+not compiled; its ceiling is, where that is faster. On a CPU the loader processes share the cores with the network.
 """
 
 
