@@ -3,10 +3,11 @@
     python tests/campaigns/chaos.py [--kills 50] [--seed 0] [--folder build/chaos]
 
 A small run on made data (both tasks, all five notebooks) is executed once undisturbed.  Then it is started again and again
-in a fresh place, and its processes are killed by SIGKILL after a random time, until it has finished; then from the start,
-until there were ``--kills`` kills.  Every fifth kill hits the first process alone, so that the notebook's kernel outlives it
-for a moment.  After each run that finishes, all CSVs, masks and archives must equal the undisturbed ones byte for byte; after
-each kill, every file under its final name must be whole.  Writes ``chaos.json`` into the folder.
+in a fresh place, and its processes are killed by SIGKILL at a random moment of one notebook after the other, until it has
+finished; then from the start, until there were ``--kills`` kills.  Every seventh kill hits the first process alone, so that
+the notebook's kernel outlives it for a moment.  After each run that finishes, all CSVs, masks and archives must equal the
+undisturbed ones byte for byte; after each kill, every file under its final name must be whole.  Writes ``chaos.json`` into the
+folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,7 @@ from conftest import TINY, make_tiny_data
 
 from forensics_lib.files import project_root, write_json
 
+HANGS = 10  # times the undisturbed run's length, after which a run counts as hanging
 RESULTS = ("outputs/*.csv", "outputs/*/masks/*.npz", "submission/*")
 
 
@@ -127,6 +130,28 @@ def stage(home: Path) -> str:
     return notebooks[-1] if notebooks else "start"
 
 
+def lengths(home: Path) -> dict[str, float]:
+    """The seconds that each notebook of a finished run took."""
+    log = (home / "log.txt").read_text(errors="replace")
+    starts = {name: int(seconds) for name, seconds in re.findall(r"^--- (\w+)  \(.*, (\d+) s so far\)$", log, re.MULTILINE)}
+    ends = [*list(starts.values())[1:], int(re.findall(r"^--- done in (\d+) s", log, re.MULTILINE)[0])]
+    return {name: end - start + 1.0 for (name, start), end in zip(starts.items(), ends, strict=True)}
+
+
+def killed(process: subprocess.Popen, home: Path, notebook: str, wait: float, everything: bool) -> bool:
+    """Kill a run ``wait`` seconds after it began this notebook; False where it ended before."""
+    while stage(home) != notebook:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.05)
+    try:
+        process.wait(wait)
+    except subprocess.TimeoutExpired:
+        kill(process, everything)
+        return True
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -137,37 +162,32 @@ def main() -> int:
     began = time.monotonic()
     if start(options.folder / "undisturbed", params).wait():
         raise SystemExit(f"the undisturbed run failed: {options.folder / 'undisturbed' / 'log.txt'}")
-    length = time.monotonic() - began
-    expected = results(options.folder / "undisturbed")
-    print(f"undisturbed: {length:.0f} s, {len(expected)} files to compare", flush=True)
+    took, expected = lengths(options.folder / "undisturbed"), results(options.folder / "undisturbed")
+    print(f"undisturbed: {took} s, {len(expected)} files to compare", flush=True)
     kills, runs, faults, stages = 0, 0, [], Counter()
     while kills < options.kills:
-        home, killed = options.folder / f"run{runs}", 0
+        home, before = options.folder / f"run{runs}", kills
         while True:
             (home / "log.txt").unlink(missing_ok=True)
             process = start(home, params)
-            wait = rng.uniform(1, length) if kills < options.kills else 10 * length
-            try:
-                status = process.wait(wait)
-            except subprocess.TimeoutExpired:
-                if kills >= options.kills:
-                    raise SystemExit(f"{home} hangs") from None
-                kills, killed = kills + 1, killed + 1
-                kill(process, everything=kills % 5 != 0)
-                stages[stage(home)] += 1
-                found = torn(home)
-                faults += found
-                print(f"kill {kills} after {wait:.1f} s in {stage(home)}{''.join(f' TORN {one}' for one in found)}", flush=True)
-                continue
-            break
+            if kills >= options.kills:
+                break
+            notebook = list(took)[kills % len(took)]
+            wait = rng.uniform(0, took[notebook])
+            if not killed(process, home, notebook, wait, everything=kills % 7 != 0):
+                break
+            kills += 1
+            stages[stage(home)] += 1
+            found = torn(home)
+            faults += found
+            print(f"kill {kills} {wait:.1f} s into {notebook}{''.join(f' TORN {one}' for one in found)}", flush=True)
+        status = process.wait(HANGS * sum(took.values()))
         got = results(home)
         differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         faults += [f"{home.name}: exit status {status}, see {home / 'log.txt'}"] if status else []
         faults += [f"{home.name}: differs in {', '.join(differing)}"] if differing else []
-        print(
-            f"{home.name}: finished after {killed} kills, {len(expected) - len(differing)} of {len(expected)} files equal",
-            flush=True,
-        )
+        equal = f"{len(expected) - len(differing)} of {len(expected)} files equal"
+        print(f"{home.name}: finished after {kills - before} kills, {equal}", flush=True)
         runs += 1
         if not differing and not status:
             shutil.rmtree(home)
