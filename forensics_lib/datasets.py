@@ -231,7 +231,7 @@ def epoch_order(
 
 
 class TrainingLoader:
-    """Batches of crops, made ahead by processes that start with the first epoch and serve all that follow."""
+    """Batches of crops, made ahead by processes that each epoch starts."""
 
     def __init__(self, crops: TrainingCrops, workers: int) -> None:
         self._keys: list[list[tuple[int, int]]] = []
@@ -240,7 +240,6 @@ class TrainingLoader:
             batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=collate,
-            persistent_workers=workers > 0,
             generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
         )
 
