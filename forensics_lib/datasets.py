@@ -230,23 +230,15 @@ def epoch_order(
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
-class TrainingLoader:
-    """Batches of crops, made ahead by processes that each epoch starts."""
-
-    def __init__(self, crops: TrainingCrops, workers: int) -> None:
-        self._keys: list[list[tuple[int, int]]] = []
-        self._loader = DataLoader(
-            crops,
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=collate,
-            generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
-        )
-
-    def epoch(self, seed: int, batches: list[np.ndarray]) -> DataLoader:
-        """The batches with these indices, drawn by ``seed``; one may be empty.  Ends the epoch that was asked for before."""
-        self._keys[:] = [[(seed, index) for index in batch.tolist()] for batch in batches]
-        return self._loader
+def training_loader(crops: TrainingCrops, seed: int, batches: list[np.ndarray], workers: int) -> DataLoader:
+    """The batches with these indices, drawn by ``seed``; one may be empty."""
+    return DataLoader(
+        crops,
+        batch_sampler=[[(seed, index) for index in batch.tolist()] for batch in batches],
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
+    )
 
 
 class InferenceImages(Dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.datasets import TrainingCrops, TrainingLoader, drawing_groups, epoch_order
+from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
 from forensics_lib.distributed import gathered, rank, totals, world
 from forensics_lib.files import is_main
 from forensics_lib.images import ImageError
@@ -56,17 +57,18 @@ class Fit:
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
-    loader: TrainingLoader = field(init=False)
     stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
 
     def __post_init__(self) -> None:
         self.trained = self.model
-        crops = training_crops(self.train, self.task, self.params, equalize=self.equalize)
-        self.loader = TrainingLoader(crops, self.machine.workers)
 
     @property
     def params(self) -> Params:
         return self.run.params
+
+    @cached_property
+    def crops(self) -> TrainingCrops:
+        return training_crops(self.train, self.task, self.params, equalize=self.equalize)
 
     @property
     def updates(self) -> int:
@@ -171,7 +173,8 @@ def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
     batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
-    return fit.loader.epoch(seed, [batch[rank() :: world()] for batch in batches[first:]])
+    mine = [batch[rank() :: world()] for batch in batches[first:]]
+    return training_loader(fit.crops, seed, mine, fit.machine.workers)
 
 
 def _check_finite(fit: Fit, loss: torch.Tensor, batch: dict[str, Any], where: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import TrainingCrops, TrainingLoader, chosen_crops, collate, drawing_groups, epoch_order
+from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order, training_loader
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
@@ -36,25 +36,25 @@ def test_a_crop_depends_on_its_seed_alone(rows):
 
 def test_workers_change_nothing(rows):
     order = np.arange(len(rows))
-    batches = [next(iter(TrainingLoader(crops(rows), workers).epoch(0, [order]))) for workers in (0, 2)]
+    batches = [next(iter(training_loader(crops(rows), 0, [order], workers))) for workers in (0, 2)]
     assert torch.equal(batches[0]["image"], batches[1]["image"])
     assert batches[0]["index"] == batches[1]["index"] == order.tolist()
 
 
-def test_a_loader_serves_every_epoch(rows):
+def test_crops_serve_every_epoch(rows):
     """Also after an epoch that was left in its middle; each sample is what its seed says, and no number is drawn."""
     dataset, batches = crops(rows), [np.array([0, 1]), np.array([2, 3]), np.array([1, 3])]
-    loader, random = TrainingLoader(dataset, 2), torch.get_rng_state()
-    next(iter(loader.epoch(0, batches)))
+    random = torch.get_rng_state()
+    next(iter(training_loader(dataset, 0, batches, 2)))
     for seed in (1, 2):
-        made = list(loader.epoch(seed, batches))
+        made = list(training_loader(dataset, seed, batches, 2))
         assert [batch["index"] for batch in made] == [batch.tolist() for batch in batches]
         assert torch.equal(made[1]["image"], torch.stack([dataset[seed, index]["image"] for index in (2, 3)]))
     assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_a_share_of_a_batch_may_be_empty(rows):
-    first, second = TrainingLoader(crops(rows), 0).epoch(0, [np.array([2, 0]), np.array([], int)])
+    first, second = training_loader(crops(rows), 0, [np.array([2, 0]), np.array([], int)], 0)
     assert first["index"] == [2, 0]
     assert second["index"] == second["errors"] == []
 

@@ -285,12 +285,11 @@ def test_every_switch_of_training_trains(tiny_run, changes):
 def test_mixed_labels_cost_what_they_should(tiny_run):
     """With labels half and half, a model that is sure of one class pays."""
     batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([0, 1])}
-    rows = usable(build_manifest(tiny_run, "A"), "train")
     sure = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
 
     def cost(logits: torch.Tensor, mix) -> torch.Tensor:
         machine = training.choose_machine(tiny_run.params)
-        fit = epochs.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, rows, rows, equalize=False)
+        fit = epochs.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False)
         return epochs.batch_loss(fit, batch, mix)
 
     def halves(images, labels):
@@ -307,8 +306,7 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     val["source"] = np.where(val.groupby("label").cumcount() < 2, "src", "other")
     probs = np.where(val["source"] == "src", val["label"], 1 - val["label"]).astype(float)
     monkeypatch.setattr(epochs, "predict", lambda *_: Predictions(probs, {}))
-    machine = training.choose_machine(tiny_run.params)
-    fit = epochs.Fit(tiny_run, "A", None, machine, usable(manifest, "train"), val, equalize=False)
+    fit = epochs.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
     assert epochs.validate(fit, None)["score"] == 0.0
     fit.val = val.assign(source="src")
     assert epochs.validate(fit, None)["score"] == epochs.validate(fit, None)["val_auc"] == 0.5

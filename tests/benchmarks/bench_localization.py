@@ -274,12 +274,8 @@ def report() -> None:
 
 def _differences(runs: list[dict[str, Any]]) -> str:
     """What our runs had and the recipe has not now."""
-    found = {
-        name
-        for run in runs
-        if run["recipe"] == "ours"
-        for name in differences(run, params_for(0, "now", {}), "degrade_b", _APART)
-    }
+    now, ours = params_for(0, "now", {}), [run for run in runs if run["recipe"] == "ours"]
+    found = {name for run in ours for name in differences(run, now, "degrade_b", _APART)}
     return f"What ours had in these runs and has not now: {', '.join(sorted(found))}.\n" if found else ""
 
 

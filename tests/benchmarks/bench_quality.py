@@ -383,8 +383,8 @@ threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the r
 weights. Scratch: `convnext_atto` with random weights, ours with noise residuals beside RGB and a higher rate, as
 [backbones.md](backbones.md) says for training without weights.
 
-The threshold is the one with the best F1 on val, since F1 ranks runs. Between these distributions it lies where more
-photographs are called synthetic than the target for false positives allows; a higher one would meet that and give up F1.
+The threshold is the one with the best F1 on val, since F1 ranks runs. Seconds are those of the clock: two of the three
+pretrained constrained runs of ours shared the machine with other work, which slowed them.
 """
 _ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had
 and the recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen

@@ -43,7 +43,7 @@ from bench_quality import CORPUS, markdown
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from forensics_lib.datasets import InferenceImages, epoch_order
+from forensics_lib.datasets import InferenceImages, epoch_order, training_loader
 from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
@@ -249,7 +249,7 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             schedule = make_schedule(optimizer, 1000, 0.1)
             order = epoch_order(rows["label"].to_numpy(int), 0, 0)
             parts = np.array_split(order, -(-len(order) // used.batch_size))
-            batches = list(fit.loader.epoch(0, parts))
+            batches = list(training_loader(fit.crops, 0, parts, 2))
 
             compiled = Fit(fit.run, task, copy.deepcopy(model), machine, rows, rows, equalize=True)
             compiled.model.compile(dynamic=False)
@@ -405,7 +405,8 @@ Made by `make bench`; [performance.json](performance.json) has the numbers. Rati
 process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
 found. What each part measures is said in `tests/benchmarks/bench_speed.py`. The plain loop computes in fp32: where the
 processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop. Training is
-not compiled; its ceiling is, where that is faster. On a CPU the loader processes share the cores with the network.
+not compiled; its ceiling is, where that is faster. On a CPU the loader processes, started anew for each epoch, share the cores
+with the network.
 """
 
 

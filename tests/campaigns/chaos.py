@@ -25,6 +25,7 @@ import time
 import zipfile
 from collections import Counter
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,25 +125,34 @@ def torn(home: Path) -> list[str]:
 
 
 def stage(home: Path) -> str:
-    """The notebook in which a run was when it was killed, and what it said last."""
-    lines = (home / "log.txt").read_text(errors="replace").splitlines()
-    notebooks = [line.split()[1] for line in lines if line.startswith("--- ") and "done" not in line]
-    return notebooks[-1] if notebooks else "start"
+    """The notebook that a run began last."""
+    return next(reversed(begun(home)), "start")
+
+
+def begun(home: Path) -> dict[str, int]:
+    """The notebooks that a run has begun, and when, in seconds."""
+    log = (home / "log.txt").read_text(errors="replace")
+    return {name: int(seconds) for name, seconds in re.findall(r"^--- (\w+)  \(.*, (\d+) s so far\)$", log, re.MULTILINE)}
 
 
 def lengths(home: Path) -> dict[str, float]:
     """The seconds that each notebook of a finished run took."""
-    log = (home / "log.txt").read_text(errors="replace")
-    starts = {name: int(seconds) for name, seconds in re.findall(r"^--- (\w+)  \(.*, (\d+) s so far\)$", log, re.MULTILINE)}
-    ends = [*list(starts.values())[1:], int(re.findall(r"^--- done in (\d+) s", log, re.MULTILINE)[0])]
-    return {name: end - start + 1.0 for (name, start), end in zip(starts.items(), ends, strict=True)}
+    (done,) = re.findall(r"^--- done in (\d+) s", (home / "log.txt").read_text(errors="replace"), re.MULTILINE)
+    times = [*begun(home).values(), int(done)]
+    return {name: end - start + 1.0 for name, (start, end) in zip(begun(home), pairwise(times), strict=True)}
 
 
-def killed(process: subprocess.Popen, home: Path, notebook: str, wait: float, everything: bool) -> bool:
-    """Kill a run ``wait`` seconds after it began this notebook; False where it ended before."""
+def killed(process: subprocess.Popen, home: Path, notebook: str, wait: float, everything: bool, limit: float) -> bool:
+    """Kill a run ``wait`` seconds after it began this notebook; False where it ended before.
+
+    Ends the program where it does neither in ``limit`` seconds.
+    """
+    end = time.monotonic() + limit
     while stage(home) != notebook:
         if process.poll() is not None:
             return False
+        if time.monotonic() > end:
+            raise SystemExit(f"{home} hangs")
         time.sleep(0.05)
     try:
         process.wait(wait)
@@ -163,6 +173,7 @@ def main() -> int:
     if start(options.folder / "undisturbed", params).wait():
         raise SystemExit(f"the undisturbed run failed: {options.folder / 'undisturbed' / 'log.txt'}")
     took, expected = lengths(options.folder / "undisturbed"), results(options.folder / "undisturbed")
+    limit = HANGS * sum(took.values())
     print(f"undisturbed: {took} s, {len(expected)} files to compare", flush=True)
     kills, runs, faults, stages = 0, 0, [], Counter()
     while kills < options.kills:
@@ -174,14 +185,17 @@ def main() -> int:
                 break
             notebook = list(took)[kills % len(took)]
             wait = rng.uniform(0, took[notebook])
-            if not killed(process, home, notebook, wait, everything=kills % 7 != 0):
+            if not killed(process, home, notebook, wait, everything=kills % 7 != 0, limit=limit):
                 break
             kills += 1
             stages[stage(home)] += 1
             found = torn(home)
             faults += found
             print(f"kill {kills} {wait:.1f} s into {notebook}{''.join(f' TORN {one}' for one in found)}", flush=True)
-        status = process.wait(HANGS * sum(took.values()))
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{home} hangs") from None
         got = results(home)
         differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         faults += [f"{home.name}: exit status {status}, see {home / 'log.txt'}"] if status else []
