@@ -51,12 +51,14 @@ def test_targets_are_judged_by_medians_and_against_the_naive_recipe(folders):
 def test_ablations_stand_apart_and_earlier_runs_are_kept(folders, monkeypatch):
     former = made_run(0.4)
     former["params"] |= {"decoder_channels": 9}
-    text = report(folders, a=former, b=made_run(0.9, label="tried", settings={"paste": 0.4}))
+    tried = made_run(0.9, label="tried", settings={"paste": 0.1, "mask_loss": "focal_dice", "pastes": "squares"})
+    tried["params"] |= {"paste": 0.1, "mask_loss": "focal_dice"}
+    text = report(folders, a=former, b=tried)
     assert "has not now: decoder_channels 9." in text
     assert "| simulated SP, mean IoU | at least 0.50 | 0.400 | MISSED |" in text
     assert "naive" in text and "not measured" in text
-    (tried,) = [line for line in text.splitlines() if line.startswith("| tried ")]
-    assert "'paste': 0.4" in tried
+    (line,) = [line for line in text.splitlines() if line.startswith("| tried ")]
+    assert "| pastes: squares, mask_loss focal_dice, paste 0.1 |" in line
     (folders / "build" / "a.json").unlink()
     assert "0.400 | MISSED" in report(folders)
 

@@ -347,9 +347,12 @@ def _methods(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    rows = []
+    now, rows = params_for(0, "now", {}), []
     for run in runs:
-        row = {"ablation": run["label"], "seed": run["seed"], "changed": str(run["settings"] or "nothing")}
+        words = {key: value for key, value in run["settings"].items() if isinstance(value, str)}
+        tried = [f"{key}: {value}" for key, value in words.items() if run["params"].get(key) != value]  # of no parameter
+        differs = tried + differences(run, now, "degrade_b", _APART)
+        row = {"ablation": run["label"], "seed": run["seed"], "differs": ", ".join(differs) or "in nothing"}
         row |= {f"val {name}": run["val"][key] for key, name in (("iou_sp", "IoU SP"), ("iou_fr", "IoU FR"), ("f1", "F1"))}
         row |= {"val flagged": run["val"]["flagged_authentic"]}
         row |= {"simulated IoU SP": run["simulated"]["iou_sp"], "simulated IoU FR": run["simulated"]["iou_fr"]}
@@ -375,8 +378,8 @@ it passes over them some sixty times while the full recipe, with its degradation
 real pairs are larger (their regions as large as whole training images), and most are of methods that training has nothing of:
 copy-move (36%), splices with double JPEG (19%), GAN and exemplar inpainting; there the image's decision is near chance.
 """
-_ABLATIONS = """One run each, most of them shorter than those above. Choices were made on the validation split; the others are
-shown, not chosen on. Where nothing else is said, pixels of authentic images counted once (`authentic_weight` 1).
+_ABLATIONS = """One run each, most of them shorter than those above. *Differs*: what a run tried or had and the recipe has not now.
+Choices were made on the validation split; the others are shown, not chosen on.
 """
 
 
