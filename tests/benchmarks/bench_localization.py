@@ -378,8 +378,8 @@ it passes over them some sixty times while the full recipe, with its degradation
 real pairs are larger (their regions as large as whole training images), and most are of methods that training has nothing of:
 copy-move (36%), splices with double JPEG (19%), GAN and exemplar inpainting; there the image's decision is near chance.
 """
-_ABLATIONS = """One run each, most of them shorter than those above. *Differs*: what a run tried or had and the recipe has not now.
-Choices were made on the validation split; the others are shown, not chosen on.
+_ABLATIONS = """One run each, most of them shorter than those above. *Differs*: what a run tried or had and the recipe has not
+now. Choices were made on the validation split; the others are shown, not chosen on.
 """
 
 
