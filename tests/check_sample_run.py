@@ -15,8 +15,12 @@ REPORT_BYTES = 5_000_000
 
 def main() -> int:
     """Print each finding; returns 1 where one is not as it should be."""
-    facts = read_json(home() / "outputs" / "constrained_sample" / "run.json")
-    failures = 0
+    record = home() / "outputs" / "constrained_sample" / "run.json"
+    facts, failures = read_json(record), 0
+    missing = [part for part in PROMISES if part not in facts]
+    if missing:
+        print(f"{record} has no {', '.join(missing)}: run make run-constrained to its end first")
+        return 1
     for part, (metric, least) in PROMISES.items():
         value = facts[part][metric]
         failures += value < least
