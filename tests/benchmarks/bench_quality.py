@@ -391,8 +391,8 @@ weights. Scratch: `convnext_atto` with random weights, ours with noise residuals
 The threshold is the one with the best F1 on val, since F1 ranks runs. Seconds are those of the clock, and some runs shared the
 machine with other work, which slowed them.
 
-Open data add photographs, Stable Diffusion 1.5 and StyleGAN2 faces. Those two generators are what gains by them; what is still
-confused is of generators that neither set holds, which is why open is so little above constrained.
+Open data add photographs, Stable Diffusion 1.5 and StyleGAN2 faces. Those two generators are what gains by them; the most
+confused ones, of which neither set has an image, do not, which is why open is so little above constrained.
 """
 _ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had
 and the recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen

@@ -138,8 +138,9 @@ def begun(home: Path) -> dict[str, int]:
 def lengths(home: Path) -> dict[str, float]:
     """The seconds that each notebook of a finished run took."""
     (done,) = re.findall(r"^--- done in (\d+) s", (home / "log.txt").read_text(errors="replace"), re.MULTILINE)
-    times = [*begun(home).values(), int(done)]
-    return {name: end - start + 1.0 for name, (start, end) in zip(begun(home), pairwise(times), strict=True)}
+    starts = begun(home)
+    times = pairwise([*starts.values(), int(done)])
+    return {name: end - start + 1.0 for name, (start, end) in zip(starts, times, strict=True)}
 
 
 def killed(process: subprocess.Popen, home: Path, notebook: str, wait: float, everything: bool, limit: float) -> bool:
