@@ -230,15 +230,32 @@ def epoch_order(
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
-def training_loader(crops: TrainingCrops, seed: int, batches: list[np.ndarray], workers: int) -> DataLoader:
-    """The batches with these indices, drawn by ``seed``; one may be empty."""
-    return DataLoader(
-        crops,
-        batch_sampler=[[(seed, index) for index in batch.tolist()] for batch in batches],
-        num_workers=workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
-    )
+class TrainingBatches:
+    """Batches of crops, epoch after epoch, from loader processes that stay until ``close``.
+
+    Starting them for each epoch would cost a second of it: what a model's updates write to after a fork is copied first.
+    """
+
+    def __init__(self, crops: TrainingCrops, workers: int) -> None:
+        self.keys: list[list[tuple[int, int]]] = []
+        self.loader = DataLoader(
+            crops,
+            batch_sampler=self.keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
+        )
+
+    def epoch(self, seed: int, batches: list[np.ndarray]) -> DataLoader:
+        """The batches with these indices, drawn by ``seed``; one may be empty.  It ends the epoch before."""
+        self.keys[:] = [[(seed, index) for index in batch.tolist()] for batch in batches]
+        return self.loader
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
 
 
 class InferenceImages(Dataset):

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.datasets import TrainingCrops, drawing_groups, epoch_order, training_loader
+from forensics_lib.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order
 from forensics_lib.distributed import gathered, rank, totals, world
 from forensics_lib.files import is_main
 from forensics_lib.images import ImageError
@@ -67,8 +67,9 @@ class Fit:
         return self.run.params
 
     @cached_property
-    def crops(self) -> TrainingCrops:
-        return training_crops(self.train, self.task, self.params, equalize=self.equalize)
+    def batches(self) -> TrainingBatches:
+        crops = training_crops(self.train, self.task, self.params, equalize=self.equalize)
+        return TrainingBatches(crops, self.machine.workers)
 
     @property
     def updates(self) -> int:
@@ -174,7 +175,7 @@ def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
     batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
     mine = [batch[rank() :: world()] for batch in batches[first:]]
-    return training_loader(fit.crops, seed, mine, fit.machine.workers)
+    return fit.batches.epoch(seed, mine)
 
 
 def _check_finite(fit: Fit, loss: torch.Tensor, batch: dict[str, Any], where: str) -> None:

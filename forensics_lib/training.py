@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
         _forget(run, task)
     wait_for_all()
     started = time.monotonic()
-    with stop_requests() as fit.stopping:
+    with stop_requests() as fit.stopping, closing(fit.batches):
         for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
             _run_step(fit, step, epochs, state, fingerprint)
         if fit.stopping():

@@ -1,3 +1,6 @@
+import multiprocessing
+from contextlib import ExitStack, closing
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,7 +8,7 @@ import torch
 from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order, training_loader
+from forensics_lib.datasets import TrainingBatches, TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
@@ -34,27 +37,39 @@ def test_a_crop_depends_on_its_seed_alone(rows):
     assert not torch.equal(first[0, 3]["image"], again[1, 3]["image"])
 
 
-def test_workers_change_nothing(rows):
+@pytest.fixture
+def batches_of(rows):
+    """Makes ``TrainingBatches``, which end with the test."""
+    with ExitStack() as made:
+        yield lambda workers: made.enter_context(closing(TrainingBatches(crops(rows), workers)))
+
+
+def test_workers_change_nothing(rows, batches_of):
     order = np.arange(len(rows))
-    batches = [next(iter(training_loader(crops(rows), 0, [order], workers))) for workers in (0, 2)]
+    batches = [next(iter(batches_of(workers).epoch(0, [order]))) for workers in (0, 2)]
     assert torch.equal(batches[0]["image"], batches[1]["image"])
     assert batches[0]["index"] == batches[1]["index"] == order.tolist()
 
 
-def test_crops_serve_every_epoch(rows):
+def test_loader_processes_serve_every_epoch(rows, batches_of):
     """Also after an epoch that was left in its middle; each sample is what its seed says, and no number is drawn."""
-    dataset, batches = crops(rows), [np.array([0, 1]), np.array([2, 3]), np.array([1, 3])]
+    source, batches = batches_of(2), [np.array([0, 1]), np.array([2, 3]), np.array([1, 3])]
     random = torch.get_rng_state()
-    next(iter(training_loader(dataset, 0, batches, 2)))
-    for seed in (1, 2):
-        made = list(training_loader(dataset, seed, batches, 2))
-        assert [batch["index"] for batch in made] == [batch.tolist() for batch in batches]
-        assert torch.equal(made[1]["image"], torch.stack([dataset[seed, index]["image"] for index in (2, 3)]))
+    next(iter(source.epoch(0, batches)))
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    for seed, wanted in ((1, batches), (2, batches[1:])):
+        made = list(source.epoch(seed, wanted))
+        assert [batch["index"] for batch in made] == [batch.tolist() for batch in wanted]
+        assert torch.equal(made[1]["image"], torch.stack([crops(rows)[seed, index]["image"] for index in wanted[1]]))
     assert torch.equal(torch.get_rng_state(), random)
+    assert multiprocessing.active_children() == processes
+    source.close()
+    assert not multiprocessing.active_children()
 
 
-def test_a_share_of_a_batch_may_be_empty(rows):
-    first, second = training_loader(crops(rows), 0, [np.array([2, 0]), np.array([], int)], 0)
+def test_a_share_of_a_batch_may_be_empty(batches_of):
+    first, second = batches_of(0).epoch(0, [np.array([2, 0]), np.array([], int)])
     assert first["index"] == [2, 0]
     assert second["index"] == second["errors"] == []
 

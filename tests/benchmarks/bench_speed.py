@@ -43,7 +43,7 @@ from bench_quality import CORPUS, markdown
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from forensics_lib.datasets import InferenceImages, epoch_order, training_loader
+from forensics_lib.datasets import InferenceImages, epoch_order
 from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
@@ -249,7 +249,7 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             schedule = make_schedule(optimizer, 1000, 0.1)
             order = epoch_order(rows["label"].to_numpy(int), 0, 0)
             parts = np.array_split(order, -(-len(order) // used.batch_size))
-            batches = list(training_loader(fit.crops, 0, parts, 2))
+            batches = list(fit.batches.epoch(0, parts))
 
             compiled = Fit(fit.run, task, copy.deepcopy(model), machine, rows, rows, equalize=True)
             compiled.model.compile(dynamic=False)
@@ -261,6 +261,7 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             if machine.device.type == "cuda":
                 ways["deterministic"] = partial(deterministically, ways["ceiling"])
             seconds = interleaved(ways, repeats)
+            fit.batches.close()
             del os.environ["FORENSICS_HOME"]
         facts |= {f"Task {task}: {name}, samples/s": len(rows) / value for name, value in seconds.items()}
         facts[f"Task {task}: share of the ceiling"] = min(seconds["ceiling"], seconds["compiled"]) / seconds["ours"]
