@@ -56,7 +56,7 @@ class Fit:
     val: pd.DataFrame
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
-    trained: nn.Module = field(init=False)  # the model, or its view that averages gradients over processes
+    trained: nn.Module = field(init=False)  # the model, or its view that is compiled or averages gradients over processes
     stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
 
     def __post_init__(self) -> None:

@@ -20,10 +20,10 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.attach import only_trainer
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.distributed import as_one, launch, launches, replicated, wait_for_all, world
+from forensics_lib.distributed import as_one, launch, launches, rank, replicated, wait_for_all, world
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
-from forensics_lib.machine import choose_machine
+from forensics_lib.machine import choose_machine, learning_view
 from forensics_lib.manifest import data_fingerprint, sampled, sources, usable
 from forensics_lib.model import CheckpointError, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
@@ -181,7 +181,9 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
     average = ModelEmaV3(fit.model, decay=fit.params.ema, use_warmup=True) if fit.params.ema else None
     if mine and average:
         average.module.load_state_dict(mine["average"])
-    fit.trained = replicated(fit.model)
+    pixels = epochs * len(fit.train) * fit.params.crop_size**2
+    share = len(range(rank(), fit.params.batch_size, world()))
+    fit.trained = replicated(learning_view(fit.model, fit.task, share, pixels))
     best = mine["best"] if mine else _first_best(fit, step)
     schedule = make_schedule(optimizer, epochs * fit.updates, fit.params.warmup)
 

@@ -8,7 +8,7 @@ from conftest import TINY, picture, save
 
 from forensics_lib import machine as module
 from forensics_lib.inference import predict_mask, predict_probabilities
-from forensics_lib.machine import choose_machine, compile_where_it_pays
+from forensics_lib.machine import CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
 
@@ -78,7 +78,7 @@ def test_the_fast_path_agrees_with_plain_fp32(precision, tmp_path, rng, monkeypa
 
     plain = answers()
     machine = choose_machine(PARAMS.model_copy(update={"precision": precision}))
-    monkeypatch.setattr(module, "COMPILED_FROM", 0)
+    monkeypatch.setattr(module, "COMPILED_FROM", {"cpu": 0})
     for model in models.values():
         assert compile_where_it_pays(model, pixels=1)
     monkeypatch.setattr(module.Machine, "images_at_once", lambda self, pixels: 4)
@@ -87,3 +87,44 @@ def test_the_fast_path_agrees_with_plain_fp32(precision, tmp_path, rng, monkeypa
     assert np.abs(fast[1] - plain[1]).max() < 0.02
     names = set(models["A"].state_dict())
     assert names == set(CombinedModel("A", "test_convnext").state_dict()), "checkpoints keep their names"
+
+
+def partly_frozen(task: str = "A", stages: int | str = 1) -> CombinedModel:
+    torch.manual_seed(0)
+    model = CombinedModel(task, "test_convnext", decoder_channels=16).to(memory_format=torch.channels_last)
+    model.freeze_backbone(stages)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("task", "stages", "pixels", "deterministic", "compiled"),
+    [
+        ("A", 1, 2e9, False, True),
+        ("A", 0, 2e9, False, True),
+        ("A", 1, 5e8, False, False),
+        ("A", "all", 2e9, False, False),
+        ("B", 1, 2e9, False, False),
+        ("A", 1, 2e9, True, False),
+    ],
+)
+def test_a_model_learns_compiled_where_that_pays(task, stages, pixels, deterministic, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    model = partly_frozen(task, stages)
+    view = learning_view(model, task, 4, pixels)
+    assert isinstance(view, CompiledForBatches) if compiled else view is model
+
+
+def loss_and_gradients(model: CombinedModel, view: torch.nn.Module, count: int) -> tuple[torch.Tensor, ...]:
+    images = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(count))
+    loss = torch.nn.functional.cross_entropy(view(images).logits, torch.arange(count) % 2)
+    return loss, *torch.autograd.grad(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_what_it_would_learn_as_it_is():
+    model = partly_frozen()
+    view = learning_view(model, "A", 4, pixels=2e9)
+    plain, compiled = loss_and_gradients(model, model, 4), loss_and_gradients(model, view, 4)
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+    plain, uncompiled = loss_and_gradients(model, model, 3), loss_and_gradients(model, view, 3)
+    assert all(map(torch.equal, uncompiled, plain)), "an epoch's last batch, which is smaller, is not compiled for"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import picture, save
 
-from forensics_lib import epochs, plots, training
+from forensics_lib import epochs, machine, plots, training
 from forensics_lib.attribution import grad_cam
 from forensics_lib.browser import browse_evaluated_masks
 from forensics_lib.card import build_card
@@ -280,6 +280,29 @@ def test_every_switch_of_training_trains(tiny_run, changes):
     run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
     metrics = train(run, "A", build_manifest(run, "A"))
     assert np.isfinite(metrics["train_loss"]).all()
+
+
+def test_only_full_batches_are_compiled_for(tiny_run, monkeypatch):
+    """What is not: an epoch's last batch, batches that lack unreadable images, and validation."""
+    run = changed(tiny_run, finetune_stages=1, batch_size=5)
+    manifest, sizes = build_manifest(run, "A"), []
+    expected = train(run, "A", manifest)
+
+    def compiled(model, dynamic):
+        def forward(images):
+            sizes.append(len(images))
+            return model(images)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(machine, "LEARNS_COMPILED_FROM", {"cpu": 0})
+    (run.folder / "checkpoints" / "taskA_state.pt").unlink()
+    columns = ["step", "epoch", "train_loss", "val_auc"]
+    assert train(run, "A", manifest)[columns].equals(expected[columns])
+    images = len(usable(manifest, "train"))
+    assert images % 5, "there is a smaller batch"
+    assert sizes == [5] * (images // 5) * 2, "in both steps"
 
 
 def test_mixed_labels_cost_what_they_should(tiny_run):
