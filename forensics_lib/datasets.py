@@ -5,6 +5,7 @@ A file that fails does not stop an epoch: its sample carries the error, ``collat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -244,6 +245,7 @@ class TrainingBatches:
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
+            worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
         )
 
@@ -256,6 +258,15 @@ class TrainingBatches:
         """End the loader processes."""
         if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()
+
+
+def leave_process_group(_: int) -> None:
+    """For loader processes: whoever stops a notebook ends its whole group at once, and a training stops only after a batch.
+
+    A loader process ends by itself when the process that it serves is gone.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class InferenceImages(Dataset):
@@ -292,7 +303,7 @@ class InferenceImages(Dataset):
 
 def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:
     """The samples one by one in order, loaded ahead by ``workers`` processes."""
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers)
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_process_group)
 
 
 def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:

@@ -137,6 +137,7 @@ def launch(processes: int, *arguments: str) -> None:
         text=True,
         errors="replace",
         env=environment,
+        process_group=0,  # Ctrl-C is for this process, which then tells torchrun once
     )
     said: deque[str] = deque(maxlen=30)  # by the processes, before torchrun tells at length that it ends them
     try:

@@ -13,11 +13,13 @@ from typing import Any
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from forensics_lib.files import project_root
 from forensics_lib.runs import Run, open_run
 from forensics_lib.submission import archive_path
 
+PATIENCE = 600.0  # seconds that a notebook has to stop; at half of them it is told again, at the end killed
 NOTEBOOKS = ("01_explore", "02_train_taskA", "03_train_taskB", "04_infer", "05_submit")
 
 
@@ -89,6 +91,7 @@ def _execute(run: Run, notebook: str, parameters: dict[str, Any]) -> None:
         progress_bar=False,
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
+        config=Config(KernelManager={"shutdown_wait_time": PATIENCE}),
     )
 
 

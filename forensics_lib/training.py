@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.attach import only_trainer
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.distributed import as_one, launch, launches, rank, replicated, wait_for_all, world
+from forensics_lib.distributed import as_one, launch, launches, rank, replicated, totals, wait_for_all, world
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
 from forensics_lib.machine import choose_machine, learning_view
@@ -30,6 +30,7 @@ from forensics_lib.params import Params
 from forensics_lib.runs import Run
 from forensics_lib.stopping import stop_requests
 
+GO_ON = "the same command or cell goes on from there"
 NOT_TRAINING = {  # parameters that training does not depend on: changing them does not start it anew
     "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
     "robustness_images", "processes",
@@ -80,7 +81,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
         for step, epochs in (("head", run.params.epochs_head), ("finetune", run.params.epochs_finetune)):
             _run_step(fit, step, epochs, state, fingerprint)
         if fit.stopping():
-            raise KeyboardInterrupt(f"stopped when Task {task} was trained: the same command or cell goes on from there")
+            raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
     run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
     run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
@@ -194,19 +195,25 @@ def _run_step(fit: Fit, step: str, epochs: int, state: dict[str, Any] | None, fi
 
     part = mine["part"] if mine else None
     for epoch in range(mine["epoch"] if mine else 0, epochs):
+        where = f"stopped in {step} epoch {epoch + 1}"
         try:
-            line = train_epoch(fit, step, epoch, optimizer, schedule, average, part)
+            whole = part and part.get("line")  # all that is left of the epoch is its validation
+            line = whole or train_epoch(fit, step, epoch, optimizer, schedule, average, part)
         except Stopped as stopped:
             if is_main():
                 save(epoch, stopped.part)
-            raise KeyboardInterrupt(
-                f"stopped in {step} epoch {epoch + 1} after {stopped.part['batches']} batches, which are saved: "
-                "the same command or cell goes on from there"
-            ) from None
+            raise KeyboardInterrupt(f"{where} after {stopped.part['batches']} batches, which are saved: {GO_ON}") from None
         part = None
         judged = average.module if average else fit.model
         as_one(judged)  # each process has normalised with statistics of its own images
-        line |= validate(fit, judged)
+        try:
+            if totals(int(fit.stopping()))[0]:
+                raise KeyboardInterrupt(f"{where} before its validation, with all batches saved: {GO_ON}")
+            line = line | validate(fit, judged)
+        except BaseException:  # whatever ends a validation, the epoch is not to be trained again
+            if is_main():
+                save(epoch, {"line": line})
+            raise
         better, best = line["score"] > best, max(line["score"], best)
         if is_main():
             _append_metrics(fit.run, line)

@@ -5,11 +5,14 @@ import sys
 import threading
 import time
 
+import nbformat
 import pytest
 import torch
 from conftest import TINY
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 
-from forensics_lib import epochs, training
+from forensics_lib import epochs, pipeline, training
 from forensics_lib.__main__ import main
 from forensics_lib.files import project_root
 from forensics_lib.manifest import build_manifest
@@ -95,6 +98,32 @@ def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
     assert len(calls) == 2, "nothing was done again"
 
 
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, OSError])
+def test_an_epoch_whose_validation_does_not_end_is_not_trained_again(ended, tiny_run, monkeypatch):
+    run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 2}), tiny_run.data)
+    manifest, columns = build_manifest(run, "A"), ["step", "epoch", "train_loss", "val_auc", "lr"]
+    expected = train(run, "A", manifest)[columns]
+    (run.folder / "checkpoints" / "taskA_state.pt").unlink()
+    validate, train_epoch, done = training.validate, training.train_epoch, []
+
+    def fails_first(*arguments):
+        done.append("validation")
+        if done.count("validation") == 2:
+            raise ended
+        return validate(*arguments)
+
+    def epoch(*arguments):
+        done.append("epoch")
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(training, "validate", fails_first)
+    monkeypatch.setattr(training, "train_epoch", epoch)
+    with pytest.raises(ended):
+        train(run, "A", manifest)
+    assert train(run, "A", manifest)[columns].equals(expected)
+    assert done == ["epoch", "validation", "epoch", "validation", "validation", "epoch", "validation"]
+
+
 def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
     real = epochs.batch_loss
 
@@ -110,7 +139,8 @@ def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_run_keeps_what_it_trained(number, tiny_run):
-    run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 500, "tasks": ["A"]}), tiny_run.data)
+    changes = {"epochs_finetune": 500, "tasks": ["A"], "workers": 2}
+    run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
     command = [sys.executable, "-m", "forensics_lib", "run", "--params", str(run.write_params()), "--from", "02"]
     process = subprocess.Popen(command, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
@@ -124,3 +154,38 @@ def test_a_stopped_run_keeps_what_it_trained(number, tiny_run):
     assert "FROM=02_train_taskA" in errors
     state = read_checkpoint(run.folder / "checkpoints" / "taskA_state.pt")
     assert state["part"] is not None, output
+
+
+SLOW = """
+import time
+from pathlib import Path
+from forensics_lib.stopping import stop_requests
+with stop_requests() as asked:
+    Path("begun").touch()
+    while not asked():
+        time.sleep(0.1)
+    time.sleep(6)  # a long batch
+    Path("saved").touch()
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    parameters = nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(SLOW)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "slow.ipynb")
+    monkeypatch.setattr(pipeline, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(project_root()))
+
+    def interrupt():
+        while not (folder / "begun").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises((KeyboardInterrupt, PapermillExecutionError, DeadKernelError)):
+        pipeline._execute(tiny_run, "slow", {})
+    assert (folder / "saved").exists()
