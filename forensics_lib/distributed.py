@@ -126,7 +126,7 @@ def replicated(model: nn.Module) -> nn.Module:
 def launch(processes: int, *arguments: str) -> None:
     """Run ``python -m forensics_lib`` with ``arguments`` in ``processes`` processes here, and print what they print.
 
-    Raises ``WorkerError`` where one of them fails.
+    Raises ``WorkerError`` where one of them fails; ``KeyboardInterrupt`` says what they kept.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"}
@@ -147,6 +147,10 @@ def launch(processes: int, *arguments: str) -> None:
             if not ended:
                 print(line, end="", flush=True)
                 said.append(line)
+    except KeyboardInterrupt:
+        process.terminate()
+        rest, _ = process.communicate()
+        raise KeyboardInterrupt(next((line for line in rest.splitlines() if line.startswith("stopped")), "")) from None
     finally:
         if process.poll() is None:
             process.terminate()

@@ -137,9 +137,9 @@ def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_stopped_run_keeps_what_it_trained(number, tiny_run):
-    changes = {"epochs_finetune": 500, "tasks": ["A"], "workers": 2}
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_stopped_run_keeps_what_it_trained(number, processes, tiny_run):
+    changes = {"epochs_finetune": 500, "tasks": ["A"], "workers": 2, "processes": processes}
     run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
     command = [sys.executable, "-m", "forensics_lib", "run", "--params", str(run.write_params()), "--from", "02"]
     process = subprocess.Popen(command, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -154,6 +154,21 @@ def test_a_stopped_run_keeps_what_it_trained(number, tiny_run):
     assert "FROM=02_train_taskA" in errors
     state = read_checkpoint(run.folder / "checkpoints" / "taskA_state.pt")
     assert state["part"] is not None, output
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_say_what_they_kept(tiny_run):
+    run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 500, "processes": 2}), tiny_run.data)
+    command = [sys.executable, "-m", "forensics_lib", "train", "--params", str(run.write_params()), "--tasks", "A"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while len(read_metrics(run, "A")) < 3:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert errors.startswith("stopped in finetune epoch"), output + errors
 
 
 SLOW = """
