@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 TINY = {
     "run_name": "tiny",

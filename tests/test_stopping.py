@@ -136,17 +136,32 @@ def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
     assert "the same command or cell goes on from there" in capsys.readouterr().err
 
 
+@pytest.fixture
+def command(tiny_run):
+    """Starts ``python -m forensics_lib`` on a long training, waits for three epochs, and kills what the test leaves."""
+    started = []
+
+    def start(*arguments, **changes) -> tuple[Run, subprocess.Popen]:
+        run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 500, "tasks": ["A"]} | changes), tiny_run.data)
+        words = [sys.executable, "-m", "forensics_lib", *arguments, "--params", str(run.write_params())]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(words, cwd=project_root(), **options)
+        started.append(process)
+        end = time.monotonic() + 120
+        while len(read_metrics(run, "A")) < 3:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        return run, process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
-def test_a_stopped_run_keeps_what_it_trained(number, processes, tiny_run):
-    changes = {"epochs_finetune": 500, "tasks": ["A"], "workers": 2, "processes": processes}
-    run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
-    command = [sys.executable, "-m", "forensics_lib", "run", "--params", str(run.write_params()), "--from", "02"]
-    process = subprocess.Popen(command, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while len(read_metrics(run, "A")) < 3:
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.1)
+def test_a_stopped_run_keeps_what_it_trained(number, processes, command):
+    run, process = command("run", "--from", "02", workers=2, processes=processes)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
@@ -157,14 +172,8 @@ def test_a_stopped_run_keeps_what_it_trained(number, processes, tiny_run):
 
 
 @pytest.mark.slow
-def test_processes_that_train_together_say_what_they_kept(tiny_run):
-    run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 500, "processes": 2}), tiny_run.data)
-    command = [sys.executable, "-m", "forensics_lib", "train", "--params", str(run.write_params()), "--tasks", "A"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    end = time.monotonic() + 120
-    while len(read_metrics(run, "A")) < 3:
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.1)
+def test_processes_that_train_together_say_what_they_kept(command):
+    _, process = command("train", processes=2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
@@ -200,7 +209,7 @@ def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises((KeyboardInterrupt, PapermillExecutionError, DeadKernelError)):
         pipeline._execute(tiny_run, "slow", {})
     assert (folder / "saved").exists()
