@@ -72,7 +72,8 @@ def test_everything_runs_and_the_slider_moves_the_picture(lab):
         page.set_default_timeout(SECONDS)
         page.goto(f"{lab}/doc/tree/04_infer.ipynb")
         page.wait_for_selector(".jp-Notebook")
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+        # The indicator in the toolbar is idle before there is a kernel, and cells that are run then are not run at all.
+        page.locator("#jp-main-statusbar", has_text="Python 3 (ipykernel) | Idle").wait_for()
         page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
         page.locator(".widget-select select").wait_for()
