@@ -85,7 +85,8 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     folds = min([3, *(rows.loc[rows["label"] == label, "group"].nunique() for label in (0, 1))])
     if folds < 2:
         return ShortcutAudit(float("nan"), pd.Series(dtype=float))
-    alone = {name: _held_out_auc(facts[columns], labels, groups, folds, seed) for name, columns in _by_fact(facts).items()}
+    each = progress(_by_fact(facts).items(), "auditing file facts")
+    alone = {name: _held_out_auc(facts[columns], labels, groups, folds, seed) for name, columns in each}
     everything = _held_out_auc(facts, labels, groups, folds, seed)
     return ShortcutAudit(everything, pd.Series(alone).sort_values(ascending=False, kind="stable"))
 

@@ -238,7 +238,7 @@ def localization_intervals(
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero((table["truth"] > 0) == manipulated) for manipulated in (False, True)]
     lines = []
-    for _ in range(rounds):
+    for _ in progress(range(rounds), "bootstrap of masks"):
         authentic, manipulated = (rng.choice(group, len(group)) for group in members)
         means = _localization_means(table.iloc[np.concatenate([authentic, manipulated])])
         lines.append(means | {"loc_threshold": (int(iou[manipulated].mean(0)[1:].argmax()) + 1) / BINS})
