@@ -300,7 +300,7 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser:
     table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
     said = [
         f"{'IoU' if row['label'] else 'clean'} {row['score']:.2f}  {row['kind']}  {row['method']}  {row['image_id']}"
-        for _, row in table.iterrows()
+        for _, row in table.fillna({"kind": "-", "method": "-"}).iterrows()
     ]
     table["name"] = said
     machine = choose_machine(run.params)

@@ -164,7 +164,7 @@ def spectra(manifest: pd.DataFrame, task: str, count: int = 200, seed: int = 0) 
 def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Figure:
     """Manipulated training images with the outline of their true masks, in turn from each method."""
     train = usable(manifest, "train")
-    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed)
+    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed).fillna({"method": "manipulated"})
     turn = shuffled.groupby("method").cumcount()
     figure, axes = new_figure(1, count, 1.7 * count, 2.2)
     hide_axes(axes)

@@ -271,7 +271,7 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
     machine = choose_machine(run.params)
     model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
     temperature, examples = evaluation.thresholds["temperature"], []
-    for _, row in _chosen(evaluation, which).head(count).iterrows():
+    for _, row in _chosen(evaluation, which).head(count).fillna({"method": "manipulated"}).iterrows():
         image = read_image(Path(row["path"]))
         prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])

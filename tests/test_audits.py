@@ -176,6 +176,9 @@ def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
     if task == "B":
         figures += [data_plots.region_samples(manifest), data_plots.mask_area_distribution(mask_areas(manifest))]
         figures += [data_plots.forgery_samples(manifest)]
+        unknown = data_plots.region_samples(manifest.assign(method=None))
+        assert {axis.get_title() for axis in unknown.axes} <= {"manipulated (sp)", "manipulated (fr)", ""}
+        figures += [unknown, data_plots.mask_area_distribution(mask_areas(manifest.assign(method=None)))]
     for figure in figures:
         figure.canvas.draw()
 

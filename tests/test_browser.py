@@ -147,6 +147,7 @@ def test_browsers_of_a_run(tiny_run):
         results = infer(tiny_run, task)
         browser = (browse_evaluated_images if task == "A" else browse_evaluated_masks)(tiny_run, evaluation)
         assert len(browser.chosen.options) == len(evaluation.table)
+        assert not any(" nan " in name for name, _ in browser.chosen.options), "what is not known is not named"
         for order in browser.order.options:
             browser.order.value = order
         for verdict in browser.filters["verdict"].options:

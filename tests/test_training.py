@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,8 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
         assert f"IoU {row['iou']:.2f}" in first.title
     (nearest,) = mask_examples(tiny_run, evaluation, "borderline", 1)
     assert plots.mask_gallery([nearest], 0.5, "borderline")
+    unknown = replace(evaluation, table=evaluation.table.assign(method=None))
+    assert "\nmanipulated (" in mask_examples(tiny_run, unknown, "best", 1)[0].title
     browser = browse_evaluated_masks(tiny_run, evaluation)
     browser.forth.click()
     assert "IoU" in browser.text.value
