@@ -58,11 +58,9 @@ class Browser:
         if table.empty:
             raise ValueError("no image to browse")
         self._table, self._orders, self._folder = table.reset_index(drop=True), orders, folder
+        self._table[filters] = self._table[filters].fillna("-").astype(str)
         self.filters = {
-            name: widgets.Dropdown(
-                options=[EVERY, *sorted(self._table[name].fillna("-").astype(str).unique())], description=name
-            )
-            for name in filters
+            name: widgets.Dropdown(options=[EVERY, *sorted(self._table[name].unique())], description=name) for name in filters
         }
         self.order = widgets.Dropdown(options=list(orders), description="order")
         self.chosen = widgets.Select(rows=10, layout=widgets.Layout(width="auto", min_width="380px"))
@@ -116,7 +114,7 @@ class Browser:
         rows = self._table
         for name, control in self.filters.items():
             if control.value != EVERY:
-                rows = rows[rows[name].fillna("-").astype(str) == control.value]
+                rows = rows[rows[name] == control.value]
         column, upwards = self._orders[self.order.value]
         rows = rows.sort_values(column, ascending=upwards, kind="stable")
         self._shown = rows.index.tolist()

@@ -13,7 +13,7 @@ from forensics_lib.audits import SHORTCUT_LIMIT, Audit, ShortcutAudit
 from forensics_lib.duplicates import NearDuplicates
 from forensics_lib.forgeries import METHODS, forge
 from forensics_lib.images import ImageError, random_square, read_image, read_mask
-from forensics_lib.manifest import usable
+from forensics_lib.manifest import manipulation, usable
 from forensics_lib.plots import BLUE, CLASS_COLOURS, CLASS_NAMES, GREEN, GREY, ORANGE, hide_axes, new_figure
 from forensics_lib.traces import average_spectrum, centre_crop, radial_profile, residual
 
@@ -164,8 +164,8 @@ def spectra(manifest: pd.DataFrame, task: str, count: int = 200, seed: int = 0) 
 def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Figure:
     """Manipulated training images with the outline of their true masks, in turn from each method."""
     train = usable(manifest, "train")
-    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed).fillna({"method": "manipulated"})
-    turn = shuffled.groupby("method").cumcount()
+    shuffled = train[train["label"] == 1].sample(frac=1, random_state=seed)
+    turn = shuffled.groupby("method", dropna=False).cumcount()
     figure, axes = new_figure(1, count, 1.7 * count, 2.2)
     hide_axes(axes)
     for axis, (_, item) in zip(
@@ -178,7 +178,7 @@ def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Fig
             continue
         axis.imshow(image)
         axis.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
-        axis.set_title(f"{item['method']} ({item['kind']})", fontsize=8)
+        axis.set_title(manipulation(item), fontsize=8)
     figure.suptitle("Manipulated images; the line encloses what was changed", fontsize=10)
     return figure
 

@@ -16,7 +16,7 @@ from forensics_lib.files import is_main, read_json, update_json, write_csv
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask
 from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import problems, sampled, usable
+from forensics_lib.manifest import manipulation, problems, sampled, usable
 from forensics_lib.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -271,12 +271,12 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
     machine = choose_machine(run.params)
     model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
     temperature, examples = evaluation.thresholds["temperature"], []
-    for _, row in _chosen(evaluation, which).head(count).fillna({"method": "manipulated"}).iterrows():
+    for _, row in _chosen(evaluation, which).head(count).iterrows():
         image = read_image(Path(row["path"]))
         prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
         said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
-        what = f"{row['method']} ({row['kind']})" if row["label"] else "authentic"
+        what = manipulation(row) if row["label"] else "authentic"
         title = f"{row['source']}\n{what}\n{said}, prob {at_temperature(prob, temperature):.2f}"
         examples.append(MaskExample(title, image, mask, truth))
     return examples

@@ -126,6 +126,11 @@ def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
+def manipulation(row: pd.Series) -> str:
+    """How a manipulated image was made, for titles: ``sd2-sp (sp)``, or ``manipulated (sp)`` where the method is not known."""
+    return f"{'manipulated' if pd.isna(row['method']) else row['method']} ({row['kind']})"
+
+
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
     """At most ``limit`` rows, the same share of each class and source."""
     if len(rows) <= limit:

@@ -244,8 +244,8 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             os.environ["FORENSICS_HOME"] = folder
             model = build_model(used, task).to(machine.device, memory_format=torch.channels_last)
             model.freeze_backbone(used.finetune_stages)
-            names, options = ("ours", "uncompiled ceiling", "compiled ceiling"), {"equalize": True}
-            fits = {name: Fit(Run(used, CORPUS), task, copy.deepcopy(model), machine, rows, rows, **options) for name in names}
+            run, names = Run(used, CORPUS), ("ours", "uncompiled ceiling", "compiled ceiling")
+            fits = {name: Fit(run, task, copy.deepcopy(model), machine, rows, rows, equalize=True) for name in names}
             fit, plain, compiled = fits.values()
             fit.trained = learning_view(fit.model, task, used.batch_size, pixels=1e12)  # as for the images of a real run
             compiled.trained = torch.compile(compiled.model, dynamic=False)
