@@ -98,7 +98,7 @@ def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> 
     """
     drawn = rows.sample(min(EQUALIZED_ROWS, len(rows)), random_state=seed)
     shown = progress(drawn.index, "auditing the training crops")
-    facts = [crops.source_facts((seed, index), rows.loc[index]) for index in shown]
+    facts = [crops.source_facts((seed, index, 0), rows.loc[index]) for index in shown]
     table = drawn.assign(**pd.DataFrame(facts, index=drawn.index))
     return shortcut_audit(table[table["width"].notna()], "train", seed)
 

@@ -18,6 +18,7 @@ from forensics_lib.plugins import named
 
 KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
+MCU = 16  # pixels a side of what JPEG with 4:2:0 colours codes at once
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Encoding:
 def recompress(image: np.ndarray, codec: str, quality: int, subsampling: int = 2) -> np.ndarray:
     """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100."""
     return _recompressed(image, codec, quality, subsampling)[0]
+
+
+def compress_on_any_grid(image: np.ndarray, quality: int, rng: np.random.Generator) -> np.ndarray:
+    """JPEG with 4:2:0 colours of ``quality`` 1 to 100 whose blocks begin anywhere, as in a square that was cut from a JPEG."""
+    top, left = rng.integers(MCU, size=2)
+    padded = np.pad(image, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
+    return recompress(padded, "JPEG", quality)[top:, left:]
 
 
 def _recompressed(image: np.ndarray, codec: str, quality: int, subsampling: int) -> tuple[np.ndarray, Encoding]:
@@ -79,18 +87,20 @@ def degrade(
     rng: np.random.Generator,
     *,
     equalize: bool = False,
+    smallest: int = 1,
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
     """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
 
-    With ``equalize`` an image that nothing has compressed is compressed all the same, so that all leave here by one
-    distribution of codecs and qualities, whatever their files were.
+    Nothing is shrunk below ``smallest`` pixels a side.  With ``equalize`` an image that nothing has compressed is compressed
+    all the same, so that all leave here by one distribution of codecs and qualities, whatever their files were.
     """
     encoding = None
     if settings.own:
         wanted = "its function gets image, mask and generator, and returns image and mask"
         image, mask = named(settings.own, "degrade: own", wanted)(image, mask, rng)
     if rng.random() < settings.resize:
-        image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
+        scale = _drawn_scale(settings.resize_scale, image, smallest, rng)
+        image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:
         image = blur(image, float(rng.uniform(*settings.blur_sigma)))
     if rng.random() < settings.noise:
@@ -103,7 +113,8 @@ def degrade(
         image, encoding = _randomly_compressed(image, "WEBP", settings, rng)
     if rng.random() < settings.social:
         quality = _drawn_quality(settings.social_quality, rng)
-        image, mask, encoding = upload(image, mask, float(rng.uniform(*settings.social_scale)), quality)
+        scale = _drawn_scale(settings.social_scale, image, smallest, rng)
+        image, mask, encoding = upload(image, mask, scale, quality)
     if equalize and encoding is None:
         image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
     return image, mask, encoding
@@ -114,6 +125,12 @@ def _randomly_compressed(
 ) -> tuple[np.ndarray, Encoding]:
     quality = _drawn_quality(settings.jpeg_quality if codec == "JPEG" else settings.webp_quality, rng)
     return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)))
+
+
+def _drawn_scale(limits: tuple[float, float], image: np.ndarray, smallest: int, rng: np.random.Generator) -> float:
+    """A scale within ``limits`` that leaves ``smallest`` pixels a side, or 1 where there are no more."""
+    least = max(limits[0], min(1.0, smallest / min(image.shape[:2])))
+    return float(rng.uniform(least, max(limits[1], least)))
 
 
 def _drawn_quality(limits: tuple[int, int], rng: np.random.Generator) -> int:

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order
+from forensics_lib.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order, numbered_draws
 from forensics_lib.distributed import gathered, rank, totals, world
 from forensics_lib.files import is_main
 from forensics_lib.images import ImageError
@@ -173,7 +173,8 @@ def train_epoch(
 def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
-    batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
+    draws = numbered_draws(order)
+    batches = [draws[start : start + fit.params.batch_size] for start in range(0, len(draws), fit.params.batch_size)]
     mine = [batch[rank() :: world()] for batch in batches[first:]]
     return fit.batches.epoch(seed, mine)
 

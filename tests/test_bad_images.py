@@ -215,7 +215,7 @@ def test_training_refuses_what_reading_refuses(folder):
     facts = pd.DataFrame(facts_of(rows["path"].tolist()), columns=["width", "height", "format", "jpeg_quality", "c", "b", "e"])
     crops = TrainingCrops(rows.join(facts), 32, masks=False, degradations=Degradations(social=0.0, resize=0.0), equalize=True)
     for index, name in enumerate(CASES):
-        sample = crops[0, index]
+        sample = crops[0, index, 0]
         assert ("error" in sample) == (name in REFUSED), name
         if "image" in sample:
             assert sample["image"].shape == (3, 32, 32)
