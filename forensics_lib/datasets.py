@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from forensics_lib.degradations import Encoding, compress_on_any_grid, degrade
+from forensics_lib.degradations import Encoding, degrade, recompress
 from forensics_lib.forgeries import fitted, pasted
 from forensics_lib.images import STRIP, ImageError, pad_to, read_image, read_mask
 from forensics_lib.params import Degradations, Params
@@ -126,7 +126,7 @@ class TrainingCrops(Dataset):
             image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
-            image = compress_on_any_grid(image, int(np.clip(quality, 1, 100)), rng)
+            image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize, smallest=self.crop_size)
 
     def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:

@@ -18,7 +18,7 @@ from forensics_lib.plugins import named
 
 KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
-MCU = 16  # pixels a side of what JPEG with 4:2:0 colours codes at once
+BLOCK = 16  # pixels a side of what JPEG with 4:2:0 colours and WebP code at once
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,26 @@ class Encoding:
     bytes: int
 
 
-def recompress(image: np.ndarray, codec: str, quality: int, subsampling: int = 2) -> np.ndarray:
-    """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100."""
-    return _recompressed(image, codec, quality, subsampling)[0]
+def recompress(
+    image: np.ndarray, codec: str, quality: int, subsampling: int = 2, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100.
+
+    The codec's blocks begin in the image's corner or, with ``rng``, anywhere, as in a crop of a larger picture.
+    """
+    return _recompressed(image, codec, quality, subsampling, rng)[0]
 
 
-def compress_on_any_grid(image: np.ndarray, quality: int, rng: np.random.Generator) -> np.ndarray:
-    """JPEG with 4:2:0 colours of ``quality`` 1 to 100 whose blocks begin anywhere, as in a square that was cut from a JPEG."""
-    top, left = rng.integers(MCU, size=2)
-    padded = np.pad(image, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
-    return recompress(padded, "JPEG", quality)[top:, left:]
-
-
-def _recompressed(image: np.ndarray, codec: str, quality: int, subsampling: int) -> tuple[np.ndarray, Encoding]:
+def _recompressed(
+    image: np.ndarray, codec: str, quality: int, subsampling: int, rng: np.random.Generator | None
+) -> tuple[np.ndarray, Encoding]:
+    top, left = rng.integers(BLOCK, size=2) if rng else (0, 0)
     buffer = io.BytesIO()
     options = {"subsampling": subsampling} if codec == "JPEG" else {"method": 2}
-    Image.fromarray(image).save(buffer, codec, quality=quality, **options)
-    return np.array(Image.open(buffer).convert("RGB")), Encoding(codec, quality, buffer.getbuffer().nbytes)
+    padded = np.pad(image, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
+    Image.fromarray(padded).save(buffer, codec, quality=quality, **options)
+    decoded = np.array(Image.open(buffer).convert("RGB"))[top:, left:]
+    return decoded, Encoding(codec, quality, buffer.getbuffer().nbytes)
 
 
 def resize(
@@ -71,12 +74,12 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
 
 
 def upload(
-    image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int
+    image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int, rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding]:
-    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours."""
+    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours; see ``recompress``."""
     if scale < 1:
         image, mask = resize(image, mask, scale, Image.Resampling.LANCZOS)
-    image, encoding = _recompressed(image, "JPEG", quality, 2)
+    image, encoding = _recompressed(image, "JPEG", quality, 2, rng)
     return image, mask, encoding
 
 
@@ -91,8 +94,9 @@ def degrade(
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
     """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
 
-    Nothing is shrunk below ``smallest`` pixels a side.  With ``equalize`` an image that nothing has compressed is compressed
-    all the same, so that all leave here by one distribution of codecs and qualities, whatever their files were.
+    Nothing is shrunk below ``smallest`` pixels a side, and blocks of compressions begin anywhere.  With ``equalize`` an image
+    that nothing has compressed is compressed all the same, so that all leave here by one distribution of codecs and
+    qualities, whatever their files were.
     """
     encoding = None
     if settings.own:
@@ -114,7 +118,7 @@ def degrade(
     if rng.random() < settings.social:
         quality = _drawn_quality(settings.social_quality, rng)
         scale = _drawn_scale(settings.social_scale, image, smallest, rng)
-        image, mask, encoding = upload(image, mask, scale, quality)
+        image, mask, encoding = upload(image, mask, scale, quality, rng)
     if equalize and encoding is None:
         image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
     return image, mask, encoding
@@ -124,7 +128,7 @@ def _randomly_compressed(
     image: np.ndarray, codec: str, settings: Degradations, rng: np.random.Generator
 ) -> tuple[np.ndarray, Encoding]:
     quality = _drawn_quality(settings.jpeg_quality if codec == "JPEG" else settings.webp_quality, rng)
-    return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)))
+    return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)), rng)
 
 
 def _drawn_scale(limits: tuple[float, float], image: np.ndarray, smallest: int, rng: np.random.Generator) -> float:

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture, save
-from PIL import Image
 from test_degradations import EVERYTHING, NOTHING
 
 from forensics_lib.datasets import (
@@ -23,7 +22,6 @@ from forensics_lib.datasets import (
     epoch_order,
     numbered_draws,
 )
-from forensics_lib.degradations import compress_on_any_grid
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
@@ -240,23 +238,6 @@ def test_keys_of_an_epoch_differ_within_each_batch_and_over_all(rows, batches_of
     keys = [key for batch in source.batches for key in batch]
     assert len(keys) == len(set(keys)) == 32
     assert {seed for seed, _, _ in keys} == {10**15}
-
-
-def noisy(rng, side):
-    return (128 + rng.normal(0, 20, (side, side, 3))).clip(0, 255).astype(np.uint8)
-
-
-def test_a_first_compression_has_its_blocks_anywhere(rng):
-    """As in a square that was cut from a JPEG, luminance blocks of 8 and chroma blocks of 16 pixels begin in any column."""
-    found = set()
-    for _ in range(200):
-        flat = np.asarray(Image.fromarray(noisy(rng, 12)).resize((96, 96), Image.Resampling.NEAREST))
-        luminance = compress_on_any_grid(flat, 5, rng).astype(float).mean((0, 2))
-        steps = np.abs(np.diff(luminance))
-        found.add(int(np.argmax([steps[phase::8].mean() for phase in range(8)])))
-    assert len(found) >= 6
-    image = noisy(rng, 40)
-    assert all(compress_on_any_grid(image, 90, rng).shape == image.shape for _ in range(20))
 
 
 @pytest.mark.parametrize(("side", "smallest"), [(64, 32), (48, 32), (40, 32), (20, 20)])

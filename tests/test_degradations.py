@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize, upload
 from forensics_lib.params import Degradations
@@ -71,3 +72,27 @@ def test_qualities_stay_in_their_ranges(operation, codec, rng):
     found = [degrade(picture(rng), None, settings, rng)[2] for _ in range(20)]
     assert {encoding.format for encoding in found} == {"WEBP" if operation == "webp" else "JPEG"}
     assert {encoding.quality for encoding in found} == {70, 71, 72}
+
+
+def block_phase(image: np.ndarray) -> tuple[int, int]:
+    """In which row and column of eight the blocks of a coarse JPEG begin."""
+    grey = image.astype(float).mean(2)
+    steps = [np.abs(np.diff(grey, axis=axis)).mean(1 - axis) for axis in (0, 1)]
+    return tuple((int(np.argmax([part[phase::8].mean() for phase in range(8)])) + 1) % 8 for part in steps)
+
+
+def test_blocks_of_a_training_crop_begin_anywhere(rng):
+    smooth = gaussian_filter(rng.normal(0, 1, (96, 96, 3)), (5, 5, 0))
+    image = (128 + 50 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
+    assert block_phase(recompress(image, "JPEG", 5)) == (0, 0)
+    phases = [block_phase(recompress(image, "JPEG", 5, rng=rng)) for _ in range(150)]
+    assert {row for row, _ in phases} == {column for _, column in phases} == set(range(8))
+    coarse = NOTHING.model_copy(update={"jpeg": 1.0, "jpeg_quality": (5, 5)})
+    assert len({block_phase(degrade(image, None, coarse, rng)[0]) for _ in range(40)}) > 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (40, 40)])
+def test_compression_keeps_the_size_wherever_its_blocks_begin(shape, rng):
+    image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    for codec in ("JPEG", "WEBP"):
+        assert all(recompress(image, codec, 80, rng=rng).shape == image.shape for _ in range(20))
