@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter, median_filter
 
 from forensics_lib.aligned import Autoencode, load_autoencode
-from forensics_lib.degradations import KERNELS, add_noise, blur, recompress
+from forensics_lib.degradations import KERNELS, add_noise, blur, recompress, resampled
 from forensics_lib.files import home, whole
 from forensics_lib.images import ImageError, pad_to, random_square, read_image
 from forensics_lib.layouts import COLUMNS
@@ -151,8 +151,8 @@ def _retouched(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     way = rng.integers(4)
     if way == 0:
         scale = rng.uniform(0.25, 0.8)
-        small = Image.fromarray(image).resize([max(1, round(side * scale)) for side in (width, height)], _kernel(rng))
-        return np.asarray(small.resize((width, height), _kernel(rng)))
+        small = resampled(image, (max(1, round(width * scale)), max(1, round(height * scale))), _kernel(rng))
+        return resampled(small, (width, height), _kernel(rng))
     if way == 1:
         return median_filter(image, (3, 3, 1)) if rng.random() < 0.5 else blur(image, float(rng.uniform(0.4, 1.2)))
     if way == 2:
