@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from conftest import TINY, mid_greys, photo_table, picture, save
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 
+from forensics_lib import forgeries
 from forensics_lib.forgeries import (
     METHODS,
     SHARES,
@@ -157,6 +159,21 @@ def test_forgeries_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatc
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "elsewhere"))
     anew = make_forgeries(photos, Forgeries(side=64), darker)
     assert [Path(path).read_bytes() for path in anew["path"]] == content
+
+
+def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make_forgeries(photos, Forgeries(side=64), darker), range(4)))
+    assert all(table.equals(made[0]) for table in made)
+    for row in made[0].to_dict("records"):
+        read_mask(row["mask_path"], read_image(row["path"]).shape[:2])
+    assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == 2 * len(photos), "nothing else is left there"
+
+
+def test_forgeries_of_an_earlier_rule_are_made_again(photos, monkeypatch):
+    first = make_forgeries(photos, Forgeries(side=64), darker)
+    monkeypatch.setattr(forgeries, "RULE", forgeries.RULE + 1)
+    assert not set(make_forgeries(photos, Forgeries(side=64), darker)["path"]) & set(first["path"])
 
 
 def test_an_unreadable_photograph_gives_no_forgery(photos, capsys):
