@@ -1,10 +1,13 @@
+from functools import partial
+
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import mid_greys, picture
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from forensics_lib.degradations import add_noise, blur, degrade, recompress, resize, upload
+from forensics_lib.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
+from forensics_lib.inference import _scaled
 from forensics_lib.params import Degradations
 
 OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
@@ -35,6 +38,46 @@ def test_blur_and_noise_do_what_they_say(rng):
     image = picture(rng)
     assert blur(image, 1.0).astype(float).std() < image.astype(float).std()
     assert abs((add_noise(np.full((99, 99, 3), 128, np.uint8), 5, rng).astype(float) - 128).std() - 5) < 0.3
+
+
+UNBIASED = {
+    **{f"blur {sigma}": partial(blur, sigma=sigma) for sigma in (0.3, 0.5, 0.8, 1.5, 3.0)},
+    **{
+        f"{kernel.name} {scale}": (lambda image, scale=scale, kernel=kernel: resize(image, None, scale, kernel)[0])
+        for kernel in KERNELS
+        for scale in (0.25, 0.37, 0.5, 0.75, 0.9, 1.3, 1.5, 2.0, 3.0)
+    },
+    **{f"noise {sigma}": (lambda image, s=sigma: add_noise(image, s, np.random.default_rng(1))) for sigma in (0.4, 2, 8)},
+    **{
+        f"JPEG {quality} {sampling}": partial(recompress, codec="JPEG", quality=quality, subsampling=sampling)
+        for quality in (50, 75, 90, 100)
+        for sampling in (0, 1, 2)
+    },
+    **{f"scale for masks {scale}": partial(_scaled, scale=scale) for scale in (0.5, 0.75, 1.5, 2.0)},
+    **{f"upload {scale}": (lambda image, s=scale: upload(image, None, s, 75)[0]) for scale in (0.5, 0.7, 1.0)},
+}
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_no_operation_makes_a_picture_darker_or_brighter(name, rng):
+    """Nor a channel of it."""
+    images = [mid_greys(rng) for _ in range(5)]
+    errors = [UNBIASED[name](image).mean((0, 1)) - image.mean((0, 1)) for image in images]
+    assert np.abs(np.mean(errors, 0)).max() < 0.1
+
+
+@pytest.mark.parametrize("quality", [45, 75, 100])
+def test_webp_adds_no_more_than_its_own_colour_conversion(quality, rng):
+    image = mid_greys(rng)
+    assert np.abs((recompress(image, "WEBP", quality).astype(float) - image).mean((0, 1))).max() < 0.35
+
+
+@pytest.mark.parametrize("level", [0, 1, 37, 128, 254, 255])
+def test_flat_pictures_stay_flat(level):
+    image = np.full((40, 48, 3), level, np.uint8)
+    assert (blur(image, 1.1) == level).all()
+    for kernel in KERNELS:
+        assert (resize(image, None, 0.6, kernel)[0] == level).all()
 
 
 def test_probability_zero_changes_nothing(rng):
