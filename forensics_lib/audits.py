@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from forensics_lib.datasets import TrainingCrops
+from forensics_lib.distributed import first_then_others
 from forensics_lib.duplicates import (
     NearDuplicates,
     exact_duplicates,
@@ -183,7 +184,14 @@ def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
 
 
 def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
-    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each."""
+    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each.
+
+    Of several processes the first audits, and the others read what it kept.
+    """
+    return first_then_others(lambda: _kept_or_new(run, task, manifest))
+
+
+def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
     kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
     if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
         return audit(run, task, manifest).findings.to_dict("records")

@@ -101,9 +101,18 @@ def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int =
 
 def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     """Photographs whose images stand in several splits: one row each, with the images per split."""
-    good = manifest[manifest["error"].isna()]
-    counted = pd.crosstab(good["group"], good["split"])
-    return counted[(counted > 0).sum(axis=1) > 1]
+    good = manifest.loc[manifest["error"].isna(), ["group", "split"]]
+    good = good[_in_several_places(good["group"], good["split"])].reset_index(drop=True)
+    return pd.crosstab(good["group"], good["split"])
+
+
+def _in_several_places(groups: pd.Series, places: pd.Series) -> np.ndarray:
+    """``(N,)`` bool: whether a row's group stands in more than one place."""
+    (of_group, names), (of_place, known) = pd.factorize(groups), pd.factorize(places)
+    seen = np.zeros((len(names) + 1, len(known)), bool)
+    seen[of_group, of_place] = True
+    seen[-1] = False  # rows without a group, whose code is -1, are alone
+    return (seen.sum(axis=1) > 1)[of_group]
 
 
 def overlapping(manifest: pd.DataFrame) -> pd.Series:
@@ -117,7 +126,9 @@ def overlapping(manifest: pd.DataFrame) -> pd.Series:
 
 def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
     """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
-    names = manifest["data_set"].map(lambda root: Path(root).name) + " " + manifest["split"]
-    places = pd.crosstab(manifest["group"], names) > 0
+    places = manifest.groupby(["data_set", "split"], sort=False).ngroup()
+    shared = manifest[_in_several_places(manifest["group"], places)].reset_index(drop=True)
+    names = shared["data_set"].map(lambda root: Path(root).name) + " " + shared["split"]
+    places = pd.crosstab(shared["group"], names) > 0
     pairs = [(one, other, int((places[one] & places[other]).sum())) for one, other in combinations(places.columns, 2)]
     return pd.DataFrame([pair for pair in pairs if pair[2]], columns=["one", "other", "photographs"])

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from forensics_lib.disk import LFS_POINTER, is_lfs_pointer, shown, why_no_file
 from forensics_lib.parquet import member_bytes
 
 MAX_PIXELS = 250_000_000
@@ -61,13 +62,13 @@ class Header:
 @contextmanager
 def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
-    name = "image bytes" if isinstance(source, bytes) else str(source)
+    name = "image bytes" if isinstance(source, bytes) else shown(source)
     try:
         data = source if isinstance(source, bytes) else member_bytes(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata: the pixels decide
             if data is None and not Path(name).is_file():
-                raise ImageError(f"{name}: no such file, a broken link, or no file at all")
+                raise ImageError(f"{name}: {why_no_file(name)}")
             with Image.open(name if data is None else io.BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
@@ -79,6 +80,8 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
     except _Unusable as error:
         raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError:
+        if is_lfs_pointer(name):
+            raise ImageError(f"{name}: {LFS_POINTER}") from None
         raise ImageError(f"{name}: not an image that Pillow can read{_hint(name, data)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
         raise ImageError(f"{name}: {type(error).__name__}: {error}") from None

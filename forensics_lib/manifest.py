@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     ``LayoutError`` where a split lacks a class.
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
-    notes = [note for table in tables for note in table.attrs.pop("notes")]
+    notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
     if run.params.aligned and task == "A":
         tables.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), tables))
     if run.params.forgeries and task == "B":
@@ -46,7 +47,8 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
 def indexed(entry: DataSet) -> pd.DataFrame:
     """The images of one data set with the facts of their files; raises ``LayoutError``."""
     rows = read_data_set(entry)
-    table = _with_file_facts(rows, facts_cache(entry.root, entry.layout)).assign(data_set=entry.root, layout=entry.layout)
+    cache = facts_cache(entry.root, f"{entry.layout}{entry.task or ''}")
+    table = _with_file_facts(rows, cache).assign(data_set=entry.root, layout=entry.layout)
     table.attrs["notes"] = rows.notes()
     return table
 
@@ -90,7 +92,42 @@ def _named(run: Run, task: str) -> list[DataSet]:
     entries = [recognised(entry) for entry in run.params.data or []]
     if run.params.run_type == "constrained":
         refuse_unofficial(entries, run.params.edition)
-    return [entry for entry in entries if task_of(entry) == task]
+        _refuse_other_task(entries)
+    tasks = [task_of(entry) for entry in entries]
+    if task not in tasks:
+        listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
+        raise LayoutError(
+            f"Task {task}: no data set of data: serves it. {listed}. Add one{_SERVES_B if task == 'B' else ''}, or take the "
+            f"task out: tasks: [{'BA'['AB'.index(task)]}]"
+        )
+    return [entry for entry, of in zip(entries, tasks, strict=True) if of == task]
+
+
+_SERVES_B = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set's authentic images)"
+
+
+def _refuse_other_task(entries: list[DataSet]) -> None:
+    """Official data are so for one task.  Raises ``LayoutError``."""
+    for entry in entries:
+        if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+            raise LayoutError(
+                f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
+                "Take task out of its entry, or set run_type: open"
+            )
+
+
+def unused(run: Run) -> list[str]:
+    """The data sets that the run names and that no task of it uses, each with the remedy."""
+    if run.sample or len(run.params.tasks) > 1:
+        return []
+    (task,) = run.params.tasks
+    entries = [recognised(entry) for entry in run.params.data or []]
+    return [
+        f"data: {entry.root} ({entry.layout}) serves Task {task_of(entry)} and is not used, since tasks is [{task}]: take it "
+        f"out{', or set task: B in its entry to use its authentic images' if task == 'B' else ''}"
+        for entry in entries
+        if task_of(entry) != task
+    ]
 
 
 def _of_data_root(run: Run, task: str) -> list[DataSet]:
@@ -198,9 +235,32 @@ def _contradictions(table: pd.DataFrame) -> pd.Series:
 
 
 def _check_classes(table: pd.DataFrame, task: str) -> None:
-    good = table["error"].isna()
+    good, lacking = table["error"].isna(), []
     for split in ("train", "val"):
         for label, name in enumerate(("authentic (0)", "synthetic or manipulated (1)")):
             listed = table["split"].eq(split) & table["label"].eq(label)
             if not (listed & good).any():
-                raise LayoutError(f"Task {task}: no usable {name} images in {split} ({listed.sum()} found that cannot be used)")
+                reasons = "".join(f"\n  {reason}" for reason in _reasons(table[listed]))
+                lacking.append(f"no usable {name} images in {split} ({listed.sum()} found that cannot be used){reasons}")
+    if lacking:
+        names = table["label"].map({0: "authentic", 1: "positive"})
+        found = ", ".join(f"{split} {name} {count}" for (split, name), count in table.groupby(["split", names]).size().items())
+        raise LayoutError(
+            f"Task {task}: {'; '.join(lacking)}\nRead: {found}, from {', '.join(table['data_set'].unique())}. data/README.md "
+            "says what goes where; split: in an entry of data: says what a set is for"
+        )
+
+
+def _reasons(rows: pd.DataFrame, shown: int = 5) -> Iterator[str]:
+    """Why rows cannot be used: each kind of reason with how many there are and the first, the commonest first."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows[rows["error"].notna()].itertuples(index=False):
+        kind = row.error
+        for path in (row.path, row.mask_path):
+            kind = kind.replace(path, "").replace(Path(path).name, "") if isinstance(path, str) else kind
+        kinds.setdefault(re.sub(r"\d+", "0", kind), []).append(row.error)
+    sorted_kinds = sorted(kinds.values(), key=len, reverse=True)
+    for errors in sorted_kinds[:shown]:
+        yield f"{len(errors)}: {errors[0]}"
+    if len(sorted_kinds) > shown:
+        yield f"{sum(map(len, sorted_kinds[shown:]))} for other reasons"

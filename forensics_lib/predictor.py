@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from forensics_lib.calibration import at_temperature
+from forensics_lib.disk import shown
 from forensics_lib.inference import predict_masks, predict_probabilities
 from forensics_lib.machine import choose_machine
 from forensics_lib.model import CheckpointError, load_model
@@ -27,7 +28,7 @@ def predict(
     """
     checkpoint, folder = Path(checkpoint), Path(images) if isinstance(images, str | Path) else None
     paths = sorted(p for p in folder.iterdir() if p.is_file()) if folder and folder.is_dir() else [folder] if folder else images
-    rows = pd.DataFrame({"path": [str(path) for path in paths]})
+    rows = pd.DataFrame({"path": [shown(path) for path in paths]})
     model, content = load_model(checkpoint)
     if "thresholds" not in content:
         raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")

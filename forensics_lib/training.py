@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.attach import only_trainer
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.distributed import as_one, launch, launches, rank, replicated, totals, wait_for_all, world
+from forensics_lib.distributed import as_one, gathered, launch, launches, rank, replicated, totals, wait_for_all, world
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
 from forensics_lib.machine import choose_machine, learning_view
@@ -60,7 +60,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
     for found in findings_of(run, task, manifest):
         print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
-    equalize = close_shortcut(run, task, train_rows)
+    equalize = gathered(close_shortcut(run, task, train_rows) if is_main() else None)[0]
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)

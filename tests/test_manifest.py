@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 from conftest import picture, save, square_mask
 
 from forensics_lib import facts, images
+from forensics_lib.audits import audit
 from forensics_lib.disk import Looks, look
 from forensics_lib.files import home
-from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest, build_test_manifest, overview, problems, usable
+from forensics_lib.layouts import LayoutError, Rows
+from forensics_lib.manifest import build_manifest, build_test_manifest, indexed, overview, problems, usable
 from forensics_lib.params import DataSet
 from forensics_lib.runs import Run
 
@@ -205,3 +207,111 @@ def test_a_table_that_names_a_file_twice_is_read_from_the_cache_too(tiny_run, tm
         manifest = build_manifest(Run(params, tiny_run.data), "A")
         assert len(manifest) == len(lines) + len(more)
         assert manifest["error"].isna().all()
+
+
+def reasons_of(run: Run, task: str) -> str:
+    with pytest.raises(LayoutError) as refused:
+        build_manifest(run, task)
+    return str(refused.value)
+
+
+def test_a_class_that_cannot_be_used_says_why_with_counts_and_first_files(tiny_run):
+    folder = tiny_run.data / "dataset" / "val" / "0_real" / "src"
+    for number in range(2):
+        (folder / f"0_real{number}.png").write_bytes(b"nothing")
+    (folder / "0_real2.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (folder / "0_real3.png").unlink()
+    for number in range(3, 9):
+        (folder / f"0_real{number}.png").symlink_to(f"/mnt/none/{number}.png")
+    said = reasons_of(tiny_run, "A")
+    assert "no usable authentic (0) images in val (9 found that cannot be used)" in said
+    lines = [line.strip() for line in said.splitlines()]
+    assert lines[1].startswith(f"6: {folder}/0_real3.png: ") and "is its disk mounted?" in lines[1]
+    assert lines[2] == f"2: {folder}/0_real0.png: not an image that Pillow can read"
+    assert lines[3].startswith(f"1: {folder}/0_real2.png: a git-lfs pointer") and "git lfs pull" in lines[3]
+    assert "train authentic 6, train positive 6, val authentic 9, val positive 4" in said
+
+
+def test_masks_that_are_all_missing_are_one_reason(tiny_run):
+    for mask in (tiny_run.data / "dataset_taskB" / "validation").rglob("*_mask.png"):
+        mask.unlink()
+    for folder in ("sd2-sp", "sd2-fr"):
+        for path in (tiny_run.data / "dataset_taskB" / "TGIF" / folder / "validation").rglob("*.png"):
+            path.unlink()
+    said = reasons_of(tiny_run, "B")
+    assert "no usable synthetic or manipulated (1) images in val (2 found that cannot be used)\n  2: " in said
+
+
+def test_a_class_of_which_nothing_is_there_says_what_was_read(tiny_run):
+    for path in (tiny_run.data / "dataset" / "val").rglob("*.png"):
+        path.unlink()
+    said = reasons_of(tiny_run, "A")
+    assert said.count("(0 found that cannot be used)") == 2, "all that is lacking is said at once"
+    assert "Read: train authentic 6, train positive 6, from" in said and "data/README.md" in said
+
+
+LATIN = os.fsdecode(b"caf\xe9")  # as an archive made on Windows leaves it
+
+
+def test_names_that_are_not_utf8_are_listed_and_left_out(tiny_run, rng, capsys):
+    folder = tiny_run.data / "dataset" / "train" / "1_fake"
+    save(folder / "src" / "0_plain.png", picture(rng)).rename(folder / "src" / f"{LATIN}.png")
+    save(folder / "odd" / "x.png", picture(rng))
+    save(folder / "odd" / "deeper" / "é.png", picture(rng))
+    (folder / "odd").rename(folder / LATIN)
+    (folder / "src" / f"{LATIN}.txt").write_text("x")
+    for _ in range(2):  # the second time from the cache
+        manifest = build_manifest(tiny_run, "A")
+        found = problems(manifest)
+        names = [f"{folder}/caf\\xe9/x.png", f"{folder}/caf\\xe9/deeper/é.png", f"{folder}/src/caf\\xe9.png"]
+        assert sorted(found["path"]) == sorted(names)
+        assert found["error"].str.contains("its name is not UTF-8").all() and found["error"].str.contains("convmv").all()
+        assert len(usable(manifest, "train")) == 12
+    capsys.readouterr().out.encode("utf-8")
+    assert "src/caf\\xe9.txt" in manifest.attrs["notes"][0]
+    for text in (found.to_csv(), json.dumps(manifest.attrs["notes"]), str(manifest["source"].unique())):
+        text.encode("utf-8")
+    assert audit(tiny_run, "A", manifest).findings["finding"].str.contains("left out").any()
+    assert {"caf\\xe9"} <= set(manifest["source"])
+
+
+def test_masks_and_tgif_folders_that_are_not_utf8(tiny_run):
+    tgif = tiny_run.data / "dataset_taskB" / "TGIF"
+    for place in (tgif / "sd2-sp" / "training", tgif / "masks" / "training"):
+        (place / "cat").rename(place / LATIN)
+    found = problems(indexed(DataSet(root=str(tgif), layout="tgif")))
+    folders = found["path"].str.split("/").str[-2]
+    assert found.loc[folders == "caf\\xe9", "error"].str.contains("its name is not UTF-8").tolist() == [True, True]
+    assert found.loc[folders == "cat", "error"].str.contains("its mask .*/cat/.*: no such file").tolist() == [True, True]
+
+
+def test_test_images_that_no_submission_can_name_are_told_before_inference(tiny_run, rng, capsys):
+    folder = tiny_run.test_folder("A")
+    for number in range(2):
+        save(folder / "plain.jpg", picture(rng)).rename(folder / f"{LATIN}{number}.jpg")
+    with pytest.raises(LayoutError, match=r"2 test image\(s\) cannot be named .*caf\\xe90\.jpg, caf\\xe91\.jpg.*convmv"):
+        build_test_manifest(tiny_run, "A")
+    for number in range(2):
+        (folder / f"{LATIN}{number}.jpg").unlink()
+    save(folder / "deeper" / "x.jpg", picture(rng))
+    (folder / "deeper").rename(folder / LATIN)
+    (folder / f"{LATIN}.txt").write_text("no image")
+    assert len(build_test_manifest(tiny_run, "A")) == 4
+    assert "caf\\xe9" in capsys.readouterr().out
+
+
+def test_a_test_folder_that_is_a_broken_link(tiny_run, tmp_path):
+    tiny_run.test_folder("A").rename(tmp_path / "moved")
+    tiny_run.test_folder("A").symlink_to("/mnt/none")
+    with pytest.raises(LayoutError, match="taskA is a link to /mnt/none, which is not there: is its disk mounted"):
+        build_test_manifest(tiny_run, "A")
+
+
+def test_a_readers_own_paths_that_are_not_utf8():
+    rows = Rows()
+    paths = [f"/data/{LATIN}.png", "/data/b.png"]
+    rows.add(paths, 1, "train", "mine", kind="sp", groups=[LATIN, None], masks=[f"/masks/{LATIN}.png", None])
+    table = rows.table()
+    assert table["path"].tolist() == rows.paths == ["/data/caf\\xe9.png", "/data/b.png"]
+    assert table["group"].tolist() == ["caf\\xe9", "/data/b.png"]
+    assert table["mask_path"].tolist()[0] == "/masks/caf\\xe9.png"
