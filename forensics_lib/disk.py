@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
-from loky import get_reusable_executor
+from loky import cpu_count, get_reusable_executor
 
 _MANY = 2_000  # files in a folder from which on asking in another process pays
 LFS = b"version https://git-lfs"  # what stands in place of a file that git-lfs has not downloaded
@@ -56,9 +56,18 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return False
 
 
+def usable_cores() -> int:
+    """How many cores this process may use: at most what its affinity, its container's quota and SLURM's allocation allow.
+
+    ``OMP_NUM_THREADS`` does not count: torchrun sets it to 1 for all of its processes, whatever they may use.
+    """
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
+    return max(1, min(cpu_count(), int(allotted))) if allotted.isdecimal() else cpu_count()
+
+
 def processes() -> Executor:
-    """One process per core, started when first needed; they end by themselves after some idle seconds."""
-    return get_reusable_executor(max_workers=os.cpu_count())
+    """One process per usable core, started when first needed; they end by themselves after some idle seconds."""
+    return get_reusable_executor(max_workers=usable_cores())
 
 
 class Looks:

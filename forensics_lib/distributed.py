@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from forensics_lib.disk import usable_cores
 from forensics_lib.files import is_main
 
 PATIENCE = timedelta(days=1)  # how long processes wait for one that makes twins; torchrun ends all when one dies
@@ -44,7 +45,7 @@ def join_group() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes()))
+    torch.set_num_threads(max(1, usable_cores() // local_processes()))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     if not is_main():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)

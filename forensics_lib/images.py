@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,13 @@ MAX_PIXELS = 250_000_000
 STRIP = 128  # rows that are copied at a time
 GREY_SPREAD = 16  # between the channels of a pixel that counts as grey in a mask, as lossy codecs leave it
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".heic"})
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
+    ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
+    ".jpg_large", ".jpg_orig", ".jpg_medium", ".jpg_small", ".png_large", ".png_orig",  # as saved from Twitter
+})  # fmt: skip
+_WEAK_MAGIC = {"BMP", "PPM"}  # begin with two ordinary letters, as a text may
 
 Image.MAX_IMAGE_PIXELS = None  # the check below replaces Pillow's, which only warns between one and two times its limit
 
@@ -89,7 +96,7 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
 
 def _hint(name: str, data: bytes | None) -> str:
     """What can be done about a file that is no image to Pillow; empty where nothing is known."""
-    if name.lower().endswith((".heic", ".heif")):
+    if name.lower().endswith((".heic", ".heif", ".hif")):
         return "; for heic, pip install pillow-heif"
     with io.BytesIO(data) if data is not None else Path(name).open("rb") as file:
         if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -124,6 +131,31 @@ def _formats() -> list[str]:
         register_heif_opener()
     Image.init()
     return [form for form in FORMATS if form in Image.OPEN]
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file begins as an image of ``FORMATS`` does, whatever its name; what follows may still be damaged."""
+    try:
+        if not Path(path).is_file():
+            return False  # opening a pipe would wait for ever
+        with Path(path).open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    formats = {form for form in _formats() if (accepts := Image.OPEN[form][1]) and accepts(start)}
+    if formats - _WEAK_MAGIC or not formats:
+        return bool(formats)
+    try:
+        with open_image(path):
+            return True
+    except ImageError:
+        return False
+
+
+def has_image_ending(name: str) -> bool:
+    """Whether a name ends as an image's, also where a download added something: ``a.JPG``, ``a.jpg:large``, ``a.jpeg%20``."""
+    ending = name[name.rfind(".") :].lower() if "." in name else ""
+    return ending in SUFFIXES or re.split(r"[^a-z0-9.]", ending, maxsplit=1)[0] in SUFFIXES
 
 
 def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header:

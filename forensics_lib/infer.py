@@ -19,7 +19,7 @@ from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import WriteError, is_main, whole, write_csv
 from forensics_lib.images import ImageError, read_header
 from forensics_lib.inference import FALLBACK_PROB, load_mask, predict_masks, predict_probabilities, save_mask
-from forensics_lib.layouts import LayoutError
+from forensics_lib.layouts import mask_names
 from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.metrics import round_probs
@@ -206,16 +206,3 @@ def mask_statistics(run: Run, results: pd.DataFrame) -> str:
     in_range = sum(bool((mask >= 0).all() and (mask <= 1).all()) for _, mask in masks)
     kinds = ", ".join(sorted({str(mask.dtype) for _, mask in masks}))
     return f"{len(masks)} masks, {kinds}; {own_size} of their image's own size, {in_range} with all values in [0, 1]"
-
-
-def mask_names(paths: pd.Series | list[str]) -> dict[str, str]:
-    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` where two images would share one."""
-    names: dict[str, str] = {}
-    owner: dict[str, str] = {}
-    for path in map(Path, paths):
-        mask = f"{path.stem}.npz"
-        if mask in owner:
-            raise LayoutError(f"{owner[mask]} and {path.name} would both get the mask {mask}; rename one of them")
-        owner[mask] = path.name
-        names[path.name] = mask
-    return names

@@ -11,6 +11,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 
 from forensics_lib.disk import LFS, LFS_POINTER, NOT_UTF8, Looks, broken_link, shown
-from forensics_lib.images import SUFFIXES, ImageError, read_header
+from forensics_lib.images import SUFFIXES, ImageError, has_image_ending, is_image, read_header
 
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
@@ -68,6 +69,8 @@ class Rows:
         self._shared: list[tuple] = []  # label, split, source, generator, method, kind of a run of images
         self._lengths: list[int] = []
         self._passed_over: list[str] = []
+        self._no_images: list[str] = []  # by their content
+        self._hidden: list[str] = []
         self._unreadable: list[str] = []
         self._empty: list[str] = []  # links to folders that hold nothing
         self._left_out: list[str] = []
@@ -96,12 +99,13 @@ class Rows:
         self._shared.append((label, split, source, generator, method, kind))
         self._lengths.append(len(paths))
 
-    def walk(self, root: Path) -> Iterator[Folder]:
+    def walk(self, root: Path, *, by_content: bool = False) -> Iterator[Folder]:
         """The folders below ``root`` that hold images, sorted, through links, each real folder once (so loops end).
 
         Hidden folders and those that macOS adds to archives are passed over; files without an image's name, and folders
-        that cannot be read, are noted.  Names that are not UTF-8 come as ``disk.shown`` gives them.  Raises ``LayoutError``
-        for links to folders that are not there.
+        that cannot be read, are noted.  With ``by_content`` files without an image's name are opened: those that are
+        images all the same count.  Names that are not UTF-8 come as ``disk.shown`` gives them.  Raises ``LayoutError`` for
+        links to folders that are not there.
         """
         seen: set[str] = set()
         waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), ())] if root.is_dir() else []
@@ -122,7 +126,12 @@ class Rows:
             others = sorted(set(names).difference(images)) if len(images) < len(names) else []
             others = [name for name in others if not name.startswith(".") and name != "__MACOSX"]
             folders = [name for name in others if os.path.isdir(f"{place}{os.sep}{name}")]  # noqa: PTH112 (odd names)
-            self._pass_over(place, [name for name in others if name not in folders])
+            rest = [name for name in others if name not in folders]
+            if by_content:
+                found = self._by_content(place, names, rest)
+                images = sorted([*images, *found]) if found else images
+            else:
+                self._pass_over(place, rest)
             waiting += [(f"{place}{os.sep}{name}", (*parts, shown(name))) for name in reversed(folders)]
             if images:
                 images = [shown(name) for name in images]
@@ -154,11 +163,25 @@ class Rows:
         )
         self._shared, self._lengths = (list(compress(column, authentic)) for column in (self._shared, self._lengths))
 
+    def _by_content(self, place: str, names: list[str], unknown: list[str]) -> list[str]:
+        """Those of the ``unknown`` files of a folder that are images; the others, and hidden images, are noted."""
+        found = [name for name in unknown if has_image_ending(name) or is_image(f"{place}{os.sep}{name}")]
+        self._no_images += [shown(f"{place}{os.sep}{name}") for name in sorted(set(unknown).difference(found))]
+        hidden = [f"{place}{os.sep}{name}" for name in names if name.startswith(".")]
+        self._hidden += [shown(path) for path in hidden if is_image(path)]
+        return found
+
     def notes(self) -> list[str]:
         """What was passed over, with the remedy."""
         notes = [f"{place} cannot be read and is left out: allow it with chmod u+rx" for place in self._unreadable]
         notes += [f"the link {place} leads to an empty folder: is its disk mounted?" for place in self._empty]
         notes += self._left_out
+        for paths, what in (
+            (self._no_images, "file(s) whose content is no image are passed over"),
+            (self._hidden, "hidden image(s), whose names begin with a dot, are passed over: rename those that are wanted"),
+        ):
+            if paths:
+                notes.append(f"{len(paths)} {what}: {', '.join(paths[:NAMED])}{', ...' * (len(paths) > NAMED)}")
         if self._passed_over:
             endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._passed_over)
             counted = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(4))
@@ -416,12 +439,40 @@ def photo_group(source: str, stem: str) -> str:
     return f"coco:{int(stem)}" if source == "coco" and stem.isdecimal() else f"{source}:{stem}"
 
 
+def mask_names(paths: pd.Series | list[str]) -> dict[str, str]:
+    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` where two images would share one."""
+    if clashes := mask_clashes(paths):
+        raise LayoutError(
+            f"{'; '.join(clashes[:NAMED])}{'; ...' * (len(clashes) > NAMED)}: the challenge names a mask after its image "
+            "without the ending, so take those that are no test images out of the folder"
+        )
+    return {Path(path).name: f"{Path(path).stem}.npz" for path in paths}
+
+
+def mask_clashes(paths: pd.Series | list[str]) -> list[str]:
+    """Which images would share a mask, a sentence each."""
+    names: dict[str, list[str]] = {}
+    for path in map(Path, paths):
+        names.setdefault(path.stem, []).append(path.name)
+    return [f"{' and '.join(images)} would share the mask {stem}.npz" for stem, images in names.items() if len(images) > 1]
+
+
+def masks_alike(paths: pd.Series | list[str]) -> list[str]:
+    """Masks whose names differ in case alone, or in how accents are encoded, each with the first of its kind: a pair a text."""
+    first: dict[str, str] = {}
+    pairs = []
+    for stem in dict.fromkeys(Path(path).stem for path in paths):
+        other = first.setdefault(unicodedata.normalize("NFC", stem).casefold(), stem)
+        pairs += [f"{other}.npz and {stem}.npz"] if other != stem else []
+    return pairs
+
+
 def read_test(folder: Path) -> Rows:
-    """A flat folder of unlabelled test images: every file with an image's name, by name."""
+    """A flat folder of unlabelled test images, by name: every file that is an image by its content or its name."""
     if not folder.is_dir():
-        raise LayoutError(broken_link(folder) or f"no test folder {folder}")
+        raise LayoutError(broken_link(folder) or f"no test folder {folder}; {contents(folder.parent)}")
     rows, deeper = Rows(), []
-    for found in rows.walk(folder):
+    for found in rows.walk(folder, by_content=True):
         if found.parts:
             deeper.append(folder.joinpath(*found.parts))
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from forensics_lib.disk import usable_cores
 from forensics_lib.distributed import local_processes
 from forensics_lib.params import Params
 
@@ -47,7 +48,7 @@ class Machine:
 
 
 def choose_machine(params: Params) -> Machine:
-    """Resolve the ``auto`` settings, and have a GPU compute as ``deterministic`` says.
+    """Resolve the ``auto`` settings, take no more threads than usable cores, and have a GPU compute as ``deterministic`` says.
 
     Raises ``ValueError`` where a GPU is asked for and there is none.
     """
@@ -58,7 +59,9 @@ def choose_machine(params: Params) -> Machine:
     if cuda:
         compute_deterministically(params.deterministic)
     bf16 = params.precision == "bf16" or (params.precision == "auto" and _computes_bf16_fast(device))
-    cores = max(1, (os.cpu_count() or 1) // local_processes())
+    cores = max(1, usable_cores() // local_processes())
+    if torch.get_num_threads() > cores:  # PyTorch does not know a container's quota
+        torch.set_num_threads(cores)
     workers = min(cores, 16) if params.workers == "auto" else params.workers
     return Machine(device, bf16, workers)
 

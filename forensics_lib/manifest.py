@@ -15,7 +15,7 @@ from forensics_lib.facts import file_facts
 from forensics_lib.files import from_home, home
 from forensics_lib.forgeries import make_forgeries
 from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
-from forensics_lib.layouts import LayoutError, Rows, read_test
+from forensics_lib.layouts import LayoutError, Rows, mask_names, masks_alike, read_test
 from forensics_lib.params import DataSet
 from forensics_lib.readers import read_data_set, recognised, task_of
 from forensics_lib.runs import Run
@@ -148,8 +148,28 @@ def _own(root: Path, layout: str) -> DataSet:
 
 
 def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
-    """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``."""
-    return test_images(run.test_folder(task)).drop(columns="identity")
+    """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``.
+
+    Raises ``LayoutError`` where there are none, or two of Task B would share a mask.
+    """
+    table = test_images(run.test_folder(task)).drop(columns="identity")
+    if task == "B":
+        check_mask_names(table["path"])
+    return table
+
+
+def check_mask_names(paths: pd.Series | list[str]) -> None:
+    """Raise ``LayoutError`` where two test images would share a mask; say where masks' names differ in case alone."""
+    mask_names(paths)
+    if pairs := masks_alike(paths):
+        print(f"masks that replace one another where upper and lower case are one (Windows, macOS): {', '.join(pairs[:20])}")
+
+
+def check_test_names(run: Run, task: str) -> None:
+    """What a training of Task B should not end with: raises ``LayoutError`` where two of its test images would share a mask."""
+    if task == "B":
+        flat = (found for found in Rows().walk(run.test_folder(task), by_content=True) if not found.parts)
+        check_mask_names([path for found in flat for path in found.paths])
 
 
 def test_images(folder: Path) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from forensics_lib.layouts import LayoutError
+from forensics_lib.layouts import LayoutError, mask_clashes
 from forensics_lib.manifest import data_sets, indexed, test_images, unused
 from forensics_lib.params import DataSet
 from forensics_lib.runs import Run
@@ -43,7 +43,7 @@ class Check:
     """The check of a run's data: one row per set, split and class."""
 
     table: pd.DataFrame  # set, layout, split, class, found, unusable, expected, missing
-    unusable: list[str]  # why each unusable file is, beyond those that are broken at their source
+    unusable: list[str]  # why each unusable file is, beyond those broken at their source; test images that share a mask
 
     @property
     def complete(self) -> bool:
@@ -69,7 +69,9 @@ def check_data(run: Run) -> Check:
             lines, reasons = _check_set(entry)
             rows += lines
             unusable += reasons
-        rows.append(_check_test(run, task))
+        line, reasons = _check_test(run, task)
+        rows.append(line)
+        unusable += reasons
     return Check(pd.DataFrame(rows).astype({"expected": "Int64"}), unusable)
 
 
@@ -96,15 +98,17 @@ def _check_set(entry: DataSet) -> tuple[list[dict[str, object]], list[str]]:
     return lines, [] if all(excused) else reasons
 
 
-def _check_test(run: Run, task: str) -> dict[str, object]:
+def _check_test(run: Run, task: str) -> tuple[dict[str, object], list[str]]:
+    """The line of the test images, and for Task B those that would share a mask."""
     folder = run.test_folder(task)
+    found, bad, clashes = 0, 0, []
     try:
-        errors = test_images(folder)["error"]
-        found, bad = len(errors), int(errors.notna().sum())
+        table = test_images(folder)
+        found, bad = len(table), int(table["error"].notna().sum())
+        clashes = mask_clashes(table["path"]) if task == "B" else []
     except LayoutError as error:
         print(error)
-        found, bad = 0, 0
-    return _line(str(folder), "test images", "test", None, found, bad, TEST_IMAGES[task])
+    return _line(str(folder), "test images", "test", None, found, bad, TEST_IMAGES[task]), clashes
 
 
 def _line(

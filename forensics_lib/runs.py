@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from forensics_lib.disk import broken_link
+from forensics_lib.disk import broken_link, usable_cores
 from forensics_lib.files import from_home, home, is_main, project_root, update_json, write_text
 from forensics_lib.params import Params, load_params, notebook_parameters
 
@@ -219,7 +218,7 @@ def _record_provenance(run: Run, params_file: str) -> None:
         params_file=params_file,
         data=str(run.data),
         python=sys.version.split()[0],
-        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        machine=f"{platform.machine()}, {usable_cores()} cores",
         versions={package: version(package) for package in PACKAGES},
         git=_git_state(),
         updated=datetime.now(UTC).isoformat(timespec="seconds"),

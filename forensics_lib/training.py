@@ -24,7 +24,7 @@ from forensics_lib.distributed import as_one, gathered, launch, launches, rank, 
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
 from forensics_lib.machine import choose_machine, learning_view
-from forensics_lib.manifest import data_fingerprint, sampled, sources, usable
+from forensics_lib.manifest import check_test_names, data_fingerprint, sampled, sources, usable
 from forensics_lib.model import CheckpointError, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
@@ -42,8 +42,10 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
 
     Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again, and where
     another process trains it at this moment its epochs are shown until it ends.  With ``processes`` above 1 that many
-    processes train together.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite.
+    processes train together.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite, and
+    ``LayoutError`` at once where two test images would share a mask.
     """
+    check_test_names(run, task)
     if launches(run.params.processes):
         launch(run.params.processes, "train", "--params", str(run.write_params()), "--tasks", task)
     else:

@@ -1,12 +1,15 @@
 import csv
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import picture, records, save
+from PIL import Image
 
 from forensics_lib.files import project_root
+from forensics_lib.images import FORMATS, SUFFIXES
 from forensics_lib.layouts import LayoutError, Rows, read_task_a, read_task_b_validation, read_test, read_tgif
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
@@ -118,3 +121,61 @@ def test_corpus_is_read_as_it_lies():
     assert all(Path(row["mask_path"]).is_file() for row in rows if row["label"])
     labels = np.array([row["label"] for row in records(read_task_a(CORPUS / "dataset")) if row["split"] == "val"])
     assert (labels.sum(), len(labels)) == (150, 300)
+
+
+def encoded(rng, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(rng)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+ODD_NAMES = {
+    "a.jp2": "JPEG2000", "b.ppm": "PPM", "c.jpg_large": "JPEG", "d.JPG": "JPEG", "e.jpeg%20": "JPEG", "no ending": "PNG",
+    "f.data": "WEBP", "g.txt": "GIF", "h.png.bak": "TIFF", "i.": "BMP", "3f2a.v2": "AVIF",
+    "j.jpg:large": "JPEG", "k.npz": "PPM",
+}  # fmt: skip
+
+
+def test_test_images_are_told_by_their_content(tmp_path, rng, capsys):
+    for name, form in ODD_NAMES.items():
+        (tmp_path / name).write_bytes(encoded(rng, form))
+    broken = {"x.heic": b"", "y.jpeg%20": b"cut", "z.hif": b"z", "w.jpg_large": b"", "v.jfif": b"v", "cut": b"\xff\xd8\xff\xe0"}
+    others = {
+        "Thumbs.db": b"\xd0\xcf\x11\xe0", "notes.txt": b"BMW and P5 are no images", "scores.csv": b"P1,0.5\n",
+        "clip.mp4": b"\0\0\0 ftypisom",
+        "empty": b"", "m.svg": b"<svg/>", "page.html": b"<html>", "zip": b"PK\x03\x04", "riff.wav": b"RIFF0000WAVEfmt ",
+    }  # fmt: skip
+    for name, content in (broken | others).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / ".hidden").write_bytes(encoded(rng, "JPEG"))
+    os.mkfifo(tmp_path / "pipe")
+    listed = [Path(row["path"]).name for row in records(read_test(tmp_path))]
+    assert listed == sorted([*ODD_NAMES, *broken])
+    passed, hidden = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    assert passed.startswith(f"{len(others) + 1} file(s) whose content is no image")
+    assert all(str(tmp_path / name) in passed for name in [*others, "pipe"])
+    assert hidden.startswith("1 hidden image(s)") and str(tmp_path / ".hidden") in hidden
+    assert ".DS_Store" not in passed + hidden
+
+
+def test_heif_by_any_name(tmp_path, rng):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    for name in ("a.hif", "b.heif", "c"):
+        (tmp_path / name).write_bytes(encoded(rng, "HEIF"))
+    assert len(read_test(tmp_path)) == 3
+
+
+def test_every_ending_of_the_formats_that_are_read_is_known():
+    Image.init()
+    endings = {ending for ending, form in Image.registered_extensions().items() if form in FORMATS}
+    assert endings <= SUFFIXES
+
+
+def test_training_images_of_rare_endings(tiny_data, rng):
+    folder = tiny_data / "dataset" / "train" / "0_real"
+    names = ["a.jp2", "b.PGM", "c.jpg_large"]
+    for name, form in zip(names, ("JPEG2000", "PPM", "JPEG"), strict=True):
+        (folder / name).write_bytes(encoded(rng, form))
+    listed = {Path(row["path"]).name for row in records(read_task_a(tiny_data / "dataset"))}
+    assert set(names) <= listed

@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -7,6 +10,7 @@ import torch
 from conftest import TINY, picture, save
 
 from forensics_lib import machine as module
+from forensics_lib.disk import usable_cores
 from forensics_lib.inference import predict_mask, predict_probabilities
 from forensics_lib.machine import CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
 from forensics_lib.model import CombinedModel
@@ -45,12 +49,68 @@ def test_a_gpu_computes_deterministically_where_that_is_asked_for(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
+@pytest.fixture
+def large_machine(monkeypatch):
+    """A machine of 64 cores without limits, as far as Python and its variables tell."""
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr("loky.backend.context._cpu_count_cgroup", lambda cores: cores)
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "LOKY_MAX_CPU_COUNT", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(large_machine):
+    large_machine.setenv("SLURM_CPUS_PER_TASK", "12")
     params = PARAMS.model_copy(update={"workers": "auto"})
     assert choose_machine(params).workers == 12
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    large_machine.setenv("LOCAL_WORLD_SIZE", "4")
     assert choose_machine(params).workers == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "affinity", "quota", "cores"),
+    [
+        ({}, 64, 64, 64),
+        ({}, 3, 64, 3),
+        ({}, 64, 5, 5),
+        ({"SLURM_CPUS_PER_TASK": "6", "SLURM_CPUS_ON_NODE": "48"}, 64, 64, 6),
+        ({"SLURM_CPUS_ON_NODE": "8"}, 64, 64, 8),
+        ({"SLURM_CPUS_PER_TASK": "128"}, 64, 64, 64),
+        ({"SLURM_CPUS_PER_TASK": "6"}, 2, 64, 2),
+        ({"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "2"}, 64, 6, 6),
+        ({"SLURM_CPUS_PER_TASK": ""}, 64, 64, 64),
+        ({"OMP_NUM_THREADS": "1"}, 64, 64, 64),
+    ],
+)
+def test_only_allotted_cores_are_used(variables, affinity, quota, cores, large_machine):
+    large_machine.setattr("os.sched_getaffinity", lambda process: set(range(affinity)), raising=False)
+    large_machine.setattr("loky.backend.context._cpu_count_cgroup", lambda cores: quota)
+    for name, value in variables.items():
+        large_machine.setenv(name, value)
+    assert usable_cores() == cores
+    share = cores // int(variables.get("LOCAL_WORLD_SIZE", "1"))
+    assert choose_machine(PARAMS.model_copy(update={"workers": "auto"})).workers == min(share, 16)
+
+
+def test_no_more_threads_than_allotted_cores(large_machine):
+    """Outside of SLURM's and a container's limits PyTorch takes one thread per core of the whole machine."""
+    torch.set_num_threads(3)
+    choose_machine(PARAMS)
+    assert torch.get_num_threads() == 3, "fewer threads than cores are somebody's wish"
+    large_machine.setenv("SLURM_CPUS_PER_TASK", "2")
+    choose_machine(PARAMS)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset here")
+def test_taskset_limits_a_real_process():
+    core = min(os.sched_getaffinity(0))
+    program = "from forensics_lib.disk import usable_cores; print(usable_cores())"
+    command = [shutil.which("taskset"), "-c", str(core), sys.executable, "-c", program]
+    assert subprocess.check_output(command, text=True).strip() == "1"  # noqa: S603 (fixed arguments)
 
 
 def test_little_work_is_not_compiled_for():

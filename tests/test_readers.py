@@ -343,6 +343,12 @@ def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
     monkeypatch.setitem(official.EXPECTED, "tgif", counts)
     monkeypatch.setitem(official.TEST_IMAGES, "A", 4)
     assert official.check_data(tiny_run).complete
+    twin = tiny_run.test_folder("B") / "b0.webp"
+    twin.write_bytes(b"")
+    clashing = official.check_data(tiny_run)
+    assert not clashing.complete
+    assert "b0.jpg and b0.webp would share the mask b0.npz" in clashing.report()
+    twin.unlink()
     next((tiny_run.data / "dataset_taskB" / "TGIF" / "masks" / "training").rglob("*_512.png")).unlink()
     found = official.check_data(tiny_run)
     assert not found.complete and "INCOMPLETE" in found.report() and "its mask" in found.report()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from forensics_lib.infer import infer, mask_names
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
 from forensics_lib.losses import BORDER, mask_loss, near_border
-from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.manifest import build_manifest, build_test_manifest, usable
 from forensics_lib.model import Output, build_model, read_checkpoint
 from forensics_lib.runs import Run
 from forensics_lib.scoring import Predictions
@@ -248,8 +249,32 @@ def test_inference_covers_every_test_image(tiny_run, rng):
 
 
 def test_names_that_would_share_a_mask_are_named():
-    with pytest.raises(LayoutError, match=r"x\.jpg and x\.png"):
-        mask_names(["f/x.jpg", "f/x.png"])
+    with pytest.raises(LayoutError, match=r"x\.jpg and x\.png and x would share the mask x\.npz; y\.z\.gif and y\.z\.webp"):
+        mask_names(["f/x.jpg", "f/y.z.gif", "f/x.png", "f/one.png", "f/y.z.webp", "f/x"])
+    assert mask_names(["f/x.jpg", "f/X.png"]) == {"x.jpg": "x.npz", "X.png": "X.npz"}
+
+
+def test_test_images_that_would_share_a_mask_are_told_before_training(tiny_run):
+    manifest = build_manifest(tiny_run, "B")
+    folder = tiny_run.test_folder("B")
+    shutil.copy(folder / "b1.jpg", folder / "b1.jpeg%20")
+    for early in (lambda: build_test_manifest(tiny_run, "B"), lambda: train(tiny_run, "B", manifest)):
+        with pytest.raises(LayoutError, match=r"b1\.jpeg%20 and b1\.jpg would share the mask b1\.npz"):
+            early()
+    assert not tiny_run.metrics.is_file(), "nothing was trained"
+
+
+def test_masks_whose_names_differ_in_case_alone_are_noted(tiny_run, capsys):
+    folder = tiny_run.test_folder("B")
+    shutil.copy(folder / "b1.jpg", folder / "B1.png")
+    shutil.copy(folder / "b2.jpg", folder / "ne\u0301.png")
+    shutil.copy(folder / "b2.jpg", folder / "N\u00e9.png")
+    assert len(build_test_manifest(tiny_run, "B")) == 7
+    said = capsys.readouterr().out
+    assert "B1.npz and b1.npz" in said
+    assert "N\u00e9.npz and ne\u0301.npz" in said
+    build_test_manifest(tiny_run, "A")
+    assert "case" not in capsys.readouterr().out
 
 
 def test_without_a_threshold_the_way_out_is_named(tiny_run):

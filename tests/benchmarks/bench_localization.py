@@ -17,7 +17,6 @@ and pixels with Adam, scales masks back up, and decides at 0.5.  The corpus is l
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -37,6 +36,7 @@ from torch import nn
 
 from forensics_lib.__main__ import parse_settings
 from forensics_lib.calibration import at_temperature
+from forensics_lib.disk import usable_cores
 from forensics_lib.evaluation import evaluate
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
@@ -240,7 +240,7 @@ def run_one(recipe: str, seed: int, label: str, settings: dict[str, Any]) -> Non
         raise SystemExit(f"{name} trains for as long as ours did: run ours for this seed first")
     facts |= {"recipe": recipe, "seed": seed, "label": label, "settings": settings}
     facts["params"] = run.params.model_dump(exclude={"data_root", "data", "pretrained_file"})
-    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "timm": timm.__version__}
+    facts |= {"machine": f"{platform.machine()}, {usable_cores()} cores", "torch": torch.__version__, "timm": timm.__version__}
     if "floors" not in read_json(DOCS / "localization.json") and not (BUILD / "floors.json").is_file():
         write_json(BUILD / "floors.json", floors(manifest))
     write_json(BUILD / f"{name}.json", facts)

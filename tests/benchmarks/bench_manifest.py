@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from forensics_lib.disk import usable_cores
 from forensics_lib.identity import CNNDETECTION_CATEGORIES
 
 MEASURE = """
@@ -75,7 +76,7 @@ def main() -> None:
     cold, warm = (statistics.median(run[key] for run in cached) for key in ("seconds", "again"))
     peak = max(run["peak_gb"] for run in [first, *cached])
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {usable_cores()} cores",
         "python": platform.python_version(),
         "files": first["rows"],
         "first_files_per_second": round(first["rows"] / first["seconds"]),

@@ -40,6 +40,7 @@ from PIL import Image
 
 from forensics_lib.__main__ import parse_settings
 from forensics_lib.card import markdown_table
+from forensics_lib.disk import usable_cores
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_probabilities
@@ -226,7 +227,7 @@ def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings:
         facts = naive(run, manifest, same["seconds"])
     facts |= {"recipe": recipe, "data": data, "start": start, "seed": seed, "label": label, "settings": settings}
     facts["params"] = run.params.model_dump(exclude={"data_root", "pretrained_file"})
-    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "timm": timm.__version__}
+    facts |= {"machine": f"{platform.machine()}, {usable_cores()} cores", "torch": torch.__version__, "timm": timm.__version__}
     write_json(target, facts)
     shown = {key: facts[key] for key in ("seconds", "threshold", "val", "test", "test_generators")}
     print(f"=== {name}: {json.dumps(shown)}", flush=True)

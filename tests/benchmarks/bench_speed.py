@@ -44,6 +44,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_loader
 
 from forensics_lib.datasets import InferenceImages, epoch_order
+from forensics_lib.disk import usable_cores
 from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
@@ -440,7 +441,7 @@ def cpu() -> str:
     """The processor's name and how many cores may be used."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.processor()}, {usable_cores()} cores"
 
 
 if __name__ == "__main__":
