@@ -51,7 +51,7 @@ class Evaluation:
     thresholds: dict[str, float]
     metrics: dict[str, float]
     errors: list[str]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over images
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
     without_overlap: dict[str, float] | None = None  # the scores without photographs that stand elsewhere in the data too
     uncalibrated: np.ndarray | None = None  # (N,) probabilities before temperature scaling, of a validation set
 
@@ -125,23 +125,26 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     scores |= {"ece_uncalibrated": expected_calibration_error(labels, uncalibrated)}
     scores |= {"ece": expected_calibration_error(labels, probs), "temperature": temperature}
     evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=uncalibrated)
-    evaluation.intervals = _intervals(labels, probs, threshold)
-    evaluation.intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs)
+    groups = table["group"].to_numpy()
+    evaluation.intervals = _intervals(labels, probs, threshold, groups)
+    chosen = bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
+    evaluation.intervals |= chosen
     if task == "B":
-        histograms, called = result.histograms[result.good()], probs >= threshold
-        evaluation.intervals |= localization_intervals(histograms, thresholds["loc_threshold"], called)
+        histograms, exact = result.histograms[result.good()], result.exact[result.good()]
+        pixels = histograms, thresholds["loc_threshold"], probs >= threshold, exact
+        evaluation.intervals |= localization_intervals(*pixels, groups=groups)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     _store(run, task, evaluation, problems(manifest))
     wait_for_all()
     return evaluation
 
 
-def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, tuple[float, float]]:
+def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: np.ndarray) -> dict[str, tuple[float, float]]:
     def scores(drawn_labels: np.ndarray, drawn_probs: np.ndarray) -> dict[str, float]:
         found = image_metrics(drawn_labels, drawn_probs, threshold)
         return {key: found[key] for key in INTERVALS}
 
-    return bootstrap_intervals(scores, labels, probs)
+    return bootstrap_intervals(scores, labels, probs, groups=groups)
 
 
 def _without_overlap(
@@ -157,8 +160,9 @@ def _without_overlap(
         return None
     scores = image_metrics(alone["label"].to_numpy(int), alone["prob"].to_numpy(), thresholds["threshold"])
     if task == "B":
-        histograms, called = result.histograms[result.good()][~elsewhere], alone["prob"].to_numpy() >= thresholds["threshold"]
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
+        histograms, exact = (values[result.good()][~elsewhere] for values in (result.histograms, result.exact))
+        called = alone["prob"].to_numpy() >= thresholds["threshold"]
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called, exact)
     return scores | {"images": len(alone)}
 
 
@@ -171,7 +175,7 @@ def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation
     result, table, errors = _predict_rows(run, task, rows, thresholds["temperature"])
     evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
     labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
-    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"])
+    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"], table["group"].to_numpy())
     run.record(**{f"task{task}_held_out": evaluation.metrics})
     return evaluation
 
@@ -197,13 +201,13 @@ def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dic
     """Image-level metrics, and for Task B the pixel-level ones, whose per-image values are added to ``table``."""
     scores = image_metrics(table["label"].to_numpy(int), table["prob"].to_numpy(), thresholds["threshold"])
     if task == "B":
-        histograms = result.histograms[result.good()]
         called = table["prob"].to_numpy() >= thresholds["threshold"]
-        pixels = pixel_table(histograms, thresholds["loc_threshold"], called)
+        found = result.histograms[result.good()], thresholds["loc_threshold"], called, result.exact[result.good()]
+        pixels = pixel_table(*found)
         for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
             table[column] = pixels[column]
         table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
+        scores |= localization_metrics(*found)
     return scores
 
 

@@ -354,7 +354,7 @@ def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
     assert not found.complete and "INCOMPLETE" in found.report() and "its mask" in found.report()
     next((tiny_run.data / "dataset_taskB" / "TGIF" / "sd2-fr" / "validation").rglob("*.png")).unlink()
     missing = official.check_data(tiny_run).table.set_index(["layout", "split", "class"])["missing"]
-    assert missing["tgif", "val", "positive"] == 1
+    assert missing["tgif", "val", "positive"].sum() == 1  # pandas 2 gives a series, since test images stand there twice
     assert main(["check-data", "--data", str(tiny_run.data)]) == 1
     assert "INCOMPLETE" in capsys.readouterr().out
 
