@@ -12,20 +12,26 @@ from sklearn.model_selection import StratifiedKFold
 
 from forensics_lib.progress import progress
 
-DECIMALS = 6  # probabilities and thresholds are written, and compared, with this many
+DECIMALS = 6  # probabilities are written, and compared, with this many
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
 FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
 
 
 def round_probs(probs: np.ndarray) -> np.ndarray:
-    """Probabilities as they are written to files, so that labels agree with what a reader computes."""
-    return np.round(np.asarray(probs, np.float64), DECIMALS)
+    """Probabilities as they are written to files, so that labels agree with what a reader computes; NaN stays NaN.
+
+    They are kept one unit of the last decimal from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
+    """
+    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
 
 
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
-    """The threshold with the highest F1 (label 1 where prob >= threshold), half-way to the next lower probability.
+    """The threshold with the highest F1, about half-way between two neighbouring probabilities.
 
-    ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises ``ValueError`` without a positive.
+    It has two decimals (51) more than probabilities are written with.  So no written probability ever equals it, also of
+    images that it was not chosen on, and ``prob > threshold`` and ``prob >= threshold`` call the same images positive; who
+    rounds it like a probability still has the same by ``>=``.  ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises
+    ``ValueError`` without a positive.
     """
     labels, probs = np.asarray(labels), round_probs(probs)
     if not labels.any():
@@ -35,8 +41,8 @@ def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
     f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
     f1[:-1][ranked[1:] == ranked[:-1]] = -1  # equal probabilities cannot be parted
     best = int(f1.argmax())
-    below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
-    return min(math.ceil((ranked[best] + below) / 2 * 10**DECIMALS) / 10**DECIMALS, float(ranked[best]))
+    units = [round(prob * 10**DECIMALS) for prob in (*ranked[best : best + 2].tolist(), 0.0)[:2]]
+    return (sum(units) // 2 * 100 + 51) / 10 ** (DECIMALS + 2)
 
 
 def counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[int, int, int, int]:
@@ -160,12 +166,41 @@ def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return iou, f1, (fp + tp) / histograms.sum((1, 2))[:, None]
 
 
+def written_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask in [0, 1] as it is written: float16 with the last bit of each value cleared, so that none equals a threshold."""
+    return (mask.astype(np.float16).view(np.uint16) & 0xFFFE).view(np.float16)
+
+
+def bin_threshold(number: int) -> float:
+    """The threshold just below ``number`` / 256 (1 to 255): no pixel equals it, and it flags those from that bin on.
+
+    It lies between two neighbouring float16 values, so that ``>`` and ``>=`` flag the same pixels.  Code that compares in
+    float16 rounds it to the lower one, which ``written_mask`` never holds.
+    """
+    edge = np.float16(number / BINS)
+    below = np.nextafter(edge, np.float16(0))
+    return float(below) + (float(edge) - float(below)) / 4
+
+
+def threshold_bin(loc_threshold: float) -> int:
+    """The first of the histograms' bins that a localization threshold flags; see ``bin_threshold``."""
+    return round(loc_threshold * BINS)
+
+
 def best_iou_threshold(histograms: np.ndarray) -> float:
-    """The threshold (a multiple of 1/256, at least 1/256) with the highest mean IoU over manipulated images."""
+    """The threshold (just below a multiple of 1/256) with the highest mean IoU over manipulated images.
+
+    Raises ``ValueError`` without a manipulated pixel.
+    """
     manipulated = histograms[:, 1].sum(1) > 0
     if not manipulated.any():
         raise ValueError("no manipulated image: a localization threshold needs at least one")
-    return (int(pixel_curves(histograms[manipulated])[0].mean(0)[1:].argmax()) + 1) / BINS
+    return bin_threshold(_best_bin(pixel_curves(histograms[manipulated])[0]))
+
+
+def _best_bin(iou: np.ndarray) -> int:
+    """The bin from 1 on with the highest mean of N images' IoU ``(N, 256)``."""
+    return int(iou.mean(0)[1:].argmax()) + 1
 
 
 def pixel_auc(histograms: np.ndarray) -> np.ndarray:
@@ -189,13 +224,13 @@ def pixel_ap(histograms: np.ndarray) -> np.ndarray:
 
 
 def pixel_table(histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None) -> pd.DataFrame:
-    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (a multiple of 1/256), and threshold-free ones.
+    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (see ``bin_threshold``), and threshold-free ones.
 
     ``best_pixel_f1`` is F1 at the image's own best threshold, ``truth`` the share of manipulated pixels.  ``called`` (N,)
     bool says which images are called manipulated: ``submitted_iou`` and ``submitted_flagged`` are then of masks that are
     empty for the others.
     """
-    column = round(loc_threshold * BINS)
+    column = threshold_bin(loc_threshold)
     iou, f1, flagged = pixel_curves(histograms)
     facts = {"iou": iou[:, column], "pixel_f1": f1[:, column], "flagged": flagged[:, column], "best_pixel_f1": f1.max(1)}
     facts |= {"pixel_auc": pixel_auc(histograms), "pixel_ap": pixel_ap(histograms)}
@@ -210,7 +245,7 @@ def localization_metrics(histograms: np.ndarray, loc_threshold: float, called: n
 
     ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
     ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
-    more than 1% of their pixels at or above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
+    more than 1% of their pixels above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
     images that are not ``called`` manipulated are empty.
     """
     return _localization_means(pixel_table(histograms, loc_threshold, called)) | {"loc_threshold": loc_threshold}
@@ -241,6 +276,6 @@ def localization_intervals(
     for _ in progress(range(rounds), "bootstrap of masks"):
         authentic, manipulated = (rng.choice(group, len(group)) for group in members)
         means = _localization_means(table.iloc[np.concatenate([authentic, manipulated])])
-        lines.append(means | {"loc_threshold": (int(iou[manipulated].mean(0)[1:].argmax()) + 1) / BINS})
+        lines.append(means | {"loc_threshold": bin_threshold(_best_bin(iou[manipulated]))})
     drawn = pd.DataFrame(lines)
     return {name: (float(values.quantile(0.025)), float(values.quantile(0.975))) for name, values in drawn.items()}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from forensics_lib.distributed import gathered, rank, world
 from forensics_lib.images import ImageError, read_mask
-from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.inference import check_finite, predict_masks, predict_probabilities
 from forensics_lib.machine import Machine
 from forensics_lib.metrics import pixel_histogram
 from forensics_lib.model import CombinedModel
@@ -45,7 +45,8 @@ def predict(
     """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
 
     ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
-    divide the rows among themselves and each has the whole result.
+    divide the rows among themselves and each has the whole result.  Raises ``BrokenModelError`` where an answer to an image
+    that could be read is not finite.
     """
     mine = np.arange(rank(), len(rows), world())
     of_task = _probabilities if task == "A" else _masks
@@ -59,6 +60,7 @@ def predict(
         if part.histograms is not None:
             everything.histograms[places] = part.histograms
     everything.errors = dict(sorted(everything.errors.items()))
+    check_finite(rows["path"], everything.probs, [everything.errors.get(number) for number in range(len(rows))])
     return everything
 
 
@@ -84,7 +86,8 @@ def _masks(
         except ImageError as error:
             errors[prediction.index] = str(error)
             continue
-        histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
+        if np.isfinite(prediction.prob):
+            histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
         probs[prediction.index] = prediction.prob
     return Predictions(probs, errors, histograms)
 

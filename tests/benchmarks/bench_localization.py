@@ -36,13 +36,13 @@ from PIL import Image
 from torch import nn
 
 from forensics_lib.__main__ import parse_settings
-from forensics_lib.calibration import at_temperature
+from forensics_lib.calibration import calibrated
 from forensics_lib.evaluation import evaluate
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import build_manifest, indexed, test_images, usable
-from forensics_lib.metrics import image_metrics, localization_metrics, pixel_histogram, pixel_table
+from forensics_lib.metrics import image_metrics, localization_metrics, pixel_histogram, pixel_table, round_probs
 from forensics_lib.model import load_model
 from forensics_lib.params import DataSet, Params, load_params
 from forensics_lib.runs import Run
@@ -100,11 +100,11 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     seconds = time.monotonic() - started
     thresholds = evaluate(run, "B", manifest).thresholds
     model, _ = load_model(run.finetuned_model("B"), "B")
-    machine, temperature = choose_machine(run.params), thresholds["temperature"]
+    machine = choose_machine(run.params)
 
     def predicted(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         result = predict(model, "B", rows, run.params, machine)
-        return at_temperature(result.probs, temperature), result.histograms
+        return round_probs(calibrated(result.probs, thresholds)), result.histograms
 
     epochs = metrics[["step", "epoch", "train_loss", "val_auc", "val_iou", "seconds"]].round(4).to_dict("records")
     return results(manifest, predicted, thresholds) | {"seconds": round(seconds, 1), "epochs": epochs}
