@@ -28,8 +28,8 @@ class ComparisonError(ValueError):
 def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     """Tables about runs in ``outputs``: ``scores``, ``differences`` of each run to the one before, ``parameters``, ``cost``.
 
-    Scores are of each run's own validation images, with 95% intervals.  Differences are of the images that two runs share,
-    by paired bootstrap over photographs: both runs' scores are taken on the same draws.  Raises ``ComparisonError``.
+    Scores are of each run's own validation images that decide, with 95% intervals.  Differences are of those that two runs
+    share, by paired bootstrap over photographs: both runs' scores are taken on the same draws.  Raises ``ComparisonError``.
     """
     if len(set(runs)) < 2:
         raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
@@ -95,11 +95,14 @@ def _paths(run: str) -> Run:
 
 
 def _probs(run: str, task: str) -> pd.DataFrame | None:
+    """The validation images that decided, by path; all of them where a run's file does not tell."""
     path = _paths(run).val_probs(task)
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype={"group": str}, keep_default_na=False).drop_duplicates("path")
-    return table.assign(group=table.get("group", table["path"])).set_index("path")[["label", "prob", "group"]]
+    table = pd.read_csv(path, dtype={"group": str}, keep_default_na=False)
+    table = table[table["deciding"]] if "deciding" in table else table
+    table = table.assign(group=table.get("group", table["path"])).drop_duplicates("path")
+    return table.set_index("path")[["label", "prob", "group"]]
 
 
 def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[float, float, float]]:

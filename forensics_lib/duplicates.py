@@ -15,6 +15,7 @@ import pandas as pd
 
 from forensics_lib.facts import image_hashes
 from forensics_lib.files import home
+from forensics_lib.manifest import sampled_places
 from forensics_lib.parquet import member_bytes
 from forensics_lib.progress import progress
 
@@ -76,12 +77,16 @@ class NearDuplicates:
 def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
     """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
 
-    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images all of
-    validation and a random part of the others are compared.  Flat pictures are passed over.
+    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images a part is
+    compared: validation is half of it, or more where the others are fewer, and of as many photographs as it can hold.  Flat
+    pictures are passed over.
     """
     good = manifest[manifest["error"].isna()]
-    first = good["split"].eq("val")
-    drawn = pd.concat([good[first].head(limit), good[~first].sample(frac=1, random_state=0)]).head(limit).sort_index()
+    parts = [np.flatnonzero(good["split"].eq("val") == val) for val in (True, False)]
+    of_val = min(len(parts[0]), max(limit // 2, limit - len(parts[1])))
+    counts = (of_val, limit - of_val)
+    places = [part[sampled_places(good.iloc[part], count, 0, by="group")] for part, count in zip(parts, counts, strict=True)]
+    drawn = good.iloc[np.sort(np.concatenate(places))]
     name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
     cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
     hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()

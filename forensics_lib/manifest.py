@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from forensics_lib.forgeries import make_forgeries
 from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
 from forensics_lib.layouts import LayoutError, Rows, mask_names, masks_alike, read_test
 from forensics_lib.params import DataSet
-from forensics_lib.readers import read_data_set, recognised, task_of
+from forensics_lib.readers import of_itw_sm, read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
 
@@ -189,11 +190,91 @@ def manipulation(row: pd.Series) -> str:
 
 
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """At most ``limit`` rows, the same share of each class and source."""
+    """``limit`` rows, or all where there are no more; classes and their sources by ``sampled_places``."""
+    return rows.iloc[sampled_places(rows, limit, seed)].reset_index(drop=True)
+
+
+def sampled_places(rows: pd.DataFrame, limit: int, seed: int, by: str = "source") -> np.ndarray:
+    """The positions, in order, of ``limit`` rows, or of all where there are no more.
+
+    The classes have their shares of ``rows``, and so have the groups ``by`` which a class is divided; while ``limit`` allows
+    each has at least one row.  ``seed`` is any number from 0 on; the same rows and seed give the same answer.
+    """
     if len(rows) <= limit:
-        return rows
-    parts = rows.groupby(["label", "source"], group_keys=False)
-    return parts.sample(frac=limit / len(rows), random_state=seed).sort_index().reset_index(drop=True)
+        return np.arange(len(rows))
+    rng, chosen = np.random.default_rng(seed), []
+    labels = rows["label"].to_numpy(int)
+    classes, counts = np.unique(labels, return_counts=True)
+    for label, quota in zip(classes, apportioned(counts, limit, rng), strict=True):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        groups, names = pd.factorize(rows[by].iloc[members], use_na_sentinel=False)
+        quotas = apportioned(np.bincount(groups, minlength=len(names)), quota, rng)
+        turn = pd.Series(groups).groupby(groups).cumcount().to_numpy()
+        chosen.append(members[turn < quotas[groups]])
+    return np.sort(np.concatenate([np.zeros(0, int), *chosen]))
+
+
+def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """How many of ``limit`` each of the groups of ``counts`` images gets, by largest remainder; equal remainders by lot.
+
+    Where ``limit`` allows, each group gets at least one; none gets more than it has.
+    """
+    counts = np.asarray(counts)
+    limit = min(limit, int(counts.sum()))
+    shares = counts * (limit / max(1, counts.sum()))
+    if len(counts) <= limit:
+        free = np.ones(len(counts), bool)
+        while (low := free & (shares < 1)).any():
+            free &= ~low
+            shares = np.where(free, counts * ((limit - (~free).sum()) / max(1, counts[free].sum())), 1.0)
+    quotas = np.floor(shares + 1e-9).astype(int)  # 3 / 7 * 7 is below 3
+    by_remainder = np.lexsort((rng.random(len(counts)), quotas - shares.round(9)))
+    quotas[by_remainder[: limit - quotas.sum()]] += 1
+    return quotas
+
+
+FEWEST = 10  # images of each class with which a group of images decides, where another has as many
+
+
+def deciding(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> tuple[np.ndarray, str]:
+    """Which validation ``rows`` choose epoch, calibration and thresholds: ``(N,)`` bool, and the rule in words.
+
+    They are the official validation set's; without it those of sources that ``train`` lacks; else all.  A rule is passed
+    over where its images lack a class, and where they have under ``FEWEST`` of one and those of a later rule have not.
+    """
+    labels, everything = rows["label"].to_numpy(int), np.ones(len(rows), bool)
+    rules = _official(run, task, rows, train)
+    rules["sources that training lacks"] = ~rows["source"].isin(train["source"]).to_numpy()
+    wanted = FEWEST if np.bincount(labels, minlength=2).min() >= FEWEST else 1
+    passed_over = ""
+    for name, mask in rules.items():
+        authentic, positive = np.bincount(labels[mask], minlength=2)
+        if min(authentic, positive) >= wanted:
+            return mask, name + passed_over
+        if mask.any():
+            passed_over += f"; too few of {name}: {authentic} authentic, {positive} positive"
+    return everything, "all validation images" + passed_over
+
+
+def _official(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The rules that name official validation images, the narrowest first."""
+    if task == "B":
+        return {"the official validation set": rows["layout"].eq("task_b_validation").to_numpy()}
+    folders = rows["path"].map(os.path.dirname)
+    in_itw_sm = {folder: of_itw_sm(Path(folder).resolve()) for folder in folders.unique()}
+    itw_sm = (rows["layout"].eq("itw_sm") | folders.map(in_itw_sm)).to_numpy(bool)
+    place = (run.data / "dataset").resolve()
+    roots = [root for root in rows.loc[rows["layout"].eq("own"), "data_set"].unique() if from_home(root).resolve() == place]
+    own = rows["data_set"].isin(roots).to_numpy()
+    new = own & ~rows["source"].isin(train["source"]).to_numpy()
+    named = "the official validation set (dataset/val)"
+    return {"the official validation set (ITW-SM)": itw_sm, f"{named}, sources that training lacks": new, named: own}
+
+
+def deciding_first(rows: pd.DataFrame, decides: np.ndarray, limit: int, seed: int) -> pd.DataFrame:
+    """``limit`` validation rows, or all, ``sampled`` from those that decide, and from the others where there is room."""
+    first = sampled(rows[decides], limit, seed)
+    return pd.concat([first, sampled(rows[~decides], limit - len(first), seed)], ignore_index=True)
 
 
 def data_fingerprint(manifest: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from forensics_lib.progress import progress
 
-DECIMALS = 6  # probabilities and thresholds are written, and compared, with this many
+DECIMALS = 6  # probabilities are written, and compared, with this many
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
 VALUES = 15_361  # the float16 numbers from 0 to 1, whose bit patterns are 0, 1, 2, ... in their order
 THRESHOLD_FREE = ("pixel_auc", "pixel_ap", "best_pixel_f1")  # scores of an image's pixels that need all VALUES
@@ -24,14 +24,20 @@ FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels count
 
 
 def round_probs(probs: np.ndarray) -> np.ndarray:
-    """Probabilities as they are written to files, so that labels agree with what a reader computes."""
-    return np.round(np.asarray(probs, np.float64), DECIMALS)
+    """Probabilities as they are written to files, so that labels agree with what a reader computes; NaN stays NaN.
+
+    They are kept one unit of the last decimal from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
+    """
+    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
 
 
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
-    """The threshold with the highest F1 (label 1 where prob >= threshold), half-way to the next lower probability.
+    """The threshold with the highest F1, about half-way between two neighbouring probabilities.
 
-    ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises ``ValueError`` without a positive.
+    It has two decimals (51) more than probabilities are written with.  So no written probability ever equals it, also of
+    images that it was not chosen on, and ``prob > threshold`` and ``prob >= threshold`` call the same images positive; who
+    rounds it like a probability still has the same by ``>=``.  ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises
+    ``ValueError`` without a positive.
     """
     labels, probs = np.asarray(labels), round_probs(probs)
     if not labels.any():
@@ -41,8 +47,8 @@ def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
     f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
     f1[:-1][ranked[1:] == ranked[:-1]] = -1  # equal probabilities cannot be parted
     best = int(f1.argmax())
-    below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
-    return min(math.ceil((ranked[best] + below) / 2 * 10**DECIMALS) / 10**DECIMALS, float(ranked[best]))
+    units = [round(prob * 10**DECIMALS) for prob in (*ranked[best : best + 2].tolist(), 0.0)[:2]]
+    return (sum(units) // 2 * 100 + 51) / 10 ** (DECIMALS + 2)
 
 
 def counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[int, int, int, int]:
@@ -222,12 +228,41 @@ def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return iou, f1, (fp + tp) / histograms.sum((1, 2))[:, None]
 
 
+def written_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask in [0, 1] as it is written: float16 with the last bit of each value cleared, so that none equals a threshold."""
+    return (mask.astype(np.float16).view(np.uint16) & 0xFFFE).view(np.float16)
+
+
+def bin_threshold(number: int) -> float:
+    """The threshold just below ``number`` / 256 (1 to 255): no pixel equals it, and it flags those from that bin on.
+
+    It lies between two neighbouring float16 values, so that ``>`` and ``>=`` flag the same pixels.  Code that compares in
+    float16 rounds it to the lower one, which ``written_mask`` never holds.
+    """
+    edge = np.float16(number / BINS)
+    below = np.nextafter(edge, np.float16(0))
+    return float(below) + (float(edge) - float(below)) / 4
+
+
+def threshold_bin(loc_threshold: float) -> int:
+    """The first of the histograms' bins that a localization threshold flags; see ``bin_threshold``."""
+    return round(loc_threshold * BINS)
+
+
 def best_iou_threshold(histograms: np.ndarray) -> float:
-    """The threshold (a multiple of 1/256, at least 1/256) with the highest mean IoU over manipulated images."""
+    """The threshold (just below a multiple of 1/256) with the highest mean IoU over manipulated images.
+
+    Raises ``ValueError`` without a manipulated pixel.
+    """
     manipulated = histograms[:, 1].sum(1) > 0
     if not manipulated.any():
         raise ValueError("no manipulated image: a localization threshold needs at least one")
-    return (int(pixel_curves(histograms[manipulated])[0].mean(0)[1:].argmax()) + 1) / BINS
+    return bin_threshold(_best_bin(pixel_curves(histograms[manipulated])[0]))
+
+
+def _best_bin(iou: np.ndarray) -> int:
+    """The bin from 1 on with the highest mean of N images' IoU ``(N, 256)``."""
+    return int(iou.mean(0)[1:].argmax()) + 1
 
 
 def pixel_auc(histograms: np.ndarray) -> np.ndarray:
@@ -253,13 +288,13 @@ def pixel_ap(histograms: np.ndarray) -> np.ndarray:
 def pixel_table(
     histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None, exact: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (a multiple of 1/256), and ``exact``.
+    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (see ``bin_threshold``), and ``exact``.
 
     ``truth`` is the share of manipulated pixels.  ``exact`` (N rows) holds the images' ``threshold_free_scores``, which
     histograms cannot tell.  ``called`` (N,) bool says which images are called manipulated: ``submitted_iou`` and
     ``submitted_flagged`` are then of masks that are empty for the others.
     """
-    column = round(loc_threshold * BINS)
+    column = threshold_bin(loc_threshold)
     iou, f1, flagged = pixel_curves(histograms)
     facts = {"iou": iou[:, column], "pixel_f1": f1[:, column], "flagged": flagged[:, column]}
     if exact is not None:
@@ -277,7 +312,7 @@ def localization_metrics(
 
     ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
     ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
-    more than 1% of their pixels at or above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
+    more than 1% of their pixels above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
     images that are not ``called`` manipulated are empty.  Threshold-free scores are there where ``exact`` is: see
     ``pixel_table``.
     """
@@ -314,5 +349,5 @@ def localization_intervals(
     for drawn in progress(_draws(manipulated, groups, rounds, seed), "bootstrap of masks", total=rounds):
         times = np.bincount(drawn, minlength=len(table))[manipulated]
         best = int((times @ iou)[1:].argmax()) + 1
-        lines.append(_localization_means(table.iloc[drawn]) | {"loc_threshold": best / BINS})
+        lines.append(_localization_means(table.iloc[drawn]) | {"loc_threshold": bin_threshold(best)})
     return _intervals(lines)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from forensics_lib.distributed import gathered, rank, world
 from forensics_lib.images import ImageError, read_mask
-from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.inference import check_finite, predict_masks, predict_probabilities
 from forensics_lib.machine import Machine
 from forensics_lib.metrics import THRESHOLD_FREE, binned, threshold_free_scores, value_counts
 from forensics_lib.model import CombinedModel
@@ -46,7 +46,8 @@ def predict(
     """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
 
     ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
-    divide the rows among themselves and each has the whole result.
+    divide the rows among themselves and each has the whole result.  Raises ``BrokenModelError`` where an answer to an image
+    that could be read is not finite.
     """
     mine = np.arange(rank(), len(rows), world())
     of_task = _probabilities if task == "A" else _masks
@@ -62,6 +63,7 @@ def predict(
     if task == "B":
         everything.exact = pd.concat([part.exact.set_axis(places) for places, part in parts]).sort_index()
     everything.errors = dict(sorted(everything.errors.items()))
+    check_finite(rows["path"], everything.probs, [everything.errors.get(number) for number in range(len(rows))])
     return everything
 
 
@@ -88,9 +90,10 @@ def _masks(
         except ImageError as error:
             errors[prediction.index] = str(error)
             continue
-        counts = value_counts(prediction.mask, truth)
-        histograms[prediction.index] = binned(counts)
-        exact[prediction.index] = threshold_free_scores(counts)
+        if np.isfinite(prediction.prob):
+            counts = value_counts(prediction.mask, truth)
+            histograms[prediction.index] = binned(counts)
+            exact[prediction.index] = threshold_free_scores(counts)
         probs[prediction.index] = prediction.prob
     table = pd.DataFrame.from_dict(exact, "index", float, THRESHOLD_FREE).reindex(range(len(rows)))
     return Predictions(probs, errors, histograms, table)

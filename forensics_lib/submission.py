@@ -94,7 +94,7 @@ def build_submission(run: Run, task: str) -> Validation:
     """
     target = archive_path(run, task)
     table = submission_table(run, task)
-    text = table.to_csv(index=False, float_format=f"%.{DECIMALS}f")
+    text = table.to_csv(index=False, float_format=_exactly)
     with whole(target) as temporary:
         if target.suffix == ".csv":
             temporary.write_text(text, encoding="utf-8")
@@ -111,13 +111,27 @@ def build_submission(run: Run, task: str) -> Validation:
     return result
 
 
+def _exactly(value: float) -> str:
+    """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
+    return np.format_float_positional(value, min_digits=DECIMALS)
+
+
 def submission_table(run: Run, task: str) -> pd.DataFrame:
-    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row."""
+    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row.
+
+    Raises ``SubmissionError`` where an image has no probability.
+    """
     path = run.test_probs(task)
     if not path.is_file():
         raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
     table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
-    thresholds = stored_thresholds(run, task)
+    probs = pd.to_numeric(table["prob"], errors="coerce")
+    if len(missing := table.loc[~np.isfinite(probs), "image_id"]):
+        named = ", ".join(missing[:SHOWN_FAULTS])
+        raise SubmissionError(
+            f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
+        )
+    table["prob"], thresholds = probs, stored_thresholds(run, task)
     table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
     for name in HEADERS[task][3:]:
         table[name] = thresholds[name]
@@ -226,6 +240,11 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
             result.faults.append(f"{name} row {number} ({row[0]}): extra, no such test image")
     result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
     result.faults += [f"{name}: {image} is missing" for image in images if image not in seen]
+    if level := [row[0] for row in rows[1:] if len(row) == len(header) and _at_threshold(row)]:
+        result.notes.append(
+            f"{name}: the probability of {len(level)} image(s), such as {level[0]}, equals the threshold: a scorer that takes "
+            "prob > threshold reads label 0 from them, one that takes prob >= threshold label 1"
+        )
     if list(seen) != sorted(seen):
         result.notes.append(f"{name}: rows are not sorted by image_id")
     for column in range(3, len(header)):
@@ -233,6 +252,14 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
         if len(values) > 1:
             found = ", ".join(sorted(values)[:3])
             result.faults.append(f"{name}: {len(values)} different values of {header[column]} ({found}); one is allowed")
+
+
+def _at_threshold(row: list[str]) -> bool:
+    """Whether a row's probability equals its threshold."""
+    try:
+        return float(row[1]) == float(row[3])
+    except ValueError:
+        return False
 
 
 def _row_faults(row: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from forensics_lib.metrics import (
     VALUES,
     best_f1_threshold,
     best_iou_threshold,
+    bin_threshold,
     binned,
     bootstrap_interval,
     bootstrap_intervals,
@@ -28,8 +29,11 @@ from forensics_lib.metrics import (
     pixel_histogram,
     pixel_table,
     roc_auc,
+    round_probs,
+    threshold_bin,
     threshold_free_scores,
     value_counts,
+    written_mask,
 )
 from forensics_lib.model import build_model
 
@@ -50,6 +54,88 @@ def test_threshold_survives_being_written_with_six_decimals():
     labels, probs = np.array([0, 1]), np.array([0.123456, 0.123457])
     threshold = float(f"{best_f1_threshold(labels, probs):.6f}")
     assert (probs >= threshold).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_probability_equals_the_threshold(seed):
+    """Probabilities of other images neither, nor after they went through a CSV."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, 60) | (np.arange(60) == 0)
+    probs = [rng.random(60) ** 30, rng.integers(0, 3, 60) / 2, 0.3 + rng.integers(0, 4, 60) * 1e-6, rng.random(60)][seed % 4]
+    threshold = best_f1_threshold(labels, probs)
+    assert 0 < threshold < 1
+    near = threshold + np.arange(-5, 6) * 1e-6
+    for values in (round_probs(probs), round_probs(near), [float(f"{p:.6f}") for p in round_probs(probs)]):
+        for written in (threshold, float(f"{threshold:.8f}")):
+            assert ((np.array(values) > written) == (np.array(values) >= written)).all()
+    best = max(sklearn_f1(labels, round_probs(probs) >= p) for p in np.unique(round_probs(probs)))
+    assert sklearn_f1(labels, round_probs(probs) > threshold) == best
+
+
+@pytest.mark.parametrize("prob", [0.0, 1e-6, 1e-7, 0.5, 1.0])
+def test_equal_probabilities_are_all_called_positive(prob):
+    threshold = best_f1_threshold(np.array([0, 1, 1]), np.full(3, prob))
+    assert 0 < threshold < round_probs(prob) < 1
+    assert image_metrics(np.array([0, 1, 1]), np.full(3, prob), threshold)["recall"] == 1
+
+
+HALVES = np.arange(15361, dtype=np.uint16).view(np.float16)  # every float16 number in [0, 1]
+
+
+@pytest.mark.parametrize("number", range(1, 256))
+def test_no_pixel_equals_a_localization_threshold(number):
+    threshold = bin_threshold(number)
+    assert threshold_bin(threshold) == threshold_bin(number / 256) == number
+    masks = HALVES.astype(np.float64)
+    for written in (threshold, float(np.format_float_positional(threshold, min_digits=6)), np.float32(threshold)):
+        assert ((masks > written) == (masks >= number / 256)).all()
+        assert ((masks >= written) == (masks >= number / 256)).all()
+    halves = written_mask(HALVES)  # compared in float16, as NumPy does with a Python number
+    assert ((halves > threshold) == (number / 256 <= HALVES)).all()
+    assert ((halves >= threshold) == (number / 256 <= HALVES)).all()
+
+
+def test_a_written_mask_is_the_mask_but_for_its_last_bit(rng):
+    assert written_mask(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
+    mask = rng.random((50, 60)).astype(np.float32)
+    assert (np.abs(written_mask(mask) - mask) <= mask / 500).all()
+    truth = mask > 0.6
+    assert (pixel_histogram(written_mask(mask), truth) == pixel_histogram(mask, truth)).all()
+
+
+def test_the_best_localization_threshold_flags_from_its_bin_on(rng):
+    truth = np.zeros((5, 12, 12), bool)
+    truth[:, :6] = True
+    masks = written_mask(np.clip(truth * 0.3 + rng.random(truth.shape) * 0.6, 0, 1))
+    histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
+    threshold = best_iou_threshold(histograms)
+    for flagged in (masks > threshold, masks >= threshold):
+        ious = [jaccard_score(true.ravel(), found.ravel()) for true, found in zip(truth, flagged, strict=True)]
+        assert pixel_table(histograms, threshold)["iou"].tolist() == pytest.approx(ious)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 3), (0, 2), (2, 0)])
+@pytest.mark.parametrize("prob", [None, 0.0, 0.7, 1.0])
+def test_scores_of_a_handful_of_images(counts, prob, rng):
+    labels = np.repeat([0, 1], counts)
+    probs = rng.random(len(labels)) if prob is None else np.full(len(labels), prob)
+    scores = image_metrics(labels, probs, 0.5)
+    assert np.isnan(scores["auc"]) == (0 in counts)
+    assert np.isnan(crossfit_f1(labels, probs)) == (min(counts) < 2)
+    low, high = bootstrap_intervals(lambda y, p: {"f1": f1_score(y, p >= 0.5)}, labels, probs, rounds=5)["f1"]
+    assert 0 <= low <= high <= 1
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (0, 1), (2, 1), (3, 3), (3, 0)])
+def test_pixel_scores_of_a_handful_of_images(counts, rng):
+    truth = np.zeros((sum(counts), 6, 6), bool)
+    truth[counts[0] :, :3] = True
+    histograms = np.stack([pixel_histogram(rng.random((6, 6)), mask) for mask in truth])
+    scores = localization_metrics(histograms, 0.5, np.ones(len(truth), bool))
+    assert np.isnan(scores["iou_manipulated"]) == (counts[1] == 0)
+    assert np.isnan(scores["flagged_authentic"]) == (counts[0] == 0)
+    if counts[1]:
+        assert "iou_manipulated" in localization_intervals(histograms, best_iou_threshold(histograms), rounds=3)
 
 
 def test_threshold_without_positives():
@@ -303,6 +389,7 @@ def test_predictions_have_the_exact_scores_of_each_mask(tiny_run, monkeypatch, p
     parts = []
     monkeypatch.setattr(scoring, "world", lambda: processes)
     monkeypatch.setattr(scoring, "gathered", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr(scoring, "check_finite", lambda *_: None)  # which would miss what the next process answers
     for number in range(processes):
         monkeypatch.setattr(scoring, "rank", lambda number=number: number)
         found = scoring.predict(model, "B", rows, params, machine)  # the last one sees all parts

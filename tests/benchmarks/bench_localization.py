@@ -36,7 +36,7 @@ from PIL import Image
 from torch import nn
 
 from forensics_lib.__main__ import parse_settings
-from forensics_lib.calibration import at_temperature
+from forensics_lib.calibration import calibrated
 from forensics_lib.disk import usable_cores
 from forensics_lib.evaluation import evaluate
 from forensics_lib.files import project_root, read_json, write_json, write_text
@@ -48,6 +48,7 @@ from forensics_lib.metrics import (
     image_metrics,
     localization_metrics,
     pixel_table,
+    round_probs,
     threshold_free_scores,
     value_counts,
 )
@@ -114,11 +115,11 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     seconds = time.monotonic() - started
     thresholds = evaluate(run, "B", manifest).thresholds
     model, _ = load_model(run.finetuned_model("B"), "B")
-    machine, temperature = choose_machine(run.params), thresholds["temperature"]
+    machine = choose_machine(run.params)
 
     def predicted(rows: pd.DataFrame) -> Predictions:
         result = predict(model, "B", rows, run.params, machine)
-        return replace(result, probs=at_temperature(result.probs, temperature))
+        return replace(result, probs=round_probs(calibrated(result.probs, thresholds)))
 
     epochs = metrics[["step", "epoch", "train_loss", "val_auc", "val_iou", "seconds"]].round(4).to_dict("records")
     return results(manifest, predicted, thresholds) | {"seconds": round(seconds, 1), "epochs": epochs}
