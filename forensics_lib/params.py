@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from forensics_lib.files import project_root
 from forensics_lib.plugins import PATTERN
@@ -45,6 +46,11 @@ class DataSet(BaseModel):
     )
     coco_root: str | None = Field(None, description="corvi_ldm: the folder of COCO's train2017 images")
     lsun_root: str | None = Field(None, description="corvi_ldm: CNNDetection's train folder")
+
+    @model_serializer(mode="wrap")
+    def _as_named(self, dump: Callable[[DataSet], dict[str, Any]]) -> dict[str, Any]:
+        """Without ``task`` where none is named, as runs recorded it before there was one: their training is told by this."""
+        return {key: value for key, value in dump(self).items() if key != "task" or value}
 
     @field_validator("layout")
     @classmethod

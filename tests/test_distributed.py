@@ -191,3 +191,38 @@ def test_a_notebook_hands_the_work_to_processes(homes, capfd):
 def test_a_failed_process_says_why(homes):
     with pytest.raises(WorkerError, match=r"nowhere\.yaml"):
         launch(2, "train", "--params", "nowhere.yaml")
+
+
+AUDITED = """
+import os, sys
+from pathlib import Path
+from forensics_lib import audits, training
+from forensics_lib.distributed import first_then_others, join_group, leave_group
+from forensics_lib.manifest import build_manifest
+from forensics_lib.runs import open_run
+
+def told(function):
+    def call(*arguments, **options):
+        with Path(os.environ["FORENSICS_HOME"], "audited.txt").open("a") as file:
+            file.write(f"{os.environ['RANK']} {function.__name__}\\n")
+        return function(*arguments, **options)
+    return call
+
+audits.audit, training.shortcut_audit = told(audits.audit), told(training.shortcut_audit)
+join_group()
+run = first_then_others(lambda: open_run(sys.argv[1]))
+training.train(run, "A", first_then_others(lambda: build_manifest(run, "A")))
+leave_group()
+"""
+
+
+def test_only_the_first_process_audits(homes, tmp_path):
+    run = homes("home")
+    script = tmp_path / "audited.py"
+    script.write_text(AUDITED)
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), str(run.write_params())]
+    environment = os.environ | {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    audited = (tmp_path / "home" / "audited.txt").read_text().splitlines()
+    assert sorted(audited) == ["0 audit", "0 shortcut_audit"]

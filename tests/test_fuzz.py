@@ -123,7 +123,9 @@ def test_listings(layout, data, tmp_path_factory):
     name, text = LISTINGS[layout]
     folder = tmp_path_factory.getbasetemp() / f"fuzzed-{layout}"
     folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(data.draw(damaged([text.encode(), ("\ufeff" + text).encode(), b"\0\xff,\n"])))
+    (folder / name).write_bytes(
+        data.draw(damaged([text.encode(), ("\ufeff" + text).encode(), text.encode("utf-16"), b"\0\xff,\n"]))
+    )
     root = folder / name if layout == "table" else folder
     try:
         rows = read_data_set(DataSet(root=str(root), layout=layout))

@@ -115,3 +115,10 @@ def test_parameters_are_what_the_parameters_cells_assign():
 def test_without_a_history_every_plain_value_counts():
     namespace = {"In": [""], "Out": {}, "_dh": [], "open": open, "params_file": "a", "epochs_head": 1}
     assert parameters_in(namespace) == {"params_file": "a", "epochs_head": 1}
+
+
+def test_a_data_set_without_a_task_is_recorded_as_before_there_was_one():
+    plain, named = (make_params({"data": [{"root": "x"} | more]}, "t").model_dump()["data"][0] for more in ({}, {"task": "B"}))
+    assert list(plain) == ["root", "layout", "split", "coco_root", "lsun_root"]
+    assert named == plain | {"task": "B"}
+    assert make_params({"data": [named]}, "t").data[0].task == "B"

@@ -87,3 +87,14 @@ def test_a_task_that_is_not_in_the_run_ends_a_notebook_well(empty_home, capsys):
         run.require_task("B")
     assert caught.value.code == 0
     assert "Task B is not in this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["data"], ["data/dataset", "data/dataset_taskB", "data/test"]])
+def test_the_sample_does_not_take_over_where_a_disk_is_not_mounted(empty_home, names):
+    for name in names:
+        (empty_home / name).parent.mkdir(exist_ok=True)
+        (empty_home / name).symlink_to(f"/mnt/none/{name}")
+    with pytest.raises(
+        MissingDataError, match=rf"{names[0]} is a link to /mnt/none/{names[0]}, which is not there: is its disk"
+    ):
+        open_run("params/constrained.yaml")
