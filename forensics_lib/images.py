@@ -184,7 +184,7 @@ def _hash_of(path: str) -> int | None:
     try:
         with open_image(path) as image:
             image.draft("L", (128, 128))  # JPEG decodes at a fraction of its size: the hash looks at 32 x 32 pixels
-            grey = image.convert("L").resize((64, 64), Image.Resampling.BOX)
+            grey = _to_rgb(image).convert("L").resize((64, 64), Image.Resampling.BOX)
     except ImageError:
         return None
     return int(str(phash(grey)), 16) if np.asarray(grey).std() > 2 else None
