@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from forensics_lib.duplicates import (
     shared_photographs,
 )
 from forensics_lib.files import read_json
-from forensics_lib.images import ImageError, read_mask
+from forensics_lib.images import EMPTY_MASK, ImageError, mask_facts
 from forensics_lib.manifest import data_fingerprint, sampled_places
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
@@ -30,6 +31,7 @@ SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut w
 EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
 LEAF = 5  # images that a leaf of the auditing trees holds at least
 FEWEST = 2 * LEAF  # images of a class, below which the trees have nothing to tell it by
+MOST = 0.6  # a set whose median region is larger than this share of an image may have inverted masks
 AUDIT_ROWS = 5_000  # of more images as many are drawn: enough to see a shortcut, in seconds
 
 
@@ -156,16 +158,56 @@ def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, folds: list[tuple[np.
 
 
 def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
-    """The share of manipulated pixels of at most ``count`` images of every method, with split, method and kind."""
+    """The masks of at most ``count`` images of every method: the share of manipulated pixels, how many grey values there are.
+
+    With data_set, split, source, method and kind; ``error`` says why a mask cannot be used, its share is then missing.
+    """
     marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
     drawn = marked.iloc[sampled_places(marked, count, seed, by="method")]
-    shares = []
+    facts: list[tuple[float, float, str | None]] = []
     for row in progress(drawn.to_dict("records"), "measuring masks"):
         try:
-            shares.append(read_mask(row["mask_path"], (int(row["height"]), int(row["width"]))).mean())
-        except ImageError:
-            shares.append(np.nan)
-    return drawn[["split", "source", "method", "kind"]].assign(share=shares).dropna(subset=["share"]).reset_index(drop=True)
+            facts.append((*mask_facts(row["mask_path"], (int(row["height"]), int(row["width"]))), None))
+        except ImageError as error:
+            facts.append((np.nan, np.nan, str(error)))
+    measured = pd.DataFrame(facts, columns=["share", "values", "error"], index=drawn.index)
+    return drawn[["data_set", "split", "source", "method", "kind"]].join(measured).reset_index(drop=True)
+
+
+def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, int, str]]:
+    """What is odd about masks, of which ``mask_areas`` measured some: finding, count and remedy of each."""
+    medians = masks.groupby("data_set")["share"].median()
+    full = medians[medians > MOST]
+    several = masks[masks["values"] > 2].groupby("data_set").size()
+    empty = masks["error"].str.contains(EMPTY_MASK, regex=False, na=False)
+    unusable = masks[masks["error"].notna() & ~empty]
+    unmasked = manifest["label"].eq(1) & manifest["mask_path"].isna()
+    if manifest["mask_path"].isna().all():  # a manifest of Task A
+        unmasked &= manifest["kind"].isin(["sp", "fr"])
+    looked = f"of {len(masks)} masks that were looked at"
+    return [
+        ("manipulated images without a mask", int(unmasked.sum()), "name it in mask_path, or take the image out"),
+        ("masks that mark nothing", int(empty.sum()), f"{looked}; authentic images belong in label 0: {_first(masks[empty])}"),
+        ("masks that cannot be used", len(unusable), f"{looked}; the first: {_first(unusable)}"),
+        (
+            f"sets whose regions fill over {MOST:.0%} of an image",
+            len(full),
+            f"inverted? white is what was manipulated: {_by_set(full.map('median {:.0%}'.format))}",
+        ),
+        (
+            "masks with more than two values",
+            int(several.sum()),
+            f"{looked}; soft edges are well, numbers of objects or classes are not: {_by_set(several)}",
+        ),
+    ]
+
+
+def _by_set(values: pd.Series) -> str:
+    return ", ".join(f"{Path(name).name} {value}" for name, value in values.items())
+
+
+def _first(masks: pd.DataFrame) -> str:
+    return masks["error"].iloc[0] if len(masks) else ""
 
 
 def balance(manifest: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -184,6 +226,7 @@ class Audit:
     near: NearDuplicates
     groups: pd.DataFrame
     shared: pd.DataFrame
+    masks: pd.DataFrame  # of mask_areas; empty for Task A
     findings: pd.DataFrame  # what must be fixed, or known: finding, count, remedy
 
     def duplicates(self) -> str:
@@ -199,10 +242,11 @@ def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
     """Every audit of a task's manifest, and what follows from them; ``run.json`` keeps the findings."""
     shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
     groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
-    findings = _findings(manifest, shortcut, exact, near, groups)
+    masks = mask_areas(manifest)
+    findings = _findings(manifest, shortcut, exact, near, groups, masks)
     kept = {"data_fingerprint": data_fingerprint(manifest), "rows": findings.astype(object).to_dict("records")}
     run.record(**{f"task{task}_findings": kept})
-    return Audit(shortcut, exact, near, groups, shared, findings)
+    return Audit(shortcut, exact, near, groups, shared, masks, findings)
 
 
 def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
@@ -221,7 +265,12 @@ def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, 
 
 
 def _findings(
-    manifest: pd.DataFrame, shortcut: ShortcutAudit, exact: pd.DataFrame, near: NearDuplicates, groups: pd.DataFrame
+    manifest: pd.DataFrame,
+    shortcut: ShortcutAudit,
+    exact: pd.DataFrame,
+    near: NearDuplicates,
+    groups: pd.DataFrame,
+    masks: pd.DataFrame,
 ) -> pd.DataFrame:
     """What must be fixed or known before training, with its remedy; nothing where all is well."""
     twins = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
@@ -241,5 +290,6 @@ def _findings(
         ),
         ("photographs in several splits", len(groups), "scores with and without them are reported"),
         ("splits with a class over 5 times the other", uneven, "epochs draw both classes equally often"),
+        *mask_findings(manifest, masks),
     ]
     return pd.DataFrame([item for item in found if item[1]], columns=["finding", "count", "remedy"])

@@ -207,6 +207,7 @@ def forgery_samples(manifest: pd.DataFrame, count: int = 4, seed: int = 0) -> Fi
 
 def mask_area_distribution(areas: pd.DataFrame) -> Figure:
     """How much of an image is manipulated, spliced and fully regenerated apart."""
+    areas = areas.dropna(subset=["share"])  # of masks that cannot be used
     figure, axes = new_figure(1, 1, 5, 2.6)
     axis, bins = axes[0, 0], np.linspace(0, 100, 26)
     for kind, colour in (("sp", BLUE), ("fr", GREEN)):

@@ -333,9 +333,9 @@ class InferenceImages(Dataset):
         """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)``."""
         try:
             image = read_image(self.rows.row(index)["path"])
+            image = image if self.change is None else self.change(image)
         except ImageError as error:
             return {"index": index, "error": str(error)}
-        image = image if self.change is None else self.change(image)
         if self.crop_size is None:
             return {"index": index, "image": image}
         return {"index": index, "crops": torch.stack([to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}

@@ -31,6 +31,7 @@ from forensics_lib.parquet import member_bytes
 
 MAX_PIXELS = 250_000_000
 STRIP = 128  # rows that are copied at a time
+EMPTY_MASK = "the mask marks nothing"
 GREY_SPREAD = 16  # between the channels of a pixel that counts as grey in a mask, as lossy codecs leave it
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset({
@@ -218,7 +219,7 @@ def _hash_of(path: str) -> int | None:
     try:
         with open_image(path) as image:
             image.draft("L", (128, 128))  # JPEG decodes at a fraction of its size: the hash looks at 32 x 32 pixels
-            grey = image.convert("L").resize((64, 64), Image.Resampling.BOX)
+            grey = _to_rgb(image).convert("L").resize((64, 64), Image.Resampling.BOX)
     except ImageError:
         return None
     return int(str(phash(grey)), 16) if np.asarray(grey).std() > 2 else None
@@ -322,7 +323,7 @@ def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarra
         mask = values >= (white / 2 if high > 1 or image.mode == "F" else 1)
         _refuse_alpha(image, mask)
         if not high:
-            raise _Unusable("the mask marks nothing, but its image is listed as manipulated")
+            raise _Unusable(f"{EMPTY_MASK}, but its image is listed as manipulated")
         if not mask.any() or (high < 0.9 * white and high > 1 and len(np.unique(values)) > 2):
             raise _Unusable(
                 f"the mask has the values {_listed(values)} of 0 to {white}: it is not clear what is manipulated; "

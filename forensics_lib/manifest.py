@@ -36,7 +36,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     if run.params.forgeries and task == "B":
         tables.append(_made(run, "forgeries", lambda photos: make_forgeries(photos, run.params.forgeries), tables))
     table = pd.concat(tables, ignore_index=True)
-    table["error"] = table["error"].fillna(_contradictions(table))
+    table["error"] = table["error"].fillna(_contradictions(table, task))
     table = table.drop(columns="identity")
     table.attrs["notes"] = notes
     for note in notes:
@@ -324,14 +324,15 @@ def _mask_problems(table: pd.DataFrame, masks: pd.DataFrame) -> pd.Series:
     return problems
 
 
-def _contradictions(table: pd.DataFrame) -> pd.Series:
+def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
     """Files that are listed under both labels, and manipulated images of which no mask is known."""
     problems = pd.Series(np.nan, table.index, dtype="str")
     twice = table[table["identity"].duplicated(keep=False) & ~table["path"].str.contains(".parquet#", regex=False)]
     both = twice.index[twice.groupby("identity")["label"].transform("nunique") > 1]
     problems[both] = table["path"][both] + ": listed as authentic and as synthetic; take it out of one class"
-    unknown = table["mask_path"].isna() & table["kind"].isin(["sp", "fr"])
-    problems[unknown] = table["path"][unknown] + ": its name tells no mask, or none of its size is there"
+    manipulated = table["label"].eq(1) if task == "B" else table["kind"].isin(["sp", "fr"])
+    unknown = table["mask_path"].isna() & manipulated
+    problems[unknown] = table["path"][unknown] + ": its name tells no mask, or none of its size is there, nor does a table"
     return problems
 
 

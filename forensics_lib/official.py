@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from forensics_lib.audits import mask_areas, mask_findings
 from forensics_lib.layouts import LayoutError, mask_clashes
 from forensics_lib.manifest import data_sets, indexed, test_images, unused
 from forensics_lib.params import DataSet
@@ -83,6 +84,9 @@ def _check_set(entry: DataSet) -> tuple[list[dict[str, object]], list[str]]:
         print(error)
         wanted = expected or {("train", 0): None}
         return [_line(entry.root, entry.layout, *key, 0, 0, count) for key, count in wanted.items()], []
+    for finding, count, remedy in mask_findings(table, mask_areas(table)):
+        if count:
+            print(f"{entry.root}: {finding}: {count}. {remedy}")
     if entry.layout == "tgif":  # the same photograph is stored at several sizes
         photo = table["path"].str.replace(r"_orig(_\w+)?\.png$", "", regex=True)
         table = table[~photo.duplicated() | table["label"].eq(1)]

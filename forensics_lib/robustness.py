@@ -10,11 +10,12 @@ from PIL import Image
 
 from forensics_lib.calibration import calibrated
 from forensics_lib.degradations import add_noise, blur, recompress, resize, upload
+from forensics_lib.images import ImageError
 from forensics_lib.machine import Machine
 from forensics_lib.metrics import image_metrics, localization_metrics, round_probs
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
-from forensics_lib.scoring import predict
+from forensics_lib.scoring import Predictions, predict
 
 UPLOAD_QUALITY = 75
 # What is done, and how strongly, from nothing to much
@@ -37,7 +38,18 @@ class Change:
     strength: float
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """``(H, W, 3)`` uint8 to the same, perhaps of another size."""
+        """``(H, W, 3)`` uint8 to the same, perhaps of another size.
+
+        Raises ``ImageError`` where it cannot be done to this image: WebP takes at most 16,383 pixels a side, JPEG 65,500.
+        """
+        try:
+            return self._done(image)
+        except (OSError, ValueError, OverflowError, SystemError, MemoryError) as error:  # as Pillow's encoders fail
+            size = f"{image.shape[1]} x {image.shape[0]} pixels"
+            cause = str(error) or type(error).__name__
+            raise ImageError(f"{self.name} {self.strength:g} cannot be done to {size}: {cause}") from None
+
+    def _done(self, image: np.ndarray) -> np.ndarray:
         if self.name in ("JPEG quality", "WebP quality"):
             return recompress(image, self.name.split()[0].upper(), int(self.strength))
         if self.name in ("enlarged", "shrunk"):
@@ -60,8 +72,10 @@ def robustness(
 ) -> pd.DataFrame:
     """Scores at the stored ``thresholds`` after each change; the first row is of unchanged images.
 
-    Columns: change, strength, auc, f1, fpr, for Task B iou and submitted_iou (means over manipulated images; see
-    ``metrics.localization_metrics``) and submitted_flagged_authentic, images.
+    An image that a change cannot be done to is left out of that row and named in print: rows with fewer ``images`` than
+    the first are of fewer images, and scores of none are NaN.  Columns: change, strength, auc, f1, fpr, for Task B iou and
+    submitted_iou (means over manipulated images; see ``metrics.localization_metrics``) and submitted_flagged_authentic,
+    images.
     """
     steps: list[Change | None] = [None]
     steps += [Change(name, strength) for name, strengths in (sweep or SWEEP).items() for strength in strengths]
@@ -71,6 +85,7 @@ def robustness(
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
         result = predict(model, task, rows, params, machine, step, title)
         good = result.good()
+        _print_failed(title, rows, result)
         probs = round_probs(calibrated(result.probs[good], thresholds))
         scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
         facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
@@ -79,5 +94,14 @@ def robustness(
             pixels = localization_metrics(result.histograms[good], thresholds["loc_threshold"], called)
             facts |= {"iou": pixels["iou_manipulated"], "submitted_iou": pixels["submitted_iou_manipulated"]}
             facts |= {"submitted_flagged_authentic": pixels["submitted_flagged_authentic"]}
+        facts = facts if good.any() else dict.fromkeys(facts, np.nan)
         lines.append({"change": name, "strength": strength, **facts, "images": int(good.sum())})
     return pd.DataFrame(lines)
+
+
+def _print_failed(title: str, rows: pd.DataFrame, result: Predictions) -> None:
+    """Name the images that a step could not score, at most three of them."""
+    if result.errors:
+        paths = [str(rows["path"].iloc[number]) for number in result.errors]
+        named = [why if path in why else f"{path}: {why}" for path, why in zip(paths, result.errors.values(), strict=True)]
+        print(f"{title}: {len(named)} of {len(rows)} images left out: " + "; ".join(named[:3]))

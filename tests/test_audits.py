@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import photo_table, picture, save
+from conftest import TINY, photo_table, picture, save, square_mask
 from PIL import Image
 
 from forensics_lib import data_plots
@@ -16,13 +16,15 @@ from forensics_lib.audits import (
     equalized_audit,
     findings_of,
     mask_areas,
+    mask_findings,
     shortcut_audit,
 )
 from forensics_lib.epochs import training_crops
 from forensics_lib.files import project_root
-from forensics_lib.images import read_header
+from forensics_lib.images import read_header, read_mask
 from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.params import Degradations, Params
+from forensics_lib.official import check_data
+from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.runs import Run
 from forensics_lib.traces import average_spectrum, radial_profile
 
@@ -155,6 +157,83 @@ def test_findings_of_other_data_are_looked_for_again(tiny_run):
     (tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake1.png").write_bytes(b"")
     findings = findings_of(tiny_run, "A", build_manifest(tiny_run, "A"))
     assert "files left out" in {found["finding"] for found in findings}
+
+
+def masks_of(run: Run) -> list[Path]:
+    """The masks of the tiny run's TGIF, of which training and validation images share none."""
+    return sorted((run.data / "dataset_taskB" / "TGIF" / "masks").rglob("*.png"))
+
+
+def found_in(run: Run) -> dict[str, tuple[int, str]]:
+    rows = audit(run, "B", build_manifest(run, "B")).findings.to_dict("records")
+    return {row["finding"]: (row["count"], row["remedy"]) for row in rows}
+
+
+def test_sound_masks_give_no_finding(tiny_run):
+    assert not [finding for finding in found_in(tiny_run) if "mask" in finding or "region" in finding]
+
+
+@pytest.mark.parametrize(
+    ("change", "finding", "told"),
+    [
+        (lambda mask: 255 - mask, "sets whose regions fill over 60% of an image", "TGIF median 94%"),
+        (lambda mask: np.full_like(mask, 255), "sets whose regions fill over 60% of an image", "TGIF median 100%"),
+        (lambda mask: mask // 255 * 2, "masks that cannot be used", "0, 2 of 0 to 255"),
+        (lambda mask: np.dstack([mask, 0 * mask, 0 * mask]), "masks that cannot be used", "has colours"),
+        (lambda mask: np.dstack([0 * mask] * 3 + [mask]), "masks that cannot be used", "alpha channel"),
+        (lambda mask: 0 * mask, "masks that mark nothing", "authentic images belong in label 0"),
+        (
+            lambda mask: np.where(np.eye(*mask.shape) > 0, 90, mask).astype(np.uint8),
+            "masks with more than two values",
+            "TGIF 12",
+        ),
+    ],
+    ids=["inverted", "white", "values", "colours", "alpha", "empty", "three values"],
+)
+def test_odd_masks_are_found_before_training(change, finding, told, tiny_run, capsys):
+    for path in masks_of(tiny_run):
+        save(path, change(np.asarray(Image.open(path))))
+    found = found_in(tiny_run)
+    assert told in found[finding][1]
+    assert [name for name in found if "mask" in name or "region" in name] == [finding]
+    count = {"sets": 1}.get(finding.split()[0], len(masks_of(tiny_run)))
+    assert found[finding][0] == count
+    capsys.readouterr()
+    check_data(tiny_run)
+    assert f"{tiny_run.data / 'dataset_taskB' / 'TGIF'}: {finding}: {count}" in capsys.readouterr().out
+
+
+def test_one_odd_mask_among_many_is_no_odd_set(tiny_run):
+    path = masks_of(tiny_run)[0]
+    save(path, 255 - np.asarray(Image.open(path)))
+    assert not any("region" in finding for finding in found_in(tiny_run))
+
+
+def test_a_manipulated_image_without_a_mask_is_left_out_and_found(tiny_data, tmp_path, rng):
+    rows = []
+    for split in ("train", "val"):
+        for number in range(3):
+            image, mask = (save(tmp_path / f"{split}{number}{end}.png", pixels) for end, pixels in
+                           (("", picture(rng)), ("_mask", square_mask(48, 56))))  # fmt: skip
+            rows += [{"path": image, "label": 1, "mask_path": mask if number else "", "split": split}]
+            rows += [{"path": save(tmp_path / f"{split}{number}_real.png", picture(rng)), "label": 0, "split": split}]
+    pd.DataFrame(rows).to_csv(tmp_path / "own.csv", index=False)
+    values = TINY | {"tasks": ["B"], "run_type": "open", "data": [{"root": str(tmp_path / "own.csv")}]}
+    run = Run(make_params(values, "test"), tiny_data)
+    manifest = build_manifest(run, "B")
+    assert manifest.loc[manifest["error"].notna(), "path"].tolist() == [str(tmp_path / f"{s}0.png") for s in ("train", "val")]
+    assert found_in(run)["manipulated images without a mask"][0] == 2
+
+
+@pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
+def test_real_masks_are_read_as_before_and_give_no_finding():
+    manifest = build_manifest(Run(Params(tasks=["B"]), CORPUS), "B")
+    masks = mask_areas(manifest)
+    assert masks["error"].isna().all() and (masks["values"] == 2).all()
+    assert not any(count for _, count, _ in mask_findings(manifest, masks))
+    row = manifest[manifest["mask_path"].notna()].iloc[0]
+    grey = np.asarray(Image.open(row["mask_path"]).convert("L"))
+    assert np.array_equal(read_mask(row["mask_path"], grey.shape), grey > 127)
 
 
 def test_mask_areas_and_balance(tiny_run):

@@ -9,7 +9,7 @@ from conftest import picture, save
 from PIL import Image
 
 from forensics_lib import images
-from forensics_lib.images import ImageError, mask_facts, pad_to, read_header, read_image, read_mask
+from forensics_lib.images import ImageError, hashes_of, mask_facts, pad_to, read_header, read_image, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -48,6 +48,15 @@ def test_sixteen_bits_become_the_nearest_grey_level(form):
     found = read_image(data)[..., 0]
     assert np.array_equal(found, np.rint(GREY16 / 257))
     assert abs((found - GREY16 / 257).mean()) < 0.01
+
+
+def test_deep_pictures_have_the_hash_of_their_8_bits(rng, tmp_path):
+    grey = picture(rng, 64, 64)[..., 0]
+    save(tmp_path / "8.png", grey)
+    save(tmp_path / "16.png", grey.astype(np.uint16) * 257)
+    Image.fromarray(grey / np.float32(255)).save(tmp_path / "float.tif")
+    found = hashes_of([str(tmp_path / name) for name in ("8.png", "16.png", "float.tif")])
+    assert found[0][0] is not None and len(set(found)) == 1
 
 
 def test_floats_become_the_nearest_grey_level(rng):

@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import picture
+from PIL import Image
 
 from forensics_lib import robustness as module
+from forensics_lib.images import ImageError, read_image
 from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.model import build_model
@@ -44,6 +48,59 @@ def test_the_sweep_measures_what_the_model_makes_of_changed_images(tiny_run, mon
     assert seen == [None, Change("JPEG quality", 90), Change("JPEG quality", 40)]
     assert table["auc"].tolist() == [1.0, 1.0, 0.0] and table["fpr"].tolist() == [0.0, 0.0, 1.0]
     robustness_curves(table, "A").canvas.draw()
+
+
+WIDE = (1, 16_400)  # height and width, beyond WebP's limit of 16,383
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (Change("WebP quality", 80), WIDE),
+        (Change("JPEG quality", 80), (65_501, 1)),
+        (Change("upload, scale", 0.9), (1, 73_000)),
+    ],
+)
+def test_a_change_that_cannot_be_done_to_an_image_says_which_and_why(change, shape):
+    with pytest.raises(ImageError, match=f"{change.name} {change.strength:g} cannot be done to {shape[1]} x {shape[0]} pixels"):
+        change(np.zeros((*shape, 3), np.uint8))
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_an_image_that_a_change_fails_on_is_left_out_of_its_row_alone(task, tiny_run, monkeypatch, capsys):
+    """The sweep goes on; a row that fails on every image has no scores."""
+    rows, params = usable(build_manifest(tiny_run, task), "val"), tiny_run.params
+    machine, path = choose_machine(params), Path(rows["path"][1])
+    shape = read_image(path).shape
+
+    def failing(image, codec, quality):
+        if quality == 10 or (quality == 75 and codec == "WEBP" and np.array_equal(image, read_image(path))):
+            raise ValueError("encoding error 5")
+        return image
+
+    monkeypatch.setattr(module, "recompress", failing)
+    thresholds = {"threshold": 0.5, "temperature": 1.0, "loc_threshold": 0.5}
+    sweep = {"WebP quality": (90, 75, 60, 10), "JPEG quality": (85,)}
+    model = build_model(params, task)
+    table = robustness(model, task, rows, params, machine, thresholds, sweep)
+    assert table["images"].tolist() == [len(rows), len(rows), len(rows) - 1, len(rows), 0, len(rows)]
+    scores = table.drop(columns=["change", "strength", "images"])
+    assert scores.iloc[4].isna().all() and scores["f1"].drop(4).notna().all()
+    said = capsys.readouterr().out
+    assert f"1 of {len(rows)} images left out: {path}: WebP quality 75 cannot be done to {shape[1]} x {shape[0]}" in said
+    robustness_curves(table, task).canvas.draw()
+
+
+def test_a_wide_image_goes_through_the_whole_sweep(tiny_run, capsys):
+    rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
+    path = Path(rows["path"][0]).with_name("wide.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*WIDE, 3), np.uint8)).save(path)
+    rows.loc[0, "path"] = str(path)
+    thresholds = {"threshold": 0.5, "temperature": 1.0}
+    sweep = {"WebP quality": (80,), "shrunk": (0.5,)}
+    table = robustness(build_model(params, "A"), "A", rows, params, choose_machine(params), thresholds, sweep)
+    assert table["images"].tolist() == [len(rows), len(rows) - 1, len(rows)]
+    assert str(path) in capsys.readouterr().out
 
 
 def test_changes_reach_the_images(tiny_run):
