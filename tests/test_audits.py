@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, photo_table, picture, save, square_mask
 from PIL import Image
 
-from forensics_lib import data_plots
+from forensics_lib import audits, data_plots
 from forensics_lib.audits import (
     SHORTCUT_LIMIT,
     audit,
@@ -80,6 +80,35 @@ def test_the_audit_does_not_learn_groups(rng):
 
 def test_too_few_images_give_no_answer(rng):
     assert np.isnan(shortcut_audit(table(rng, 2)).auc)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize(
+    ("authentic", "positive", "groups"), [(1, 1, 2), (2, 3, 5), (3, 1, 1), (0, 3, 3), (30, 30, 2), (30, 2, 32)]
+)
+def test_an_audit_of_a_handful_of_images_or_groups_is_no_error(rng, authentic, positive, groups, equal):
+    rows = table(rng, 60).sort_values("label")
+    rows = pd.concat([rows.head(authentic), rows.tail(positive)])
+    rows["group"] = (np.arange(len(rows)) * groups // len(rows)).astype(str)
+    if equal:
+        rows[["width", "height", "bytes", "jpeg_quality", "format"]] = 100, 100, 1000, 80.0, "JPEG"
+    found = shortcut_audit(rows)
+    assert np.isnan(found.auc) and not found.found and not found.of_codecs
+    assert found.message().startswith("too few images")
+    data_plots.shortcut_bars(found, "A").canvas.draw()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**40 + 7])
+@pytest.mark.parametrize("limit", [60, 61])
+def test_an_audit_draws_both_classes_and_takes_any_seed(rng, monkeypatch, seed, limit):
+    rows = table(rng, 400)
+    rows = pd.concat([rows[rows["label"] == 1], rows[rows["label"] == 0].head(20)])
+    drawn = rows.iloc[audits._drawn(rows, limit, seed)]
+    assert len(drawn) == limit and (drawn["label"] == 0).sum() == 20, "the rarer class stays whole"
+    even = table(rng, 400)
+    assert even.iloc[audits._drawn(even, limit, seed)]["label"].value_counts().max() == limit - limit // 2
+    monkeypatch.setattr(audits, "AUDIT_ROWS", limit)
+    assert 0 <= shortcut_audit(even, seed=seed).auc <= 1
 
 
 @pytest.mark.parametrize("quality", [35, 60, 75, 90, 97])
@@ -241,6 +270,8 @@ def test_mask_areas_and_balance(tiny_run):
     areas = mask_areas(manifest)
     assert set(areas["kind"]) == {"sp", "fr"}
     np.testing.assert_allclose(areas["share"], 1 / 16, atol=0.01)
+    few = mask_areas(manifest[manifest["split"] == "train"], count=2)
+    assert len(few) == 2 and few["method"].nunique() == 2, "of every method"
     assert balance(manifest, "method").loc[("train", "sd2-sp"), "positive"] == 2
 
 

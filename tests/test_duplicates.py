@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import photo_table, picture, save
 from PIL import Image
 
+from forensics_lib import duplicates
 from forensics_lib.duplicates import (
     exact_duplicates,
     groups_across_splits,
@@ -69,6 +71,18 @@ def test_look_alikes_of_many_images_are_sought_among_a_part(tmp_path, rng):
     near = near_duplicates(rows, limit=3)
     assert (near.compared, near.of) == (3, 6)
     assert "3 images compared, drawn from 6" in near.message()
+
+
+@pytest.mark.parametrize(("of_val", "limit", "drawn"), [(8, 6, 3), (2, 6, 2), (9, 8, 5), (12, 6, 6)])
+def test_no_split_is_left_out_of_the_part_that_is_compared(tmp_path, rng, of_val, limit, drawn, monkeypatch):
+    rows = photo_table([tmp_path / f"{i}.png" for i in range(12)], split=["val"] * of_val + ["train"] * (12 - of_val))
+    rows["label"] = np.arange(12) % 2
+    seen = []
+    hashes = duplicates.image_hashes
+    monkeypatch.setattr(duplicates, "image_hashes", lambda paths, cache: seen.extend(paths) or hashes(paths, cache))
+    assert near_duplicates(rows, limit=limit).compared == limit == len(seen)
+    chosen = rows[rows["path"].isin(seen)]
+    assert (chosen["split"] == "val").sum() == drawn and chosen["label"].nunique() == 2
 
 
 def test_photographs_that_two_sets_share():

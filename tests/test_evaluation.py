@@ -1,0 +1,149 @@
+"""What is reported of a model follows from the images that decide, and stands also where they are few."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import picture, save, square_mask
+
+from forensics_lib import compare, evaluation, plots, robustness
+from forensics_lib.browser import browse_evaluated_masks
+from forensics_lib.card import build_card
+from forensics_lib.compare import compare as compare_runs
+from forensics_lib.files import read_json
+from forensics_lib.manifest import build_manifest, sources
+from forensics_lib.metrics import f1_score, pixel_histogram
+from forensics_lib.model import build_model, save_checkpoint
+from forensics_lib.report import build_report
+from forensics_lib.runs import Run
+from forensics_lib.scoring import Predictions
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """A function from rows to probabilities stands for the model; masks are the truth's at that probability."""
+
+    def use(prob):
+        def predicted(model, task, rows, *_):
+            probs = np.asarray(prob(rows), float)
+            truth = np.stack([square_mask(40, 40) > 0, np.zeros((40, 40), bool)])
+            marks = [truth[0 if label else 1] for label in rows["label"]]
+            histograms = [pixel_histogram(np.where(mark, value, 0.1), mark) for mark, value in zip(marks, probs, strict=True)]
+            return Predictions(probs, {}, np.stack(histograms) if task == "B" else None)
+
+        for module in (evaluation, robustness):
+            monkeypatch.setattr(module, "predict", predicted)
+
+    return use
+
+
+def prepared(run: Run, task: str) -> tuple[Run, pd.DataFrame]:
+    """A run with a checkpoint that nobody trained, and its manifest."""
+    save_checkpoint(run.finetuned_model(task), build_model(run.params, task))
+    manifest = build_manifest(run, task)
+    run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
+    return run, manifest
+
+
+@pytest.fixture
+def opened(tiny_run, rng):
+    """An open run whose own validation images differ in what suits them from those of the official folder."""
+    for split in ("train", "val"):
+        for label in ("0_real", "1_fake"):
+            for number in range(4):
+                save(tiny_run.data / "dataset_open" / split / label / "more" / f"{number}.png", picture(rng))
+    return Run(tiny_run.params.model_copy(update={"run_type": "open"}), tiny_run.data)
+
+
+def test_thresholds_and_headline_scores_are_of_the_official_images_alone(opened, answers, capsys):
+    """The official images ask for a threshold around 0.3, those of the open sets for one around 0.9."""
+
+    def probs(rows):
+        spread = rows.groupby("label").cumcount() * 0.01
+        return np.where(rows["source"] == "more", 0.8, 0.2) + rows["label"] * 0.15 + spread.to_numpy()
+
+    answers(probs)
+    run, manifest = prepared(opened, "A")
+    found = evaluation.evaluate(run, "A", manifest)
+    assert found.judged["source"].unique().tolist() == ["src"] and len(found.judged) == 8 and len(found.table) == 16
+    official, others = found.judged, found.table[~found.table["deciding"]]
+    assert found.metrics["f1"] == found.metrics["auc"] == 1 and found.metrics["images"] == 8
+    assert others["prob"].min() > found.thresholds["threshold"] and found.others["fpr"] == 1 and found.others["images"] == 8
+    assert found.summary().columns.tolist()[-1] == "other validation images"
+    assert set(found.by("source")["source"]) == {"src", "more"}, "tables by source hold every image"
+    written = pd.read_csv(run.val_probs("A"))
+    assert len(written) == 16 and written["deciding"].sum() == 8
+    stored, record = read_json(run.thresholds)["A"], read_json(run.folder / "run.json")
+    assert stored["chosen_on"] == record["taskA_chosen_on"] == found.chosen_on
+    assert (stored["chosen_on"]["images"], stored["chosen_on"]["others"], stored["images"]) == (8, 8, 8)
+    assert "chosen on 8 of 16 validation images: the official validation set" in capsys.readouterr().out
+    for text in (build_card(run, "A").read_text(), build_report(run).read_text()):
+        assert "on 8 validation images" in text and "other validation images" in text
+    alone = evaluation.evaluate(run, "A", manifest[manifest["source"] == "src"].reset_index(drop=True))
+    assert alone.thresholds == found.thresholds and alone.intervals == found.intervals and alone.others is None
+    assert alone.metrics == found.metrics
+    sweep = evaluation.evaluate_robustness(run, "A", manifest)
+    assert sweep["images"].eq(len(official)).all()
+
+
+def test_a_comparison_is_of_the_images_that_decide(opened, answers, monkeypatch):
+    answers(lambda rows: np.where(rows["source"] == "more", 0.1, 0.3) + rows["label"] * 0.4)
+    _, manifest = prepared(opened, "A")
+    for name in ("one", "two"):
+        run = Run(opened.params.model_copy(update={"run_name": name}), opened.data)
+        evaluation.evaluate(prepared(run, "A")[0], "A", manifest)
+    monkeypatch.setattr(compare, "ROUNDS", 3)
+    assert compare_runs(["one", "two"])["differences"]["images"].eq(8).all()
+
+
+def few(run: Run, counts: tuple[int, int]) -> pd.DataFrame:
+    """The Task B manifest of which validation keeps so many authentic and manipulated images."""
+    manifest = build_manifest(run, "B")
+    official = manifest[(manifest["split"] == "val") & (manifest["layout"] == "task_b_validation")]
+    kept = pd.concat([official[official["label"] == label].head(count) for label, count in enumerate(counts)])
+    return pd.concat([manifest[manifest["split"] != "val"], kept], ignore_index=True)
+
+
+@pytest.mark.parametrize(("counts", "prob"), [((1, 1), None), ((1, 1), 0.0), ((2, 1), 0.4), ((1, 2), 1.0)])
+def test_everything_is_reported_of_a_handful_of_images(tiny_run, answers, counts, prob, rng):
+    answers((lambda rows: rng.random(len(rows))) if prob is None else (lambda rows: np.full(len(rows), prob)))
+    run, _ = prepared(tiny_run, "B")
+    manifest = few(run, counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluation.evaluate(run, "B", manifest)
+        sweep = evaluation.evaluate_robustness(run, "B", manifest)
+        assert found.metrics["f1"] >= 2 * counts[1] / (sum(counts) + counts[1]) - 1e-9, "at least that of all positive"
+        held_out = evaluation.evaluate_held_out(run, "B", manifest)
+        tables = [found.summary(), found.threshold_table(), found.by("source", "kind"), held_out.summary()]
+        assert all(len(table) for table in tables)
+        figures = [plots.score_curves(found, "B"), plots.confusion(found, "B"), plots.reliability_diagram(found, "B")]
+        figures += [plots.robustness_curves(sweep, "B"), plots.example_gallery(run, found, "best")]
+        figures += [plots.example_gallery(run, found, which) for which in ("worst", "borderline", "alarms")]
+        for figure in figures:
+            figure.canvas.draw()
+    browse_evaluated_masks(run, found)
+    assert "Limits" in build_card(run, "B").read_text() and build_report(run).is_file()
+
+
+def test_galleries_without_an_image_say_so(tiny_run):
+    results = pd.DataFrame({"image_id": ["a.jpg"], "path": ["a.jpg"], "prob": [0.5], "error": ["unreadable"]})
+    figure = plots.test_gallery(tiny_run, results, 0.5)
+    assert "no such image" in figure.axes[0].texts[0].get_text()
+
+
+def test_the_f1_of_a_calibrated_threshold_is_that_of_the_raw_probabilities(opened, answers, rng):
+    """Calibration moves probabilities, not their order."""
+    raw = {}
+
+    def probs(rows):
+        raw["probs"] = np.clip(rng.normal(0.1 + 0.05 * rows["label"], 0.05), 0, 1)
+        return raw["probs"]
+
+    answers(probs)
+    run, manifest = prepared(opened, "A")
+    found = evaluation.evaluate(run, "A", manifest)
+    labels, decides = found.table["label"].to_numpy(int), found.table["deciding"].to_numpy()
+    best = max(f1_score(labels[decides], raw["probs"][decides] >= value) for value in raw["probs"][decides])
+    assert found.metrics["f1"] == pytest.approx(best)
