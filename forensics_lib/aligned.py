@@ -4,13 +4,16 @@ A twin has its photograph's content, size and codec, so that nothing but the dec
 et al., AlignedForensics, ICLR 2025; Guillaro et al., B-Free, CVPR 2025).  Pixels and frequencies are aligned as in Chen
 et al., Dual Data Alignment, NeurIPS 2025: a random share of the photograph is mixed in, and the twin of a JPEG file is
 compressed by that file's own quantization tables, which takes away the fine detail that a decoder adds and the
-photograph has lost.
+photograph has lost.  A WebP file does not tell its quality: its twin gets the one that makes the photograph as large as its
+file.  Twins of other files are stored without loss; ``equalize`` compresses both all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,16 +21,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 
 from forensics_lib.files import home, whole
 from forensics_lib.images import ImageError, open_image, random_square, read_image
 from forensics_lib.layouts import COLUMNS
-from forensics_lib.params import Aligned
-from forensics_lib.plugins import named
+from forensics_lib.params import Aligned, Forgeries
+from forensics_lib.plugins import named, source_of
 from forensics_lib.progress import progress
 
 Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
+RULE = 2  # how twins are made and stored: a new number makes those in the cache anew
+SUFFIXES = {"JPEG": ".jpg", "WEBP": ".webp"}  # by a photograph's format; twins of all others are PNG
 
 
 def load_autoencode(name: str) -> Autoencode:
@@ -47,15 +52,15 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode |
     """Twins of authentic images: rows with ``layouts.COLUMNS``, label 1, and the group of their photograph.
 
     At most ``settings.count`` photographs are drawn.  Twins are kept in ``outputs/.cache/aligned`` and made again only
-    where photograph or settings changed; the same photographs give the same twins.  Unreadable ones are passed over.
+    where photograph, settings or the autoencoder's code changed; the same photographs give the same twins.  Unreadable
+    ones are passed over.
     """
     drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
-    key = hashlib.sha256(json.dumps(settings.model_dump(exclude={"count"})).encode()).hexdigest()[:12]
-    folder = home() / "outputs" / ".cache" / "aligned" / key
+    folder = kept_in("aligned", settings, RULE)
     rows, passed_over = [], 0
     for photo in progress(drawn.to_dict("records"), "aligned twins"):
         name = hashlib.sha256(f"{photo['path']} {photo['bytes']}".encode()).hexdigest()[:20]
-        path = folder / f"{name}.{'jpg' if photo['format'] == 'JPEG' else 'png'}"
+        path = folder / (name + SUFFIXES.get(photo["format"], ".png"))
         if not path.is_file():
             autoencode = autoencode or load_autoencode(settings.autoencoder)
             try:
@@ -71,8 +76,21 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode |
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def kept_in(name: str, settings: Aligned | Forgeries, rule: int) -> Path:
+    """The folder of what is made by these settings, this rule, and the autoencoder whose code is as it is now."""
+    if settings.autoencoder == "own":
+        from forensics_lib.autoencoder import WEIGHTS as code
+    else:
+        code = source_of(settings.autoencoder)
+    made_by = hashlib.sha256(code.read_bytes()).hexdigest() if code else None
+    facts = settings.model_dump(exclude={"count"}) | {"rule": rule, "code": made_by}
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return home() / "outputs" / ".cache" / name / key
+
+
 def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencode, rng: np.random.Generator) -> None:
-    image = random_square(read_image(photo), settings.side, rng)
+    whole_photo = read_image(photo)
+    image = random_square(whole_photo, settings.side, rng)
     twin = autoencode(image)
     if twin.shape != image.shape or twin.dtype != np.uint8:
         raise ValueError(
@@ -80,15 +98,58 @@ def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencod
             "it must return an image of the same shape and type"
         )
     share = rng.uniform(0, settings.mix)
-    mixed = (share * image + (1 - share) * twin.astype(np.float32)).round().clip(0, 255).astype(np.uint8)
+    mixed = share * image + (1 - share) * twin.astype(np.float32)
+    if np.ptp(image, axis=2).max() <= 2:  # a grey photograph's twin is grey; WebP leaves grey so
+        mixed = mixed.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    mode, options = _encoding_of(photo, whole_photo)
     with whole(path) as temporary:
-        Image.fromarray(mixed).save(temporary, **_encoding_of(photo))
+        Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8)).convert(mode).save(temporary, **options)
 
 
-def _encoding_of(photo: str) -> dict[str, Any]:
-    """How to store a twin: by a JPEG photograph's own tables and colour sampling, else without loss."""
+def _encoding_of(photo: str, pixels: np.ndarray) -> tuple[str, dict[str, Any]]:
+    """The mode and the options to store a twin with: as its photograph was compressed, where its file tells."""
     with open_image(photo) as image:
-        if image.format != "JPEG":
-            return {"format": "PNG"}
-        sampling = JpegImagePlugin.get_sampling(image)
-        return {"format": "JPEG", "qtables": image.quantization, "subsampling": sampling if sampling in (0, 1, 2) else 0}
+        if image.format in ("JPEG", "MPO"):  # an MPO is a JPEG that others follow
+            mode = image.mode if image.mode in ("L", "CMYK") else "RGB"
+            stored_as_rgb = mode == "RGB" and image.info.get("adobe_transform") == 0
+            options = {"subsampling": _subsampling(image.layer), "progressive": "progressive" in image.info}
+            return mode, options | {"format": "JPEG", "qtables": image.quantization, "keep_rgb": stored_as_rgb}
+        if image.format == "WEBP":
+            image.fp.seek(0)
+            data = image.fp.read()
+            options = {"lossless": True, "exact": True} if _lossless(data) else {"quality": _webp_quality(pixels, len(data))}
+            return "RGB", {"format": "WEBP"} | options
+        return "RGB", {"format": "PNG"}
+
+
+def _subsampling(components: list[tuple[int, int, int, int]]) -> int:
+    """4:4:4, 4:2:2 or 4:2:0 (0, 1, 2), whichever has a JPEG's share of colour samples; Pillow writes no others.
+
+    A component is its number, its horizontal and its vertical sampling, and its table.
+    """
+    if len(components) != 3:
+        return 0
+    share = components[0][1] * components[0][2] / (components[1][1] * components[1][2])
+    return 0 if share < 2 else 1 if share < 4 else 2
+
+
+def _lossless(data: bytes) -> bool:
+    """Whether a WebP file's first picture is stored without loss."""
+    place = 12
+    while place + 8 <= len(data):
+        name, length = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8L"
+        place += 8 + length + length % 2
+    return False
+
+
+def _webp_quality(pixels: np.ndarray, length: int) -> int:
+    """The WebP quality that makes an image as large as ``length`` bytes, or comes nearest: what it had already been."""
+
+    def size(quality: int) -> int:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "WEBP", quality=quality)
+        return buffer.getbuffer().nbytes
+
+    return min(100, 1 + bisect_left(range(1, 101), length, key=size))

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from forensics_lib.datasets import TrainingCrops
+from forensics_lib.distributed import first_then_others
 from forensics_lib.duplicates import (
     NearDuplicates,
     exact_duplicates,
@@ -21,12 +22,14 @@ from forensics_lib.duplicates import (
 )
 from forensics_lib.files import read_json
 from forensics_lib.images import ImageError, read_mask
-from forensics_lib.manifest import data_fingerprint
+from forensics_lib.manifest import data_fingerprint, sampled_places
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
 
 SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
 EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
+LEAF = 5  # images that a leaf of the auditing trees holds at least
+FEWEST = 2 * LEAF  # images of a class, below which the trees have nothing to tell it by
 AUDIT_ROWS = 5_000  # of more images as many are drawn: enough to see a shortcut, in seconds
 
 
@@ -76,18 +79,17 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     """Cross-validated by group: can size, format and compression of a file tell its class?
 
     The reason: classes that differ in format or size make a detector learn the format (Grommelt et al., arXiv
-    2403.17608).  Rows with errors are left out; with fewer than two groups in a class the AUC is NaN.
+    2403.17608).  Rows with errors are left out; the AUC is NaN where a class has too few images or groups to tell.
     """
     rows = manifest[(manifest["split"] == split) & manifest["error"].isna()]
-    if len(rows) > AUDIT_ROWS:
-        rows = rows.sample(AUDIT_ROWS, random_state=seed)
+    rows = rows.iloc[_drawn(rows, AUDIT_ROWS, seed)]
     facts, labels, groups = file_facts(rows), rows["label"].to_numpy(int), rows["group"].to_numpy()
-    folds = min([3, *(rows.loc[rows["label"] == label, "group"].nunique() for label in (0, 1))])
-    if folds < 2:
+    folds = _folds(facts, labels, groups, seed)
+    if not folds:
         return ShortcutAudit(float("nan"), pd.Series(dtype=float))
     each = progress(_by_fact(facts).items(), "auditing file facts")
-    alone = {name: _held_out_auc(facts[columns], labels, groups, folds, seed) for name, columns in each}
-    everything = _held_out_auc(facts, labels, groups, folds, seed)
+    alone = {name: _held_out_auc(facts[columns], labels, folds, seed) for name, columns in each}
+    everything = _held_out_auc(facts, labels, folds, seed)
     return ShortcutAudit(everything, pd.Series(alone).sort_values(ascending=False, kind="stable"))
 
 
@@ -96,11 +98,23 @@ def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> 
 
     At most ``EQUALIZED_ROWS`` images are drawn, since each is decoded.
     """
-    drawn = rows.sample(min(EQUALIZED_ROWS, len(rows)), random_state=seed)
+    drawn = rows.iloc[_drawn(rows, EQUALIZED_ROWS, seed)]
     shown = progress(drawn.index, "auditing the training crops")
-    facts = [crops.source_facts((seed, index), rows.loc[index]) for index in shown]
+    facts = [crops.source_facts((seed, index, 0), rows.loc[index]) for index in shown]
     table = drawn.assign(**pd.DataFrame(facts, index=drawn.index))
     return shortcut_audit(table[table["width"].notna()], "train", seed)
+
+
+def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
+    """The positions of ``limit`` rows, or all: both classes equally often where there are as many, of many photographs."""
+    labels = rows["label"].to_numpy(int)
+    smaller = min(limit // 2, int(np.bincount(labels, minlength=2).min()))
+    places = [np.flatnonzero(labels == label) for label in np.argsort(np.bincount(labels, minlength=2), kind="stable")]
+    counts = (smaller, limit - smaller)
+    chosen = [
+        part[sampled_places(rows.iloc[part], count, seed, by="group")] for part, count in zip(places, counts, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
 
 
 def file_facts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,18 +138,27 @@ def _by_fact(facts: pd.DataFrame) -> dict[str, list[str]]:
     return {name: [name] for name in facts if name not in formats} | {"format": formats}
 
 
-def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> float:
+def _folds(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Up to three folds without a group in common, as (fitted, held out); none where a class has too few images or groups."""
+    number = min([3, *(len(set(groups[labels == label])) for label in (0, 1))])
+    if number < 2 or np.bincount(labels, minlength=2).min() < FEWEST:
+        return []
+    folds = list(StratifiedGroupKFold(number, shuffle=True, random_state=seed % 2**32).split(facts, labels, groups))
+    return folds if all(len(set(labels[fitted])) == 2 for fitted, _ in folds) else []
+
+
+def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]], seed: int) -> float:
     scores = np.zeros(len(labels))
-    for fit, held in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(facts, labels, groups):
-        forest = RandomForestClassifier(40, min_samples_leaf=5, random_state=seed)
+    for fit, held in folds:
+        forest = RandomForestClassifier(40, min_samples_leaf=LEAF, random_state=seed % 2**32)
         scores[held] = forest.fit(facts.iloc[fit], labels[fit]).predict_proba(facts.iloc[held])[:, 1]
     return float(roc_auc_score(labels, scores))
 
 
 def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
-    """The share of manipulated pixels of at most ``count`` images, with split, method and kind."""
+    """The share of manipulated pixels of at most ``count`` images of every method, with split, method and kind."""
     marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
-    drawn = marked.sample(min(count, len(marked)), random_state=seed)
+    drawn = marked.iloc[sampled_places(marked, count, seed, by="method")]
     shares = []
     for row in progress(drawn.to_dict("records"), "measuring masks"):
         try:
@@ -183,7 +206,14 @@ def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
 
 
 def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
-    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each."""
+    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each.
+
+    Of several processes the first audits, and the others read what it kept.
+    """
+    return first_then_others(lambda: _kept_or_new(run, task, manifest))
+
+
+def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
     kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
     if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
         return audit(run, task, manifest).findings.to_dict("records")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from forensics_lib.files import read_json, write_text
-from forensics_lib.report import METRIC_NAMES, TABLES
+from forensics_lib.report import METRIC_NAMES, TABLES, chosen_on
 from forensics_lib.runs import Run
 
 _USE = """Finding AI-generated images (Task A) or AI-manipulated regions (Task B) in research and in the MediaEval *Synthetic
@@ -19,10 +19,14 @@ Images* challenge, as one hint among others. A probability is no proof: it must 
 publication."""
 _LIMITS = """- Scores hold for the sources above. On generators and platforms that are not among them expect less; the
   tables per source and the robustness table say how much less to expect of pictures that were changed.
-- Validation images chose epoch, temperature and threshold, so scores at the threshold are slightly kind.
-- Probabilities are calibrated for the share of positive images in validation ({share:.0%}). Where another share q is
-  expected, add log(q / (1 - q)) - log({share:.2f} / {rest:.2f}) to the log-odds.
+- Validation images chose epoch, calibration and threshold, so scores at the threshold are slightly kind.
+- {calibration}
 - Only pixels are looked at: no metadata, no provenance, no watermark."""
+
+_CALIBRATION = """Probabilities are calibrated for the share of positive images among those ({share:.1%}). Where another share q
+  is expected, add log(q / (1 - q)) - log({positive} / {authentic}) to the log-odds."""
+_NO_INTERCEPT = """Probabilities were calibrated by a version that fitted no intercept: they hold for no known share of positive
+  images. Execute the training notebook again to calibrate them for that of validation."""
 
 
 def build_card(run: Run, task: str) -> Path:
@@ -30,8 +34,6 @@ def build_card(run: Run, task: str) -> Path:
     facts = read_json(run.folder / "run.json")
     params, validation = run.params, facts[f"task{task}_validation"]
     data = pd.DataFrame(facts[f"task{task}_data"])
-    val = data[data["split"] == "val"]
-    share = val["positive"].sum() / max(1, val[["authentic", "positive"]].to_numpy().sum())
     sample = "**Trained on the built-in sample: it shows that everything works and knows no real generator.**\n\n"
     parts = [
         f"# {run.name}, Task {task}\n\n{sample if run.sample else ''}",
@@ -41,13 +43,23 @@ def build_card(run: Run, task: str) -> Path:
         f"## Intended use\n\n{_USE}\n\n",
         f"## Data\n\n{markdown_table(data)}\n\n",
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",
+        f"{chosen_on(facts, task)}\n\n",
+        _optional("Scores on other validation images", facts.get(f"task{task}_validation_others"), _scores),
         _optional("Scores on held-out images", facts.get(f"task{task}_held_out"), _scores),
         *(_optional(f"Scores {title}", facts.get(f"task{task}_{name}"), _table) for name, title in TABLES.items()),
-        f"## Limits\n\n{_LIMITS.format(share=share, rest=1 - share)}\n",
+        f"## Limits\n\n{_LIMITS.format(calibration=_calibration(facts.get(f'task{task}_chosen_on')))}\n",
     ]
     path = run.folder / f"task{task}_model_card.md"
     write_text(path, "".join(parts))
     return path
+
+
+def _calibration(found: dict[str, Any] | None) -> str:
+    """What share of positive images the probabilities hold for, and how to get to another one."""
+    if found is None:
+        return _NO_INTERCEPT
+    positive, images = found["positive"], found["images"]
+    return _CALIBRATION.format(share=positive / images, positive=positive, authentic=images - positive)
 
 
 def _optional(title: str, value: Any, show: Any) -> str:

@@ -28,8 +28,8 @@ class ComparisonError(ValueError):
 def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     """Tables about runs in ``outputs``: ``scores``, ``differences`` of each run to the one before, ``parameters``, ``cost``.
 
-    Scores are of each run's own validation images, with 95% intervals.  Differences are of the images that two runs share,
-    by paired bootstrap: both runs' scores are taken on the same draws.  Raises ``ComparisonError``.
+    Scores are of each run's own validation images that decide, with 95% intervals.  Differences are of those that two runs
+    share, by paired bootstrap over photographs: both runs' scores are taken on the same draws.  Raises ``ComparisonError``.
     """
     if len(set(runs)) < 2:
         raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
@@ -95,12 +95,18 @@ def _paths(run: str) -> Run:
 
 
 def _probs(run: str, task: str) -> pd.DataFrame | None:
+    """The validation images that decided, by path; all of them where a run's file does not tell."""
     path = _paths(run).val_probs(task)
-    return pd.read_csv(path).drop_duplicates("path").set_index("path")[["label", "prob"]] if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, dtype={"group": str}, keep_default_na=False)
+    table = table[table["deciding"]] if "deciding" in table else table
+    table = table.assign(group=table.get("group", table["path"])).drop_duplicates("path")
+    return table.set_index("path")[["label", "prob", "group"]]
 
 
 def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[float, float, float]]:
-    """The difference of AUC and F1, and its 95% interval over draws of images within each class."""
+    """The difference of AUC and F1, and its 95% interval over draws of photographs, as ``bootstrap_intervals``."""
     labels, probs = both["label_first"].to_numpy(int), both[["prob_first", "prob_second"]].to_numpy()
 
     def differences(y: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
@@ -108,7 +114,7 @@ def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[floa
         f1 = f1_score(y, second >= thresholds[1]) - f1_score(y, first >= thresholds[0])
         return {"auc": roc_auc(y, second) - roc_auc(y, first), "f1": f1}
 
-    ends = bootstrap_intervals(differences, labels, probs, ROUNDS)
+    ends = bootstrap_intervals(differences, labels, probs, ROUNDS, groups=both["group_first"].to_numpy())
     return {key: (value, *ends[key]) for key, value in differences(labels, probs).items()}
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from forensics_lib.degradations import Encoding, degrade, recompress
 from forensics_lib.forgeries import fitted, pasted
-from forensics_lib.images import ImageError, pad_to, read_image, read_mask
+from forensics_lib.images import STRIP, ImageError, pad_to, read_image, read_mask
 from forensics_lib.params import Degradations, Params
 
 SMALL = 0.05  # share of the images that may be smaller than the squares that crops are taken from
@@ -26,13 +26,34 @@ SMALL = 0.05  # share of the images that may be smaller than the squares that cr
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 
 
+class Columns:
+    """Columns of a table in arrow's buffers, which loader processes share; Python objects would be copied into each."""
+
+    def __init__(self, table: pd.DataFrame, names: list[str]) -> None:
+        self._columns = {name: _shared(table[name]) for name in names}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row as a dictionary, missing values as None."""
+        return {name: column[index].as_py() for name, column in self._columns.items()}
+
+
+def _shared(values: pd.Series) -> pa.Array:
+    array = pa.array(values, from_pandas=True)
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
 class TrainingCrops(Dataset):
     """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
 
-    ``crops[seed, index]`` is a sample of an image; every random choice follows from these two, so results do not depend on
-    workers or order, and another epoch is another seed.  With ``equalize`` all images get one history of compressions: one
-    that is no JPEG is first compressed as one of the JPEG files were, and every crop ends in one distribution of
-    compressions.  With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
+    ``crops[seed, index, draw]`` is a sample of an image; every random choice follows from these three, so results do not
+    depend on workers or order, another epoch is another seed, and an image that an epoch draws several times gives another
+    crop each time.  With ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed
+    as one of the JPEG files were, its blocks anywhere as a JPEG's are, and every crop ends in one distribution of
+    compressions.  Scaling leaves at least ``crop_size`` pixels a side where an image has them, so that only smaller images
+    are padded.  With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
     counts as authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from
     another authentic one, and count as spliced.
     """
@@ -47,7 +68,7 @@ class TrainingCrops(Dataset):
         equalize: bool = False,
         paste: float = 0.0,
     ) -> None:
-        self.rows = manifest[["path", "label", "mask_path", "kind", "format"]].to_dict("records")
+        self.rows = Columns(manifest, ["path", "label", "mask_path", "kind", "format"])
         self.crop_size, self.masks = crop_size, masks
         self.degradations, self.equalize, self.paste = degradations, equalize, paste
         self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
@@ -57,9 +78,9 @@ class TrainingCrops(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        (_, index), rng = key, np.random.default_rng(key)
-        row = self.rows[index]
+    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        (_, index, _), rng = key, np.random.default_rng(key)
+        row = self.rows.row(index)
         try:
             image, mask, _ = self._degraded(row, rng)
         except ImageError as error:
@@ -77,12 +98,12 @@ class TrainingCrops(Dataset):
                 sample["label"] = int(mask.any())
         return sample
 
-    def source_facts(self, key: tuple[int, int], file: pd.Series) -> dict[str, Any]:
+    def source_facts(self, key: tuple[int, int, int], file: pd.Series) -> dict[str, Any]:
         """What the file facts of a sample's source would be, were it stored; empty where its file cannot be read.
 
         ``file`` holds the facts of the image's own file, which its source keeps where it was not compressed again.
         """
-        row, rng = self.rows[key[1]], np.random.default_rng(key)
+        row, rng = self.rows.row(key[1]), np.random.default_rng(key)
         try:
             image, _, encoding = self._degraded(row, rng)
         except ImageError:
@@ -105,8 +126,8 @@ class TrainingCrops(Dataset):
             image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
-            image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)))
-        return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
+            image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
+        return degrade(image, mask, self.degradations, rng, equalize=self.equalize, smallest=self.crop_size)
 
     def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """A random square of an image, and of its mask where samples carry masks."""
@@ -125,7 +146,7 @@ class TrainingCrops(Dataset):
         donor = None
         if rng.random() < 0.5:
             with suppress(ImageError):  # the image itself then gives the region; its own sample reports the bad file
-                other = read_image(self.rows[self.authentic[rng.integers(len(self.authentic))]]["path"])
+                other = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
                 donor = fitted(other, image.shape[:2], rng)
         return pasted(image, donor, rng)
 
@@ -139,7 +160,7 @@ def _window(manifest: pd.DataFrame, crop_size: int) -> int:
     """The side of the squares that are taken before degradation, the same for all images.
 
     It is what nearly every image has, and at most what the crop needs when shrunk to a half: if large images gave more
-    than small ones, padding after shrinking would tell which images are small, and so often the class.
+    than small ones, how far they can be shrunk would tell which images are small, and so often the class.
     """
     shorter = np.minimum(manifest["width"], manifest["height"]).dropna()
     common = int(np.quantile(shorter, SMALL)) if len(shorter) else 0
@@ -231,6 +252,25 @@ def epoch_order(
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 
+def numbered_draws(order: np.ndarray) -> np.ndarray:
+    """An epoch's ``order`` of images with the number of the draw of each, from 0 on: ``(N, 2)``."""
+    return np.column_stack([order, pd.Series(order).groupby(order).cumcount()])
+
+
+class EpochBatches:
+    """The batches of one epoch, as keys of ``TrainingCrops``."""
+
+    def __init__(self) -> None:
+        self.seed, self.draws = 0, list[np.ndarray]()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for batch in self.draws:
+            yield [(self.seed, index, draw) for index, draw in batch.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+
 class TrainingBatches:
     """Batches of crops, epoch after epoch, from loader processes that stay until ``close``.
 
@@ -238,10 +278,10 @@ class TrainingBatches:
     """
 
     def __init__(self, crops: TrainingCrops, workers: int) -> None:
-        self.keys: list[list[tuple[int, int]]] = []
+        self.batches = EpochBatches()
         self.loader = DataLoader(
             crops,
-            batch_sampler=self.keys,
+            batch_sampler=self.batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
@@ -249,9 +289,9 @@ class TrainingBatches:
             generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
         )
 
-    def epoch(self, seed: int, batches: list[np.ndarray]) -> DataLoader:
-        """The batches with these indices, drawn by ``seed``; one may be empty.  It ends the epoch before."""
-        self.keys[:] = [[(seed, index) for index in batch.tolist()] for batch in batches]
+    def epoch(self, seed: int, draws: list[np.ndarray]) -> DataLoader:
+        """Batches of rows of ``numbered_draws``, drawn by ``seed``; one may be empty.  It ends the epoch before."""
+        self.batches.seed, self.batches.draws = seed, draws
         return self.loader
 
     def close(self) -> None:
@@ -283,16 +323,16 @@ class InferenceImages(Dataset):
         crops: int = 1,
         change: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.paths = manifest["path"].tolist()
+        self.rows = Columns(manifest, ["path"])
         self.crop_size, self.crops, self.change = crop_size, crops, change
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)``."""
         try:
-            image = read_image(Path(self.paths[index]))
+            image = read_image(self.rows.row(index)["path"])
         except ImageError as error:
             return {"index": index, "error": str(error)}
         image = image if self.change is None else self.change(image)
@@ -335,11 +375,14 @@ def _grid(length: int, size: int) -> list[int]:
 
 
 def _texture(image: np.ndarray, size: int, places: list[tuple[int, int]]) -> np.ndarray:
-    """Mean absolute neighbour difference of each ``size`` square, by a summed-area table."""
-    green = image[..., 1].astype(np.int16)
-    energy = np.zeros((green.shape[0] + 1, green.shape[1] + 1), np.int64)
-    energy[2:, 1:] += np.abs(np.diff(green, axis=0))
-    energy[1:, 2:] += np.abs(np.diff(green, axis=1))
-    table = energy.cumsum(0).cumsum(1)
-    y, x = np.array(places).T
-    return (table[y + size, x + size] - table[y, x + size] - table[y + size, x] + table[y, x]) / size**2
+    """Mean absolute neighbour difference of each ``size`` square, from sums of rows that are made a strip at a time."""
+    tops, lefts = np.array(places).T
+    columns, column = np.unique(lefts, return_inverse=True)
+    rows = np.empty((image.shape[0], len(columns)), np.int64)  # of each row, what lies in the columns of a square
+    for top in range(0, image.shape[0], STRIP):
+        strip, above = (image[start : top + STRIP, :, 1].astype(np.int16) for start in (top, max(top - 1, 0)))
+        energy = np.abs(np.diff(strip, axis=0, prepend=above[:1])) + np.abs(np.diff(strip, axis=1, prepend=strip[:, :1]))
+        sums = np.pad(energy.cumsum(1, dtype=np.int64), ((0, 0), (1, 0)))
+        rows[top : top + len(strip)] = sums[:, columns + size] - sums[:, columns]
+    total = np.pad(rows.cumsum(0), ((1, 0), (0, 0)))
+    return (total[tops + size, column] - total[tops, column]) / size**2

@@ -2,6 +2,10 @@
 
 One implementation serves training augmentation and the robustness sweep.  Images are ``(H, W, 3)`` uint8, masks
 ``(H, W)`` bool or None; whatever moves pixels moves both.
+
+No operation makes a picture darker or brighter on average, which a network could learn: all compute in floats and round
+once.  Two things cannot be helped: noise and sharp kernels are cut off at 0 and 255, so that black gets brighter and white
+darker, and WebP's own colour conversion adds up to a quarter of a grey level.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from forensics_lib.plugins import named
 
 KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
+BLOCK = 16  # pixels a side of what JPEG with 4:2:0 colours and WebP code at once
 
 
 @dataclass(frozen=True)
@@ -29,32 +34,55 @@ class Encoding:
     bytes: int
 
 
-def recompress(image: np.ndarray, codec: str, quality: int, subsampling: int = 2) -> np.ndarray:
-    """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100."""
-    return _recompressed(image, codec, quality, subsampling)[0]
+def recompress(
+    image: np.ndarray, codec: str, quality: int, subsampling: int = 2, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100.
+
+    The codec's blocks begin in the image's corner or, with ``rng``, anywhere, as in a crop of a larger picture.
+    """
+    return _recompressed(image, codec, quality, subsampling, rng)[0]
 
 
-def _recompressed(image: np.ndarray, codec: str, quality: int, subsampling: int) -> tuple[np.ndarray, Encoding]:
+def _recompressed(
+    image: np.ndarray, codec: str, quality: int, subsampling: int, rng: np.random.Generator | None
+) -> tuple[np.ndarray, Encoding]:
+    top, left = rng.integers(BLOCK, size=2) if rng else (0, 0)
     buffer = io.BytesIO()
     options = {"subsampling": subsampling} if codec == "JPEG" else {"method": 2}
-    Image.fromarray(image).save(buffer, codec, quality=quality, **options)
-    return np.array(Image.open(buffer).convert("RGB")), Encoding(codec, quality, buffer.getbuffer().nbytes)
+    padded = np.pad(image, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
+    Image.fromarray(padded).save(buffer, codec, quality=quality, **options)
+    decoded = np.array(Image.open(buffer).convert("RGB"))[top:, left:]
+    return decoded, Encoding(codec, quality, buffer.getbuffer().nbytes)
 
 
 def resize(
     image: np.ndarray, mask: np.ndarray | None, scale: float, kernel: Image.Resampling
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Scale both sides by ``scale``, at least to one pixel; the mask by its nearest pixels."""
-    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
-    resized = np.array(Image.fromarray(image).resize(size, kernel))
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    resized = resampled(image, size, kernel)
     if mask is None:
         return resized, None
     return resized, np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
+def resampled(image: np.ndarray, size: tuple[int, int], kernel: Image.Resampling) -> np.ndarray:
+    """An image at ``size`` (width, height).
+
+    In floats: Pillow rounds 8-bit pixels up at each half, after each direction, which makes an image half a level brighter
+    when the box filter halves it.
+    """
+    result = np.empty((size[1], size[0], image.shape[2]), np.uint8)
+    for channel in range(image.shape[2]):
+        values = Image.fromarray(image[..., channel].astype(np.float32)).resize(size, kernel)
+        result[..., channel] = np.rint(values).clip(0, 255)
+    return result
+
+
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur with ``sigma`` in pixels."""
-    return gaussian_filter(image, (sigma, sigma, 0))
+    return np.rint(gaussian_filter(image.astype(np.float32), (sigma, sigma, 0))).astype(np.uint8)
 
 
 def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
@@ -63,12 +91,12 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
 
 
 def upload(
-    image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int
+    image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int, rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding]:
-    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours."""
+    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours; see ``recompress``."""
     if scale < 1:
         image, mask = resize(image, mask, scale, Image.Resampling.LANCZOS)
-    image, encoding = _recompressed(image, "JPEG", quality, 2)
+    image, encoding = _recompressed(image, "JPEG", quality, 2, rng)
     return image, mask, encoding
 
 
@@ -79,18 +107,21 @@ def degrade(
     rng: np.random.Generator,
     *,
     equalize: bool = False,
+    smallest: int = 1,
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
     """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
 
-    With ``equalize`` an image that nothing has compressed is compressed all the same, so that all leave here by one
-    distribution of codecs and qualities, whatever their files were.
+    Nothing is shrunk below ``smallest`` pixels a side, and blocks of compressions begin anywhere.  With ``equalize`` an image
+    that nothing has compressed is compressed all the same, so that all leave here by one distribution of codecs and
+    qualities, whatever their files were.
     """
     encoding = None
     if settings.own:
         wanted = "its function gets image, mask and generator, and returns image and mask"
         image, mask = named(settings.own, "degrade: own", wanted)(image, mask, rng)
     if rng.random() < settings.resize:
-        image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
+        scale = _drawn_scale(settings.resize_scale, image, smallest, rng)
+        image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:
         image = blur(image, float(rng.uniform(*settings.blur_sigma)))
     if rng.random() < settings.noise:
@@ -103,7 +134,8 @@ def degrade(
         image, encoding = _randomly_compressed(image, "WEBP", settings, rng)
     if rng.random() < settings.social:
         quality = _drawn_quality(settings.social_quality, rng)
-        image, mask, encoding = upload(image, mask, float(rng.uniform(*settings.social_scale)), quality)
+        scale = _drawn_scale(settings.social_scale, image, smallest, rng)
+        image, mask, encoding = upload(image, mask, scale, quality, rng)
     if equalize and encoding is None:
         image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
     return image, mask, encoding
@@ -113,7 +145,13 @@ def _randomly_compressed(
     image: np.ndarray, codec: str, settings: Degradations, rng: np.random.Generator
 ) -> tuple[np.ndarray, Encoding]:
     quality = _drawn_quality(settings.jpeg_quality if codec == "JPEG" else settings.webp_quality, rng)
-    return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)))
+    return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)), rng)
+
+
+def _drawn_scale(limits: tuple[float, float], image: np.ndarray, smallest: int, rng: np.random.Generator) -> float:
+    """A scale within ``limits`` that leaves ``smallest`` pixels a side, or 1 where there are no more."""
+    least = max(limits[0], min(1.0, smallest / min(image.shape[:2])))
+    return float(rng.uniform(least, max(limits[1], least)))
 
 
 def _drawn_quality(limits: tuple[int, int], rng: np.random.Generator) -> int:

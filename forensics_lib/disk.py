@@ -6,12 +6,54 @@ This module imports nothing heavy: the processes that it starts are ready at onc
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import numpy as np
 from loky import cpu_count, get_reusable_executor
 
 _MANY = 2_000  # files in a folder from which on asking in another process pays
+LFS = b"version https://git-lfs"  # what stands in place of a file that git-lfs has not downloaded
+LFS_POINTER = "a git-lfs pointer and not the file itself: fetch it with git lfs pull"
+NOT_UTF8 = (
+    "its name is not UTF-8 (its bytes are shown as \\x..): rename it, for example by convmv -r -f cp437 -t utf8 --notest "
+    "FOLDER, or unpack its archive again with unzip -O cp437"
+)
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be stored and printed: bytes that are not UTF-8 become ``\\xe9`` and the like."""
+    text = str(path)
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def broken_link(path: str | Path) -> str | None:
+    """The link on the way to ``path``, or ``path`` itself, that leads nowhere, and where it leads; None without one."""
+    path = Path(path)
+    for part in (*reversed(path.parents), path):
+        if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 (which raise for odd names)
+            return f"{shown(part)} is a link to {shown(os.path.realpath(part))}, which is not there: is its disk mounted?"
+    return None
+
+
+def why_no_file(path: str) -> str:
+    """Why there is no file at ``path``, as ``shown`` gives it, with the remedy."""
+    if link := broken_link(path):
+        return link
+    stored = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(path))
+    if stored != os.fsencode(path) and os.path.exists(stored):  # noqa: PTH110 (of bytes)
+        return NOT_UTF8
+    return "a folder, not a file" if os.path.isdir(path) else "no such file"  # noqa: PTH112 (which raises for odd names)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether git-lfs has not downloaded a file."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False
 
 
 def usable_cores() -> int:

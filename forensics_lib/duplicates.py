@@ -15,6 +15,7 @@ import pandas as pd
 
 from forensics_lib.facts import image_hashes
 from forensics_lib.files import home
+from forensics_lib.manifest import sampled_places
 from forensics_lib.parquet import member_bytes
 from forensics_lib.progress import progress
 
@@ -76,12 +77,16 @@ class NearDuplicates:
 def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
     """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
 
-    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images all of
-    validation and a random part of the others are compared.  Flat pictures are passed over.
+    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images a part is
+    compared: validation is half of it, or more where the others are fewer, and of as many photographs as it can hold.  Flat
+    pictures are passed over.
     """
     good = manifest[manifest["error"].isna()]
-    first = good["split"].eq("val")
-    drawn = pd.concat([good[first].head(limit), good[~first].sample(frac=1, random_state=0)]).head(limit).sort_index()
+    parts = [np.flatnonzero(good["split"].eq("val") == val) for val in (True, False)]
+    of_val = min(len(parts[0]), max(limit // 2, limit - len(parts[1])))
+    counts = (of_val, limit - of_val)
+    places = [part[sampled_places(good.iloc[part], count, 0, by="group")] for part, count in zip(parts, counts, strict=True)]
+    drawn = good.iloc[np.sort(np.concatenate(places))]
     name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
     cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
     hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()
@@ -101,9 +106,18 @@ def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int =
 
 def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
     """Photographs whose images stand in several splits: one row each, with the images per split."""
-    good = manifest[manifest["error"].isna()]
-    counted = pd.crosstab(good["group"], good["split"])
-    return counted[(counted > 0).sum(axis=1) > 1]
+    good = manifest.loc[manifest["error"].isna(), ["group", "split"]]
+    good = good[_in_several_places(good["group"], good["split"])].reset_index(drop=True)
+    return pd.crosstab(good["group"], good["split"])
+
+
+def _in_several_places(groups: pd.Series, places: pd.Series) -> np.ndarray:
+    """``(N,)`` bool: whether a row's group stands in more than one place."""
+    (of_group, names), (of_place, known) = pd.factorize(groups), pd.factorize(places)
+    seen = np.zeros((len(names) + 1, len(known)), bool)
+    seen[of_group, of_place] = True
+    seen[-1] = False  # rows without a group, whose code is -1, are alone
+    return (seen.sum(axis=1) > 1)[of_group]
 
 
 def overlapping(manifest: pd.DataFrame) -> pd.Series:
@@ -117,7 +131,9 @@ def overlapping(manifest: pd.DataFrame) -> pd.Series:
 
 def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
     """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
-    names = manifest["data_set"].map(lambda root: Path(root).name) + " " + manifest["split"]
-    places = pd.crosstab(manifest["group"], names) > 0
+    places = manifest.groupby(["data_set", "split"], sort=False).ngroup()
+    shared = manifest[_in_several_places(manifest["group"], places)].reset_index(drop=True)
+    names = shared["data_set"].map(lambda root: Path(root).name) + " " + shared["split"]
+    places = pd.crosstab(shared["group"], names) > 0
     pairs = [(one, other, int((places[one] & places[other]).sum())) for one, other in combinations(places.columns, 2)]
     return pd.DataFrame([pair for pair in pairs if pair[2]], columns=["one", "other", "photographs"])

@@ -20,12 +20,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order
+from forensics_lib.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order, numbered_draws
 from forensics_lib.distributed import gathered, rank, totals, world
 from forensics_lib.files import is_main
 from forensics_lib.images import ImageError
 from forensics_lib.losses import make_mixup, mask_loss
 from forensics_lib.machine import Machine
+from forensics_lib.manifest import deciding
 from forensics_lib.metrics import pixel_curves, roc_auc
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
@@ -53,7 +54,7 @@ class Fit:
     model: CombinedModel
     machine: Machine
     train: pd.DataFrame
-    val: pd.DataFrame
+    val: pd.DataFrame  # what is scored after each epoch; those of it that decide choose the best one
     equalize: bool  # recompress every crop, see degradations.degrade
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that is compiled or averages gradients over processes
@@ -173,7 +174,8 @@ def train_epoch(
 def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
     order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
-    batches = [order[start : start + fit.params.batch_size] for start in range(0, len(order), fit.params.batch_size)]
+    draws = numbered_draws(order)
+    batches = [draws[start : start + fit.params.batch_size] for start in range(0, len(draws), fit.params.batch_size)]
     mine = [batch[rank() :: world()] for batch in batches[first:]]
     return fit.batches.epoch(seed, mine)
 
@@ -235,20 +237,20 @@ def batch_loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tens
 def validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
     """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU).
 
-    Task A is judged on images of sources that training does not have, where validation has such of both classes.
+    Scores are of the images that decide, see ``manifest.deciding``; ``val_auc_others`` is of the others, where they have both
+    classes.
     """
     result = predict(model, fit.task, fit.val, fit.params, fit.machine)
     good, labels = result.good(), fit.val["label"].to_numpy(int)
-    auc = roc_auc(labels[good], result.probs[good])
-    if not np.isfinite(auc):
+    if len(set(labels[good])) < 2:
         reasons = "; ".join(list(result.errors.values())[:3])
         raise ImageError(f"validation needs readable images of both classes; {len(result.errors)} could not be read: {reasons}")
-    values = {"val_auc": auc, "score": auc}
-    unseen = good & ~fit.val["source"].isin(fit.train["source"]).to_numpy()
-    if fit.task == "A" and len(set(labels[unseen])) == 2:
-        values["score"] = roc_auc(labels[unseen], result.probs[unseen])
+    decides = np.zeros(len(good), bool)
+    decides[good] = deciding(fit.run, fit.task, fit.val[good], fit.train)[0]
+    auc, others = (roc_auc(labels[chosen], result.probs[chosen]) for chosen in (decides, good & ~decides))
+    values = {"val_auc": auc, "score": auc} | ({"val_auc_others": others} if np.isfinite(others) else {})
     if result.histograms is not None:
-        manipulated = result.histograms[good & (fit.val["label"] == 1)]
+        manipulated = result.histograms[decides & (labels == 1)]
         values["val_iou"] = float(pixel_curves(manipulated)[0].mean(0)[1:].max())
         values["score"] = (values["val_auc"] + values["val_iou"]) / 2
     return values

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forensics_lib.calibration import at_temperature, expected_calibration_error, fit_temperature
+from forensics_lib.calibration import NOT_CALIBRATED, calibrated, expected_calibration_error, fit_calibration
 from forensics_lib.distributed import wait_for_all
 from forensics_lib.duplicates import overlapping
 from forensics_lib.files import is_main, read_json, update_json, write_csv
 from forensics_lib.images import read_image
 from forensics_lib.inference import predict_mask
 from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import manipulation, problems, sampled, usable
+from forensics_lib.manifest import deciding, manipulation, problems, sampled, usable
 from forensics_lib.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -47,26 +47,35 @@ PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit
 class Evaluation:
     """Predictions on labelled images, the thresholds in force, and the scores."""
 
-    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, platform, and pixel scores for Task B
+    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, platform, deciding, and pixel scores for Task B
     thresholds: dict[str, float]
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the images that decide
     errors: list[str]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over images
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
     without_overlap: dict[str, float] | None = None  # the scores without photographs that stand elsewhere in the data too
-    uncalibrated: np.ndarray | None = None  # (N,) probabilities before temperature scaling, of a validation set
+    others: dict[str, float] | None = None  # the scores of the validation images that do not decide
+    uncalibrated: np.ndarray | None = None  # (N,) probabilities of a validation set as the model gave them
+    chosen_on: dict[str, Any] | None = None  # how the images that decide were found, and how many they are
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """The images that decide: what ``metrics`` are of."""
+        return self.table[self.table["deciding"]]
 
     def summary(self) -> pd.DataFrame:
-        """The scores as a table with their intervals, and without overlapping photographs where there are any."""
-        columns = {"all images": self.metrics}
+        """The scores with their intervals, without overlapping photographs, and of the images that do not decide."""
+        columns = {"all images" if self.others is None else "deciding images": self.metrics}
         for number, name in enumerate(("95% from", "to")):
             columns[name] = {key: ends[number] for key, ends in self.intervals.items()}
         if self.without_overlap is not None:
             columns["without overlap"] = self.without_overlap
+        if self.others is not None:
+            columns["other validation images"] = self.others
         return pd.DataFrame(columns).reindex(list(self.metrics)).rename_axis("metric").round(3)
 
     def threshold_table(self) -> pd.DataFrame:
         """F1 and false-positive rate at the stored threshold, at 0.5, and at the best threshold in hindsight."""
-        labels, probs = self.table["label"].to_numpy(int), self.table["prob"].to_numpy()
+        labels, probs = self.judged["label"].to_numpy(int), self.judged["prob"].to_numpy()
         choices = {"stored": self.thresholds["threshold"], "0.5": 0.5, "best in hindsight": best_f1_threshold(labels, probs)}
         lines = {name: image_metrics(labels, probs, value) for name, value in choices.items()}
         return pd.DataFrame(lines).loc[["threshold", "f1", "fpr", "precision", "recall"]].T.round(3)
@@ -107,41 +116,58 @@ class Evaluation:
 
 
 def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
-    """Score the fine-tuned model on the whole validation set; temperature and thresholds are chosen there.
+    """Score the fine-tuned model on the whole validation set.
 
-    Writes ``_val_probs.csv`` and ``thresholds.json``, and puts temperature and thresholds into the checkpoint.
+    Calibration and thresholds are chosen on the images that decide (``manifest.deciding``), and the metrics are of them; the
+    others are scored beside them.  Writes ``_val_probs.csv`` and ``thresholds.json``, and puts calibration and thresholds into
+    the checkpoint.
     """
-    result, table, errors = _predict_rows(run, task, usable(manifest, "val"), temperature=1.0)
-    labels, uncalibrated = table["label"].to_numpy(int), table["prob"].to_numpy()
-    temperature = fit_temperature(labels, result.probs[result.good()])
-    table["prob"] = round_probs(at_temperature(result.probs[result.good()], temperature))
-    probs = table["prob"].to_numpy()
-    threshold = best_f1_threshold(labels, probs)
-    thresholds = {"threshold": threshold, "temperature": temperature}
+    rows = usable(manifest, "val")
+    result, table, errors = _predict_rows(run, task, rows, NOT_CALIBRATED)
+    table["deciding"], rule = deciding(run, task, rows[result.good()], usable(manifest, "train"))
+    decides, labels, raw = table["deciding"].to_numpy(), table["label"].to_numpy(int), result.probs[result.good()]
+    calibration = fit_calibration(labels[decides], raw[decides])
+    table["prob"] = round_probs(calibrated(raw, calibration))
+    probs, judged = table["prob"].to_numpy()[decides], labels[decides]
+    thresholds = {"threshold": best_f1_threshold(judged, probs), **calibration}
     if task == "B":
-        thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()])
-    scores = _scores(task, table, result, thresholds)
-    scores |= {"f1_crossfit": crossfit_f1(labels, probs), "f1_at_half": f1_score(labels, probs >= 0.5)}
-    scores |= {"ece_uncalibrated": expected_calibration_error(labels, uncalibrated)}
-    scores |= {"ece": expected_calibration_error(labels, probs), "temperature": temperature}
-    evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=uncalibrated)
-    evaluation.intervals = _intervals(labels, probs, threshold)
-    evaluation.intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs)
-    if task == "B":
-        histograms, called = result.histograms[result.good()], probs >= threshold
-        evaluation.intervals |= localization_intervals(histograms, thresholds["loc_threshold"], called)
+        thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()][decides])
+    _add_pixel_scores(task, table, result, thresholds)
+    scores = _scores(task, table, result, thresholds, decides)
+    scores |= {"f1_crossfit": crossfit_f1(judged, probs), "f1_at_half": f1_score(judged, probs >= 0.5)}
+    scores |= {"ece_uncalibrated": expected_calibration_error(judged, raw[decides])}
+    scores |= {"ece": expected_calibration_error(judged, probs), **calibration}
+    evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=round_probs(raw))
+    evaluation.chosen_on = {"rule": rule, "images": len(judged), "positive": int(judged.sum()), "others": int((~decides).sum())}
+    print(f"calibration and thresholds are chosen on {len(judged)} of {len(table)} validation images: {rule}")
+    evaluation.intervals = _all_intervals(task, evaluation, result)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
+    evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None
     _store(run, task, evaluation, problems(manifest))
     wait_for_all()
     return evaluation
 
 
-def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, tuple[float, float]]:
+def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
+    """Intervals of the scores of the images that decide, and of the thresholds."""
+    labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
+    threshold, groups = evaluation.thresholds["threshold"], evaluation.judged["group"].to_numpy()
+    intervals = _intervals(labels, probs, threshold, groups)
+    intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
+    if task == "B":
+        decides = evaluation.table["deciding"].to_numpy()
+        histograms, exact = (values[result.good()][decides] for values in (result.histograms, result.exact))
+        pixels = histograms, evaluation.thresholds["loc_threshold"], probs >= threshold, exact
+        intervals |= localization_intervals(*pixels, groups=groups)
+    return intervals
+
+
+def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: np.ndarray) -> dict[str, tuple[float, float]]:
     def scores(drawn_labels: np.ndarray, drawn_probs: np.ndarray) -> dict[str, float]:
         found = image_metrics(drawn_labels, drawn_probs, threshold)
         return {key: found[key] for key in INTERVALS}
 
-    return bootstrap_intervals(scores, labels, probs)
+    return bootstrap_intervals(scores, labels, probs, groups=groups)
 
 
 def _without_overlap(
@@ -152,14 +178,10 @@ def _without_overlap(
     Of the Task B validation set 865 COCO photographs are TGIF's as well.
     """
     elsewhere = table["path"].isin(manifest.loc[overlapping(manifest), "path"]).to_numpy()
-    alone = table[~elsewhere]
-    if not elsewhere.any() or alone["label"].nunique() < 2:
+    alone = table["deciding"].to_numpy() & ~elsewhere
+    if alone.sum() == table["deciding"].sum() or table.loc[alone, "label"].nunique() < 2:
         return None
-    scores = image_metrics(alone["label"].to_numpy(int), alone["prob"].to_numpy(), thresholds["threshold"])
-    if task == "B":
-        histograms, called = result.histograms[result.good()][~elsewhere], alone["prob"].to_numpy() >= thresholds["threshold"]
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
-    return scores | {"images": len(alone)}
+    return _scores(task, table, result, thresholds, alone)
 
 
 def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation | None:
@@ -168,21 +190,25 @@ def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation
     if rows.empty:
         return None
     thresholds = stored_thresholds(run, task)
-    result, table, errors = _predict_rows(run, task, rows, thresholds["temperature"])
+    result, table, errors = _predict_rows(run, task, rows, thresholds)
+    table["deciding"] = True
+    _add_pixel_scores(task, table, result, thresholds)
     evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
     labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
-    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"])
+    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"], table["group"].to_numpy())
     run.record(**{f"task{task}_held_out": evaluation.metrics})
     return evaluation
 
 
-def _predict_rows(run: Run, task: str, rows: pd.DataFrame, temperature: float) -> tuple[Predictions, pd.DataFrame, list[str]]:
+def _predict_rows(
+    run: Run, task: str, rows: pd.DataFrame, calibration: dict[str, float]
+) -> tuple[Predictions, pd.DataFrame, list[str]]:
     model, _ = load_model(run.finetuned_model(task), task)
     result = predict(model, task, rows, run.params, choose_machine(run.params))
     good = result.good()
     table = rows.loc[good, KEPT_COLUMNS].reset_index(drop=True)
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
-    table.insert(1, "prob", round_probs(at_temperature(result.probs[good], temperature)))
+    table.insert(1, "prob", round_probs(calibrated(result.probs[good], calibration)))
     table["platform"] = [_platform(source, name) for source, name in zip(table["source"], table["image_id"], strict=True)]
     return result, table, list(result.errors.values())
 
@@ -193,18 +219,29 @@ def _platform(source: str, name: str) -> str | None:
     return next((word for word in words if word in PLATFORMS), None)
 
 
-def _scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
-    """Image-level metrics, and for Task B the pixel-level ones, whose per-image values are added to ``table``."""
-    scores = image_metrics(table["label"].to_numpy(int), table["prob"].to_numpy(), thresholds["threshold"])
+def _add_pixel_scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> None:
+    """Task B: add to ``table`` what each image's mask scores."""
+    if task == "A":
+        return
+    called = table["prob"].to_numpy() >= thresholds["threshold"]
+    good = result.good()
+    pixels = pixel_table(result.histograms[good], thresholds["loc_threshold"], called, result.exact[good])
+    for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
+        table[column] = pixels[column]
+    table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
+
+
+def _scores(
+    task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float], chosen: np.ndarray | slice = slice(None)
+) -> dict[str, float]:
+    """Image-level metrics, and for Task B the pixel-level ones, of the ``chosen`` (N,) bool rows of ``table``."""
+    labels, probs = table["label"].to_numpy(int)[chosen], table["prob"].to_numpy()[chosen]
+    scores = image_metrics(labels, probs, thresholds["threshold"])
     if task == "B":
-        histograms = result.histograms[result.good()]
-        called = table["prob"].to_numpy() >= thresholds["threshold"]
-        pixels = pixel_table(histograms, thresholds["loc_threshold"], called)
-        for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
-            table[column] = pixels[column]
-        table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called)
-    return scores
+        called = probs >= thresholds["threshold"]
+        histograms, exact = (values[result.good()][chosen] for values in (result.histograms, result.exact))
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called, exact)
+    return scores | {"images": len(labels)}
 
 
 def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) -> None:
@@ -212,7 +249,8 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
         return
     write_csv(run.val_probs(task), evaluation.table)
     facts: dict[str, Any] = dict(evaluation.thresholds)
-    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.table)}
+    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
+    facts["chosen_on"] = evaluation.chosen_on
     known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
     if task == "B":
@@ -221,7 +259,8 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds)
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
-    facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}
+    facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
+    facts |= {"chosen_on": evaluation.chosen_on, "left_out": unreadable}
     columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
     if task == "B":
         columns = {"source": ["source"], "method": ["kind", "method"], "size": ["kind", "size"]}
@@ -234,15 +273,17 @@ def stored_thresholds(run: Run, task: str) -> dict[str, float]:
     facts = read_json(run.thresholds).get(task)
     if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
-    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature") if key in facts}
+    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature", "intercept") if key in facts}
 
 
 def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """``robustness`` of a task on validation images at the stored thresholds, also kept in ``run.json``.
 
-    At most ``robustness_images`` images are used, the same share of each class and source.
+    At most ``robustness_images`` of the images that decide are used, the same share of each class and source.
     """
-    rows = sampled(usable(manifest, "val"), run.params.robustness_images, run.params.seed)
+    rows = usable(manifest, "val")
+    decides, _ = deciding(run, task, rows, usable(manifest, "train"))
+    rows = sampled(rows[decides], run.params.robustness_images, run.params.seed)
     model, _ = load_model(run.finetuned_model(task), task)
     table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
     run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
@@ -270,14 +311,14 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
     """
     machine = choose_machine(run.params)
     model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
-    temperature, examples = evaluation.thresholds["temperature"], []
+    examples = []
     for _, row in _chosen(evaluation, which).head(count).iterrows():
         image = read_image(Path(row["path"]))
         prob, mask = predict_mask(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
         said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
         what = manipulation(row) if row["label"] else "authentic"
-        title = f"{row['source']}\n{what}\n{said}, prob {at_temperature(prob, temperature):.2f}"
+        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(prob, evaluation.thresholds):.2f}"
         examples.append(MaskExample(title, image, mask, truth))
     return examples
 

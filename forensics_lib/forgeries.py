@@ -9,7 +9,6 @@ image to image, such as the project's own autoencoder or a diffusers VAE.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +16,15 @@ import pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter, median_filter
 
-from forensics_lib.aligned import Autoencode, load_autoencode
-from forensics_lib.degradations import KERNELS, add_noise, blur, recompress
-from forensics_lib.files import home, whole
+from forensics_lib.aligned import Autoencode, kept_in, load_autoencode
+from forensics_lib.degradations import KERNELS, add_noise, blur, recompress, resampled
+from forensics_lib.files import whole
 from forensics_lib.images import ImageError, pad_to, random_square, read_image
 from forensics_lib.layouts import COLUMNS
 from forensics_lib.params import Forgeries
 from forensics_lib.progress import progress
 
+RULE = 2  # how forgeries are made: a new number makes those in the cache anew
 METHODS = ("region", "whole", "copy_move", "splice")
 SHARES = (0.01, 0.35)  # of an image's area: the smallest and the largest region that is made
 
@@ -151,8 +151,8 @@ def _retouched(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     way = rng.integers(4)
     if way == 0:
         scale = rng.uniform(0.25, 0.8)
-        small = Image.fromarray(image).resize([max(1, round(side * scale)) for side in (width, height)], _kernel(rng))
-        return np.asarray(small.resize((width, height), _kernel(rng)))
+        small = resampled(image, (max(1, round(width * scale)), max(1, round(height * scale))), _kernel(rng))
+        return resampled(small, (width, height), _kernel(rng))
     if way == 1:
         return median_filter(image, (3, 3, 1)) if rng.random() < 0.5 else blur(image, float(rng.uniform(0.4, 1.2)))
     if way == 2:
@@ -212,11 +212,11 @@ def make_forgeries(photos: pd.DataFrame, settings: Forgeries, autoencode: Autoen
     """Forgeries of authentic images by all ``METHODS`` in turn: rows with ``layouts.COLUMNS`` and their photograph's group.
 
     Donors are photographs of the same table.  Images and masks are PNG in ``outputs/.cache/forgeries``, made again only
-    where photographs or settings changed; the same photographs give the same forgeries.  Unreadable ones are passed over.
+    where photographs, settings or the autoencoder's code changed; the same photographs give the same forgeries.
+    Unreadable ones are passed over.
     """
     drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
-    key = hashlib.sha256(json.dumps(settings.model_dump(exclude={"count"})).encode()).hexdigest()[:12]
-    folder = home() / "outputs" / ".cache" / "forgeries" / key
+    folder = kept_in("forgeries", settings, RULE)
     rows, passed_over = [], 0
     for number, photo in enumerate(progress(drawn.to_dict("records"), "forgeries")):
         donor, method = drawn.iloc[(number + 1) % len(drawn)]["path"], METHODS[number % len(METHODS)]

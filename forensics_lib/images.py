@@ -1,8 +1,11 @@
 """The only place that opens image files: one policy, the same in training and inference.
 
-- Pixels are taken as they are stored: EXIF orientation is not applied, since traces and masks live on the stored grid.
-- Every mode becomes 8-bit RGB: alpha is dropped, palettes are looked up, CMYK is converted, 16-bit values keep their
-  upper byte, the first frame of an animation counts.
+- Pixels are taken as they are stored: orientation (EXIF, TIFF) is not applied, since traces and masks live on the stored
+  grid.  HEIC alone is turned: its decoder does so.
+- Every mode becomes 8-bit RGB: alpha is dropped, palettes are looked up, CMYK is converted, the first frame of an animation
+  or page of a TIFF counts.  Grey of more than 8 bits is scaled from black to white and rounded, floats from 0 to 1; colours
+  of 16 bits keep their upper byte, as Pillow's decoders do it.
+- What has no known white is an error, never black or noise: integers with a sign or of 32 bits, floats outside of [0, 1].
 - A truncated file is an error, never a half-grey image; so is one of more than ``MAX_PIXELS`` pixels.
 - The content decides what a file is, not its name, and only ``FORMATS`` are opened: others that Pillow knows would start
   programs (PostScript) or open further files.  HEIC needs the package pillow-heif.
@@ -23,10 +26,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from forensics_lib.disk import LFS_POINTER, is_lfs_pointer, shown, why_no_file
 from forensics_lib.parquet import member_bytes
 
 MAX_PIXELS = 250_000_000
 STRIP = 128  # rows that are copied at a time
+GREY_SPREAD = 16  # between the channels of a pixel that counts as grey in a mask, as lossy codecs leave it
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
@@ -45,6 +50,10 @@ class ImageError(ValueError):
     """A file that cannot be read as an image; the message names the file and the cause."""
 
 
+class _Unusable(ValueError):
+    """What a file holds cannot be used; ``open_image`` adds the file's name."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What an image file says of itself without decoding its pixels."""
@@ -60,24 +69,57 @@ class Header:
 @contextmanager
 def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
-    name = "image bytes" if isinstance(source, bytes) else str(source)
+    name = "image bytes" if isinstance(source, bytes) else shown(source)
     try:
         data = source if isinstance(source, bytes) else member_bytes(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken metadata: the pixels decide
             if data is None and not Path(name).is_file():
-                raise ImageError(f"{name}: no such file, a broken link, or no file at all")
+                raise ImageError(f"{name}: {why_no_file(name)}")
             with Image.open(name if data is None else io.BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+                if image.format == "TIFF":
+                    _prepare_tiff(image)
                 yield image
     except ImageError:
         raise
+    except _Unusable as error:
+        raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError:
-        hint = "; for heic, pip install pillow-heif" if name.lower().endswith((".heic", ".heif", ".hif")) else ""
-        raise ImageError(f"{name}: not an image that Pillow can read{hint}") from None
+        if is_lfs_pointer(name):
+            raise ImageError(f"{name}: {LFS_POINTER}") from None
+        raise ImageError(f"{name}: not an image that Pillow can read{_hint(name, data)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile bytes
         raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def _hint(name: str, data: bytes | None) -> str:
+    """What can be done about a file that is no image to Pillow; empty where nothing is known."""
+    if name.lower().endswith((".heic", ".heif", ".hif")):
+        return "; for heic, pip install pillow-heif"
+    with io.BytesIO(data) if data is not None else Path(name).open("rb") as file:
+        if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return ": a TIFF of an unusual kind, such as floats of 16 bits or colours with a sign; save it with 8 or 16 bits"
+    return ""
+
+
+def _prepare_tiff(image: Image.Image) -> None:
+    """Keep a TIFF on its stored grid, which Pillow would turn; raises ``_Unusable`` where Pillow would read it wrongly."""
+    tags, compressed = image.tag_v2, image.info.get("compression") != "raw"
+    bits, sample_format = max(tags.get(258, (1,))), max(tags.get(339, (1,)))
+    whites_zero, planes = tags.get(262, 0) == 0, tags.get(284, 1) == 2
+    kind = f"a TIFF of {bits}-bit {({2: 'integers with a sign', 3: 'floats'}).get(sample_format, 'integers')}"
+    if sample_format == 2 or (bits == 32 and sample_format != 3):
+        raise _Unusable(f"{kind} has no known white; save it with 8 or 16 bits")
+    if whites_zero and bits > 8:
+        raise _Unusable(f"{kind} whose zero is white is not read; save it with zero as black")
+    if planes and not compressed and (bits != 8 or whites_zero):
+        raise _Unusable(f"{kind} in separate planes is not read; save it with interleaved colours")
+    if sample_format == 3 and compressed and tags.prefix == b"MM":
+        raise _Unusable(f"{kind}, compressed and big-endian, is not read; save it little-endian")
+    image.getexif()[0x0112] = 1
+    image._size = tags[256], tags[257]  # width and height; Pillow tells those of the turned picture
 
 
 @lru_cache(maxsize=1)
@@ -129,6 +171,7 @@ def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header
         camera = readable and bool({0x010F, 0x0110} & set(image.getexif()))
         if complete and not ended:
             image.load()
+            _to_rgb(image)  # refuses what has no known white
         quality = _quality(tuple(tables[min(tables)])) if tables else None
         form = "JPEG" if image.format == "MPO" else image.format or ""  # an MPO is a JPEG that others follow
         return Header(image.width, image.height, form, quality, camera, length)
@@ -218,33 +261,106 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_bytes(*_deep(image))).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # looks the palette up without blending
     return image.convert("RGB")
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """16-bit integers keep the upper byte; floats in [0, 1] are scaled, others are clipped to [0, 255]."""
+def _deep(image: Image.Image) -> tuple[np.ndarray, int]:
+    """The grey values ``(H, W)`` of an image of more than 8 bits, and its white; black is 0.  Raises ``_Unusable``."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        if not (low >= 0 and high <= 1):  # also where they are not finite
+            raise _Unusable(f"floats from {low:g} to {high:g} have no known white; they must lie in [0, 1]")
+        return values, 1
+    twelve = image.format == "TIFF" and max(image.tag_v2.get(258, (16,))) == 12
+    return values, 4095 if twelve else 65535
+
+
+def _to_bytes(values: np.ndarray, white: int) -> np.ndarray:
+    """Values from 0 to ``white`` as the nearest of 256 grey levels, uint8."""
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values, posinf=255, neginf=0)
-        return (values * 255 if values.max(initial=0) <= 1 else values).clip(0, 255).astype(np.uint8)
-    return (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return (values * 255).round().astype(np.uint8)
+    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """A ground-truth mask as ``(H, W)`` bool, True where the image was manipulated.
 
-    Grey values of at least half the range count as manipulated; files with nothing above 1 hold 0 and 1.  ``size`` is
-    the image's (height, width).  Raises ``ImageError`` where the sizes differ or nothing is marked.
+    A mask is a grey picture of its image's ``size`` (height, width): black where nothing was changed, white where the image
+    was manipulated.  Grey values of at least half of the file's white (128 of 8 bits, 32,768 of 16, 0.5 of floats) count as
+    manipulated; in a file of integers with nothing above 1, the ones do.  Palettes are looked up, so a palette's colours
+    count and not their numbers.  Whatever else a file may mean is never guessed.  Raises ``ImageError`` where
+
+    - the sizes differ, or nothing is marked;
+    - nothing reaches half of white (0 and 2, 0 and 100, 0 and 255 of 16 bits);
+    - there are more than two values and none is near white (numbers of objects or classes);
+    - colours are told apart (red on black, an overlay);
+    - an alpha channel marks other pixels than the colours do (a mask in the alpha channel).
     """
-    grey = read_image(path).max(axis=2)
-    if grey.shape != size:
-        raise ImageError(f"{path}: mask of {grey.shape[1]} x {grey.shape[0]} for an image of {size[1]} x {size[0]} pixels")
-    mask = grey > (127 if grey.max(initial=0) > 1 else 0)
-    if not mask.any():
-        raise ImageError(f"{path}: the mask marks nothing, but its image is listed as manipulated")
-    return mask
+    return _mask_and_values(path, size)[0]
+
+
+def mask_facts(path: str | Path, size: tuple[int, int]) -> tuple[float, int]:
+    """The share of manipulated pixels of a mask, and how many grey values its file has.  Raises as ``read_mask`` does."""
+    mask, values = _mask_and_values(path, size)
+    return float(mask.mean()), len(np.unique(values))
+
+
+def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The mask ``(H, W)`` bool and the grey values that it was made of."""
+    with open_image(path) as image:
+        image.load()
+        if (image.height, image.width) != size:
+            raise _Unusable(f"mask of {image.width} x {image.height} for an image of {size[1]} x {size[0]} pixels")
+        values, white = _mask_values(image)
+        high = values.max(initial=0)
+        mask = values >= (white / 2 if high > 1 or image.mode == "F" else 1)
+        _refuse_alpha(image, mask)
+        if not high:
+            raise _Unusable("the mask marks nothing, but its image is listed as manipulated")
+        if not mask.any() or (high < 0.9 * white and high > 1 and len(np.unique(values)) > 2):
+            raise _Unusable(
+                f"the mask has the values {_listed(values)} of 0 to {white}: it is not clear what is manipulated; "
+                f"save it with 0 where nothing was changed and {white} where the image was manipulated"
+            )
+        return mask, values
+
+
+def _mask_values(image: Image.Image) -> tuple[np.ndarray, int]:
+    """The grey values ``(H, W)`` of a mask's file, and its white.  Raises ``_Unusable`` where it has colours."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep(image)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L")), 255
+    rgb = np.asarray(_to_rgb(image))
+    grey, lowest = rgb.max(axis=2), rgb.min(axis=2)
+    if (grey - lowest).max(initial=0) > GREY_SPREAD:
+        raise _Unusable("the mask has colours; save it in grey, black where nothing was changed and white where it was")
+    return grey, 255
+
+
+def _refuse_alpha(image: Image.Image, mask: np.ndarray) -> None:
+    """Raise ``_Unusable`` where an alpha channel marks other pixels than the colours' ``mask`` does."""
+    if image.mode != "La" and not image.has_transparency_data:
+        return
+    alpha = np.asarray(image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A"))
+    opaque = alpha >= 128
+    if alpha.min() < alpha.max() and not (np.array_equal(opaque, mask) or np.array_equal(opaque, ~mask)):
+        raise _Unusable(
+            "the mask's alpha channel marks other pixels than its colours do; save it in grey without alpha, "
+            "black where nothing was changed and white where it was"
+        )
+
+
+def _listed(values: np.ndarray, count: int = 5) -> str:
+    """The distinct values in words, at most ``count`` of them."""
+    found = [f"{value:g}" for value in np.unique(values)]
+    return ", ".join(found if len(found) <= count else [*found[: count - 1], "...", found[-1]])
 
 
 def random_square(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

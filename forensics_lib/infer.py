@@ -13,12 +13,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from forensics_lib.calibration import at_temperature
+from forensics_lib.calibration import calibrated
 from forensics_lib.distributed import launch, launches, rank, wait_for_all, world
 from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import WriteError, is_main, whole, write_csv
 from forensics_lib.images import ImageError, read_header
-from forensics_lib.inference import FALLBACK_PROB, load_mask, predict_masks, predict_probabilities, save_mask
+from forensics_lib.inference import (
+    FALLBACK_PROB,
+    BrokenModelError,
+    check_finite,
+    load_mask,
+    predict_masks,
+    predict_probabilities,
+    save_mask,
+)
 from forensics_lib.layouts import mask_names
 from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
@@ -44,8 +52,8 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     is done; those of another model, other parameters or other images are removed.  With ``processes`` above 1 that many
     processes share the work.  Returns image_id, prob, error and path.
     """
-    temperature = stored_thresholds(run, task).get("temperature")
-    if temperature is None:
+    thresholds = stored_thresholds(run, task)
+    if "temperature" not in thresholds:
         raise InferenceError(
             f"{run.thresholds} names no temperature for Task {task}: run the training notebook of this run again"
         )
@@ -65,7 +73,7 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     wait_for_all()
     table = shards.merged()
     failed = table["error"].notna()
-    table["prob"] = at_temperature(table["prob"].to_numpy(), temperature)
+    table["prob"] = calibrated(table["prob"].to_numpy(), thresholds)
     table["prob"] = table["prob"].where(~failed, FALLBACK_PROB)
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
@@ -154,6 +162,7 @@ class Shards:
         answers = self._answers(rows, model, machine)
         for number in mine:
             part = pd.DataFrame(islice(answers, len(self.part(number))), columns=["path", "prob", "error"])
+            check_finite(part["path"], part["prob"], part["error"])
             with whole(self.file(number)) as temporary:
                 part.astype({"error": "string"}).to_parquet(temporary)
 
@@ -177,18 +186,24 @@ class Shards:
         for answer in predict_masks(model, rows, params, machine):
             path = Path(paths[answer.index])
             mask = np.zeros(_declared_size(path), np.float16) if answer.mask is None else answer.mask
-            save_mask(self.run.masks / self.masks[path.name], mask)
+            if answer.error or np.isfinite(answer.prob):
+                save_mask(self.run.masks / self.masks[path.name], mask)
             yield {"path": str(path), "prob": answer.prob, "error": answer.error}
 
     def merged(self) -> pd.DataFrame:
-        """All answers in the order of the images.  Raises ``InferenceError`` where they are not exactly the images'."""
+        """All answers in the order of the images.  Raises ``InferenceError`` where they are not the images' or not finite."""
         table = pd.concat([pd.read_parquet(self.file(number)) for number in range(len(self))], ignore_index=True)
         if table["path"].tolist() != self.rows["path"].tolist():
             raise InferenceError(
                 f"the shards in {self.folder} hold {len(table)} images, {self.run.test_folder(self.task)} holds "
                 f"{len(self.rows)}, and they differ; remove {self.folder} and infer again"
             )
-        return table.astype({"error": object}).replace({"error": {pd.NA: None}})
+        table = table.astype({"error": object}).replace({"error": {pd.NA: None}})
+        try:
+            check_finite(table["path"], table["prob"], table["error"])
+        except BrokenModelError as error:
+            raise InferenceError(f"{error}. The shards in {self.folder} hold such answers: remove it and infer again") from None
+        return table
 
 
 def _declared_size(path: Path) -> tuple[int, int]:

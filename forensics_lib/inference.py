@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,17 +16,37 @@ from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
 from forensics_lib.images import pad_to
 from forensics_lib.machine import Machine
+from forensics_lib.metrics import written_mask
 from forensics_lib.model import CombinedModel, padded_side
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
 
+SHOWN = 5  # images that an error names
 FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the submission all the same
 MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
 
 
+class BrokenModelError(RuntimeError):
+    """A model's answer to an image that could be read is not a finite number; the message names the images."""
+
+
+def check_finite(paths: Sequence[str] | pd.Series, probs: Sequence[float] | pd.Series, errors: Sequence | pd.Series) -> None:
+    """Raise ``BrokenModelError`` where a probability is not finite though its image has no error (None or missing)."""
+    broken = [path for path, prob, error in zip(paths, probs, errors, strict=True) if pd.isna(error) and not np.isfinite(prob)]
+    if broken:
+        raise BrokenModelError(
+            f"the model's answer is not a finite number for {len(broken)} of {len(probs)} images, such as "
+            f"{', '.join(broken[:SHOWN])}: its weights are damaged or its activations overflow. Try precision: fp32; else "
+            "train again at a lower rate"
+        )
+
+
 @dataclass
 class ProbPrediction:
-    """Task A's answer for one image: ``prob`` in [0, 1], NaN where it could not be read for the reason in ``error``."""
+    """Task A's answer for one image: ``prob`` in [0, 1]; NaN where it could not be read for the reason in ``error``.
+
+    NaN without an error is a broken model's answer, see ``check_finite``; so it is in ``MaskPrediction``.
+    """
 
     index: int
     prob: float
@@ -84,7 +104,7 @@ def _complete(waiting: deque[tuple[ProbPrediction, int, list[float]]]) -> Iterat
 
 
 def _sigmoid(x: float) -> float:
-    return float(1 / (1 + np.exp(-np.clip(x, -60, 60))))
+    return float(1 / (1 + np.exp(-np.clip(x, -60, 60)))) if np.isfinite(x) else float("nan")
 
 
 @dataclass
@@ -115,7 +135,7 @@ def predict_masks(
             yield MaskPrediction(sample["index"], float("nan"), None, sample["error"])
         else:
             prob, mask = predict_mask(model, np.asarray(sample["image"]), params, machine)
-            yield MaskPrediction(sample["index"], prob, mask)
+            yield MaskPrediction(sample["index"], prob if np.isfinite(mask).all() else float("nan"), mask)
 
 
 @torch.inference_mode()
@@ -141,7 +161,7 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     with machine.autocast():
         whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
         logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
-    return logits.softmax(1)[0, 1].item(), total.astype(np.float16)
+    return logits.softmax(1)[0, 1].item(), written_mask(total)
 
 
 def _scaled(image: np.ndarray, scale: float) -> np.ndarray:

@@ -6,20 +6,24 @@ test), source, generator, method, kind (orig, sp, fr, full) and group (the photo
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import os
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from forensics_lib.disk import Looks
+from forensics_lib.disk import LFS, LFS_POINTER, NOT_UTF8, Looks, broken_link, shown
 from forensics_lib.images import SUFFIXES, ImageError, has_image_ending, is_image, read_header
 
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
@@ -68,6 +72,8 @@ class Rows:
         self._no_images: list[str] = []  # by their content
         self._hidden: list[str] = []
         self._unreadable: list[str] = []
+        self._empty: list[str] = []  # links to folders that hold nothing
+        self._left_out: list[str] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,10 +91,11 @@ class Rows:
         groups: list[str | None] | None = None,
         masks: list[str | None] | None = None,
     ) -> None:
-        """Add images; without ``groups`` each is a photo of its own."""
+        """Add images; without ``groups`` each is a photo of its own.  Paths that are not UTF-8 stand as ``disk.shown``."""
+        paths = [shown(path) for path in paths]
         self.paths += paths
-        self._groups += [group or path for group, path in zip(groups, paths, strict=True)] if groups else paths
-        self._masks += masks or [None] * len(paths)
+        self._groups += [shown(group or path) for group, path in zip(groups, paths, strict=True)] if groups else paths
+        self._masks += [mask and shown(mask) for mask in masks] if masks else [None] * len(paths)
         self._shared.append((label, split, source, generator, method, kind))
         self._lengths.append(len(paths))
 
@@ -97,10 +104,13 @@ class Rows:
 
         Hidden folders and those that macOS adds to archives are passed over; files without an image's name, and folders
         that cannot be read, are noted.  With ``by_content`` files without an image's name are opened: those that are
-        images all the same count.
+        images all the same count.  Names that are not UTF-8 come as ``disk.shown`` gives them.  Raises ``LayoutError`` for
+        links to folders that are not there.
         """
         seen: set[str] = set()
         waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), ())] if root.is_dir() else []
+        if not waiting and (link := broken_link(root)):
+            raise LayoutError(link)
         while waiting:
             place, parts = waiting.pop()
             real = os.path.realpath(place)
@@ -110,35 +120,62 @@ class Rows:
             try:
                 names = sorted(os.listdir(place))  # noqa: PTH208 (speed)
             except OSError as error:
-                self._unreadable.append(f"{place} ({error.strerror})")
+                self._unreadable.append(f"{shown(place)} ({error.strerror})")
                 continue
             images = [name for name in names if name[name.rfind(".") :].lower() in SUFFIXES and name[0] != "."]
             others = sorted(set(names).difference(images)) if len(images) < len(names) else []
             others = [name for name in others if not name.startswith(".") and name != "__MACOSX"]
-            folders = [name for name in others if (Path(place) / name).is_dir()]
+            folders = [name for name in others if os.path.isdir(f"{place}{os.sep}{name}")]  # noqa: PTH112 (odd names)
             rest = [name for name in others if name not in folders]
             if by_content:
                 found = self._by_content(place, names, rest)
                 images = sorted([*images, *found]) if found else images
             else:
-                self._passed_over += [f"{place}{os.sep}{name}" for name in rest]
-            waiting += [(f"{place}{os.sep}{name}", (*parts, name)) for name in reversed(folders)]
+                self._pass_over(place, rest)
+            waiting += [(f"{place}{os.sep}{name}", (*parts, shown(name))) for name in reversed(folders)]
             if images:
-                paths = [f"{place}{os.sep}{name}" for name in images]
+                images = [shown(name) for name in images]
+                paths = [f"{shown(place)}{os.sep}{name}" for name in images]
                 self.looks.ask(paths)
                 yield Folder(parts, images, paths)
+            elif not names and os.path.islink(place):  # noqa: PTH114 (as above)
+                self._empty.append(f"{shown(place)} (to {shown(real)})")
+
+    def _pass_over(self, place: str, names: list[str]) -> None:
+        """Note files without an image's ending.  Raises ``LayoutError`` where they are links that lead nowhere."""
+        paths = [f"{place}{os.sep}{name}" for name in names]
+        links = [link for path in paths if (link := broken_link(path))]
+        _refuse(links)
+        self._passed_over += map(shown, paths)
+
+    def serve(self, task: str) -> None:
+        """Make rows of Task B serve Task A, without their masks, or the authentic ones of Task A serve Task B."""
+        if task == "A":
+            self._masks = [None] * len(self.paths)
+            self._shared = [(*values[:5], "full" if values[0] else "orig") for values in self._shared]
+            return
+        authentic = [not values[0] for values in self._shared]
+        kept = np.repeat(authentic, self._lengths)
+        if not kept.all():
+            self._left_out.append(f"{np.count_nonzero(~kept)} synthetic image(s), which have no masks, are left out of Task B")
+        self.paths, self._groups, self._masks = (
+            list(compress(column, kept)) for column in (self.paths, self._groups, self._masks)
+        )
+        self._shared, self._lengths = (list(compress(column, authentic)) for column in (self._shared, self._lengths))
 
     def _by_content(self, place: str, names: list[str], unknown: list[str]) -> list[str]:
         """Those of the ``unknown`` files of a folder that are images; the others, and hidden images, are noted."""
         found = [name for name in unknown if has_image_ending(name) or is_image(f"{place}{os.sep}{name}")]
-        self._no_images += [f"{place}{os.sep}{name}" for name in sorted(set(unknown).difference(found))]
+        self._no_images += [shown(f"{place}{os.sep}{name}") for name in sorted(set(unknown).difference(found))]
         hidden = [f"{place}{os.sep}{name}" for name in names if name.startswith(".")]
-        self._hidden += [path for path in hidden if is_image(path)]
+        self._hidden += [shown(path) for path in hidden if is_image(path)]
         return found
 
     def notes(self) -> list[str]:
         """What was passed over, with the remedy."""
         notes = [f"{place} cannot be read and is left out: allow it with chmod u+rx" for place in self._unreadable]
+        notes += [f"the link {place} leads to an empty folder: is its disk mounted?" for place in self._empty]
+        notes += self._left_out
         for paths, what in (
             (self._no_images, "file(s) whose content is no image are passed over"),
             (self._hidden, "hidden image(s), whose names begin with a dot, are passed over: rename those that are wanted"),
@@ -159,11 +196,10 @@ class Rows:
         columns = {"path": pa.array(self.paths, pa.large_string()), "group": pa.array(self._groups, pa.large_string())}
         columns["mask_path"] = pa.array(self._masks, pa.large_string())
         names = ("label", "split", "source", "generator", "method", "kind")
+        run_of = pa.array(np.repeat(np.arange(len(self._lengths)), self._lengths))
         for number, name in enumerate(names):
-            kind = pa.large_string() if number else pa.int64()
-            runs = zip((values[number] for values in self._shared), self._lengths, strict=True)
-            repeated = [pa.repeat(pa.scalar(value, kind), length) for value, length in runs]
-            columns[name] = pa.concat_arrays(repeated) if repeated else pa.array([], kind)
+            runs = pa.array([values[number] for values in self._shared], pa.large_string() if number else pa.int64())
+            columns[name] = runs.take(run_of)
         return pa.table(columns).select(COLUMNS).to_pandas(types_mapper=pandas_type)
 
 
@@ -177,9 +213,31 @@ def pandas_type(kind: pa.DataType) -> pd.StringDtype | pd.UInt64Dtype | None:
 def contents(folder: Path) -> str:
     """What a folder holds, for error messages."""
     if not folder.is_dir():
-        return f"{folder} is {'a file' if folder.exists() else 'not there'}"
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
+        return broken_link(folder) or f"{folder} is {'a file' if folder.exists() else 'not there'}"
+    entries = sorted(folder.iterdir())
+    names = [shown(entry.name) + "/" * entry.is_dir() for entry in entries]
+    links = [link for entry in entries if (link := broken_link(entry))]
+    held = f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
+    return "; ".join([held, *links[:12]])
+
+
+def refuse_broken_links(root: Path) -> None:
+    """Raise ``LayoutError`` for links to folders, in ``root`` and in its folders, that lead nowhere."""
+    folders, links = [str(root)] if root.is_dir() else [], []
+    for folder in folders:
+        with suppress(PermissionError), os.scandir(folder) as entries:  # the walk notes it
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if folder == str(root) and entry.is_dir():
+                    folders.append(entry.path)  # its folders are looked at, theirs are not
+                elif entry.is_symlink() and entry.name[0] != "." and Path(entry).suffix.lower() not in SUFFIXES:
+                    links.append(broken_link(entry.path))
+    _refuse([link for link in links if link])
+
+
+def _refuse(links: list[str]) -> None:
+    if links:
+        more = f"; and {len(links) - NAMED} more." if len(links) > NAMED else ""
+        raise LayoutError(f"{'; '.join(links[:NAMED])}{more} Mount it, or take the links out")
 
 
 def read_task_a(root: Path) -> Rows:
@@ -286,7 +344,7 @@ def read_task_b_validation(root: Path) -> Rows:
 
 
 def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A data set's own CSV as text; a byte order mark and Windows line ends do not matter.  Raises ``LayoutError``."""
+    """A data set's own CSV as text.  Raises ``LayoutError``."""
     if not path.is_file():
         raise LayoutError(f"no {path.name} in {path.parent}; {contents(path.parent)}")
     listing = read_text_table(path)
@@ -295,18 +353,74 @@ def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
     return listing
 
 
-def read_text_table(path: Path) -> pd.DataFrame:
-    """A CSV as text, empty where a row is short; with or without a byte order mark.  Raises ``LayoutError``."""
+def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
+    """A CSV (or its first ``rows`` rows) as text, its column names in small letters, its index the lines' numbers from 1 on.
+
+    Fields may be separated by commas, semicolons or tabs and stand in quotes; blanks around them and empty lines do not
+    count, and short rows end in empty fields.  Raises ``LayoutError``.
+    """
+    text = read_text(path)
+    lines = text.lstrip("\r\n")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig").fillna("")
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # what pandas raises of damaged files are ValueErrors
-        raise LayoutError(f"{path} is not a CSV in UTF-8: {error}") from None
-    odd = table.apply(lambda column: column.str.contains("\0", regex=False))
-    if odd.to_numpy().any():
-        raise LayoutError(f"{path} row {int(odd.any(axis=1).to_numpy().argmax()) + 2}: holds a null byte, which no text does")
-    return table
+        options = {"sep": _delimiter(lines), "skipinitialspace": True, "skip_blank_lines": False, "keep_default_na": False}
+        table = pd.read_csv(io.StringIO(lines), header=None, dtype=str, nrows=None if rows is None else rows + 1, **options)
+    except (ValueError, csv.Error) as error:  # what pandas raises of damaged files are ValueErrors
+        raise LayoutError(
+            f"{path} is not a CSV: {str(error).strip()}. A field that holds a separator must stand in quotes"
+        ) from None
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    table.index += 1 + _line_ends(text[: len(text) - len(lines)])
+    table = table[table.ne("").any(axis=1)]
+    return _with_header(path, table)
+
+
+def _delimiter(text: str) -> str:
+    """What separates a table's fields, by its header."""
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    return max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+
+
+def _with_header(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table under the names of its first row, without columns that are empty altogether."""
+    if table.empty:
+        raise LayoutError(f"{path} is not a CSV: it is empty")
+    table = table.loc[:, table.ne("").any()]
+    names, body = table.iloc[0].str.lower().tolist(), table.iloc[1:]
+    if "" in names:
+        raise LayoutError(
+            f"{path}: column {names.index('') + 1} has no name. If it is the index that pandas writes, write the table again "
+            "with to_csv(..., index=False); else name it, or take it out"
+        )
+    if len(set(names)) < len(names):
+        raise LayoutError(f"{path} names a column twice: {', '.join(names)}")
+    return body.set_axis(names, axis=1)
+
+
+def read_text(path: Path) -> str:
+    """A file's text: UTF-8 with or without a byte order mark, or UTF-16 with one.  Raises ``LayoutError``."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LayoutError(f"{path} cannot be read: {broken_link(path) or error.strerror}") from None
+    if data.startswith(LFS):
+        raise LayoutError(f"{path} is {LFS_POINTER}")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        row, kind = _line_ends(data[: error.start].decode("latin-1")) + 1, "CSV" if path.suffix.lower() == ".csv" else "text"
+        raise LayoutError(
+            f"{path} is not a {kind} in UTF-{16 if wide else 8}: byte 0x{data[error.start]:02x} in row {row}. Save it as UTF-8 "
+            f"(Excel: CSV UTF-8), or convert it from its own encoding: iconv -f cp1252 -t UTF-8 {path.name} > new{path.suffix}"
+        ) from None
+    if "\0" in text:
+        row = _line_ends(text[: text.index("\0")]) + 1
+        raise LayoutError(f"{path} row {row}: holds a null byte, which no text does (UTF-16 is read with a byte order mark)")
+    return text
+
+
+def _line_ends(text: str) -> int:
+    return len(re.findall(r"\r\n|\r|\n", text))
 
 
 def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
@@ -356,7 +470,7 @@ def masks_alike(paths: pd.Series | list[str]) -> list[str]:
 def read_test(folder: Path) -> Rows:
     """A flat folder of unlabelled test images, by name: every file that is an image by its content or its name."""
     if not folder.is_dir():
-        raise LayoutError(f"no test folder {folder}; {contents(folder.parent)}")
+        raise LayoutError(broken_link(folder) or f"no test folder {folder}; {contents(folder.parent)}")
     rows, deeper = Rows(), []
     for found in rows.walk(folder, by_content=True):
         if found.parts:
@@ -365,9 +479,21 @@ def read_test(folder: Path) -> Rows:
             rows.add(found.paths, None, "test", folder.name, kind=None)
     if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
+    _check_names(folder)
     if deeper:
         names = ", ".join(map(str, deeper[:NAMED]))
         print(f"{folder}: the images in {names} are not test images, since those lie in the folder itself")
     for note in rows.notes():
         print(note)
     return rows
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse test images whose names no submission can hold, since it is UTF-8.  Raises ``LayoutError``."""
+    odd = sorted(shown(name) for name in os.listdir(folder) if shown(name) != name)  # noqa: PTH208 (speed)
+    odd = [name for name in odd if name[name.rfind(".") :].lower() in SUFFIXES]
+    if odd:
+        raise LayoutError(
+            f"{folder}: {len(odd)} test image(s) cannot be named in a submission, which is UTF-8. They are "
+            f"{', '.join(odd[:NAMED])}{', ...' * (len(odd) > NAMED)}; of each: {NOT_UTF8}"
+        )

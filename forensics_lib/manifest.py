@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from forensics_lib.forgeries import make_forgeries
 from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
 from forensics_lib.layouts import LayoutError, Rows, mask_names, masks_alike, read_test
 from forensics_lib.params import DataSet
-from forensics_lib.readers import read_data_set, recognised, task_of
+from forensics_lib.readers import of_itw_sm, read_data_set, recognised, task_of
 from forensics_lib.runs import Run
 
 
@@ -28,7 +30,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     ``LayoutError`` where a split lacks a class.
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
-    notes = [note for table in tables for note in table.attrs.pop("notes")]
+    notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
     if run.params.aligned and task == "A":
         tables.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), tables))
     if run.params.forgeries and task == "B":
@@ -46,7 +48,8 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
 def indexed(entry: DataSet) -> pd.DataFrame:
     """The images of one data set with the facts of their files; raises ``LayoutError``."""
     rows = read_data_set(entry)
-    table = _with_file_facts(rows, facts_cache(entry.root, entry.layout)).assign(data_set=entry.root, layout=entry.layout)
+    cache = facts_cache(entry.root, f"{entry.layout}{entry.task or ''}")
+    table = _with_file_facts(rows, cache).assign(data_set=entry.root, layout=entry.layout)
     table.attrs["notes"] = rows.notes()
     return table
 
@@ -90,7 +93,42 @@ def _named(run: Run, task: str) -> list[DataSet]:
     entries = [recognised(entry) for entry in run.params.data or []]
     if run.params.run_type == "constrained":
         refuse_unofficial(entries, run.params.edition)
-    return [entry for entry in entries if task_of(entry) == task]
+        _refuse_other_task(entries)
+    tasks = [task_of(entry) for entry in entries]
+    if task not in tasks:
+        listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
+        raise LayoutError(
+            f"Task {task}: no data set of data: serves it. {listed}. Add one{_SERVES_B if task == 'B' else ''}, or take the "
+            f"task out: tasks: [{'BA'['AB'.index(task)]}]"
+        )
+    return [entry for entry, of in zip(entries, tasks, strict=True) if of == task]
+
+
+_SERVES_B = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set's authentic images)"
+
+
+def _refuse_other_task(entries: list[DataSet]) -> None:
+    """Official data are so for one task.  Raises ``LayoutError``."""
+    for entry in entries:
+        if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+            raise LayoutError(
+                f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
+                "Take task out of its entry, or set run_type: open"
+            )
+
+
+def unused(run: Run) -> list[str]:
+    """The data sets that the run names and that no task of it uses, each with the remedy."""
+    if run.sample or len(run.params.tasks) > 1:
+        return []
+    (task,) = run.params.tasks
+    entries = [recognised(entry) for entry in run.params.data or []]
+    return [
+        f"data: {entry.root} ({entry.layout}) serves Task {task_of(entry)} and is not used, since tasks is [{task}]: take it "
+        f"out{', or set task: B in its entry to use its authentic images' if task == 'B' else ''}"
+        for entry in entries
+        if task_of(entry) != task
+    ]
 
 
 def _of_data_root(run: Run, task: str) -> list[DataSet]:
@@ -152,11 +190,91 @@ def manipulation(row: pd.Series) -> str:
 
 
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """At most ``limit`` rows, the same share of each class and source."""
+    """``limit`` rows, or all where there are no more; classes and their sources by ``sampled_places``."""
+    return rows.iloc[sampled_places(rows, limit, seed)].reset_index(drop=True)
+
+
+def sampled_places(rows: pd.DataFrame, limit: int, seed: int, by: str = "source") -> np.ndarray:
+    """The positions, in order, of ``limit`` rows, or of all where there are no more.
+
+    The classes have their shares of ``rows``, and so have the groups ``by`` which a class is divided; while ``limit`` allows
+    each has at least one row.  ``seed`` is any number from 0 on; the same rows and seed give the same answer.
+    """
     if len(rows) <= limit:
-        return rows
-    parts = rows.groupby(["label", "source"], group_keys=False)
-    return parts.sample(frac=limit / len(rows), random_state=seed).sort_index().reset_index(drop=True)
+        return np.arange(len(rows))
+    rng, chosen = np.random.default_rng(seed), []
+    labels = rows["label"].to_numpy(int)
+    classes, counts = np.unique(labels, return_counts=True)
+    for label, quota in zip(classes, apportioned(counts, limit, rng), strict=True):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        groups, names = pd.factorize(rows[by].iloc[members], use_na_sentinel=False)
+        quotas = apportioned(np.bincount(groups, minlength=len(names)), quota, rng)
+        turn = pd.Series(groups).groupby(groups).cumcount().to_numpy()
+        chosen.append(members[turn < quotas[groups]])
+    return np.sort(np.concatenate([np.zeros(0, int), *chosen]))
+
+
+def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """How many of ``limit`` each of the groups of ``counts`` images gets, by largest remainder; equal remainders by lot.
+
+    Where ``limit`` allows, each group gets at least one; none gets more than it has.
+    """
+    counts = np.asarray(counts)
+    limit = min(limit, int(counts.sum()))
+    shares = counts * (limit / max(1, counts.sum()))
+    if len(counts) <= limit:
+        free = np.ones(len(counts), bool)
+        while (low := free & (shares < 1)).any():
+            free &= ~low
+            shares = np.where(free, counts * ((limit - (~free).sum()) / max(1, counts[free].sum())), 1.0)
+    quotas = np.floor(shares + 1e-9).astype(int)  # 3 / 7 * 7 is below 3
+    by_remainder = np.lexsort((rng.random(len(counts)), quotas - shares.round(9)))
+    quotas[by_remainder[: limit - quotas.sum()]] += 1
+    return quotas
+
+
+FEWEST = 10  # images of each class with which a group of images decides, where another has as many
+
+
+def deciding(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> tuple[np.ndarray, str]:
+    """Which validation ``rows`` choose epoch, calibration and thresholds: ``(N,)`` bool, and the rule in words.
+
+    They are the official validation set's; without it those of sources that ``train`` lacks; else all.  A rule is passed
+    over where its images lack a class, and where they have under ``FEWEST`` of one and those of a later rule have not.
+    """
+    labels, everything = rows["label"].to_numpy(int), np.ones(len(rows), bool)
+    rules = _official(run, task, rows, train)
+    rules["sources that training lacks"] = ~rows["source"].isin(train["source"]).to_numpy()
+    wanted = FEWEST if np.bincount(labels, minlength=2).min() >= FEWEST else 1
+    passed_over = ""
+    for name, mask in rules.items():
+        authentic, positive = np.bincount(labels[mask], minlength=2)
+        if min(authentic, positive) >= wanted:
+            return mask, name + passed_over
+        if mask.any():
+            passed_over += f"; too few of {name}: {authentic} authentic, {positive} positive"
+    return everything, "all validation images" + passed_over
+
+
+def _official(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The rules that name official validation images, the narrowest first."""
+    if task == "B":
+        return {"the official validation set": rows["layout"].eq("task_b_validation").to_numpy()}
+    folders = rows["path"].map(os.path.dirname)
+    in_itw_sm = {folder: of_itw_sm(Path(folder).resolve()) for folder in folders.unique()}
+    itw_sm = (rows["layout"].eq("itw_sm") | folders.map(in_itw_sm)).to_numpy(bool)
+    place = (run.data / "dataset").resolve()
+    roots = [root for root in rows.loc[rows["layout"].eq("own"), "data_set"].unique() if from_home(root).resolve() == place]
+    own = rows["data_set"].isin(roots).to_numpy()
+    new = own & ~rows["source"].isin(train["source"]).to_numpy()
+    named = "the official validation set (dataset/val)"
+    return {"the official validation set (ITW-SM)": itw_sm, f"{named}, sources that training lacks": new, named: own}
+
+
+def deciding_first(rows: pd.DataFrame, decides: np.ndarray, limit: int, seed: int) -> pd.DataFrame:
+    """``limit`` validation rows, or all, ``sampled`` from those that decide, and from the others where there is room."""
+    first = sampled(rows[decides], limit, seed)
+    return pd.concat([first, sampled(rows[~decides], limit - len(first), seed)], ignore_index=True)
 
 
 def data_fingerprint(manifest: pd.DataFrame) -> str:
@@ -218,9 +336,32 @@ def _contradictions(table: pd.DataFrame) -> pd.Series:
 
 
 def _check_classes(table: pd.DataFrame, task: str) -> None:
-    good = table["error"].isna()
+    good, lacking = table["error"].isna(), []
     for split in ("train", "val"):
         for label, name in enumerate(("authentic (0)", "synthetic or manipulated (1)")):
             listed = table["split"].eq(split) & table["label"].eq(label)
             if not (listed & good).any():
-                raise LayoutError(f"Task {task}: no usable {name} images in {split} ({listed.sum()} found that cannot be used)")
+                reasons = "".join(f"\n  {reason}" for reason in _reasons(table[listed]))
+                lacking.append(f"no usable {name} images in {split} ({listed.sum()} found that cannot be used){reasons}")
+    if lacking:
+        names = table["label"].map({0: "authentic", 1: "positive"})
+        found = ", ".join(f"{split} {name} {count}" for (split, name), count in table.groupby(["split", names]).size().items())
+        raise LayoutError(
+            f"Task {task}: {'; '.join(lacking)}\nRead: {found}, from {', '.join(table['data_set'].unique())}. data/README.md "
+            "says what goes where; split: in an entry of data: says what a set is for"
+        )
+
+
+def _reasons(rows: pd.DataFrame, shown: int = 5) -> Iterator[str]:
+    """Why rows cannot be used: each kind of reason with how many there are and the first, the commonest first."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows[rows["error"].notna()].itertuples(index=False):
+        kind = row.error
+        for path in (row.path, row.mask_path):
+            kind = kind.replace(path, "").replace(Path(path).name, "") if isinstance(path, str) else kind
+        kinds.setdefault(re.sub(r"\d+", "0", kind), []).append(row.error)
+    sorted_kinds = sorted(kinds.values(), key=len, reverse=True)
+    for errors in sorted_kinds[:shown]:
+        yield f"{len(errors)}: {errors[0]}"
+    if len(sorted_kinds) > shown:
+        yield f"{sum(map(len, sorted_kinds[shown:]))} for other reasons"

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.files import whole
+from forensics_lib.disk import LFS_POINTER, broken_link, is_lfs_pointer
+from forensics_lib.files import from_home, whole
 from forensics_lib.params import Params
 from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
@@ -249,23 +250,54 @@ def _create_backbone(name: str, drop_path: float, pretrained: bool, file: str | 
     if not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
         raise ValueError(f"backbone: timm has no model {name!r}; some it has: {', '.join(close) or 'see timm.list_models()'}")
-    if file and not Path(file).is_file():
-        raise FileNotFoundError(f"pretrained_file: no file {file}; give a .pth or .safetensors file of {name}")
-    overlay = {"file": file} if file else None
+    overlay = _weights_of(file, name) if file else None
     if pretrained:
         print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
     options = {"pretrained": pretrained, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
         backbone = _seeded_backbone(name, options, drop_path)
+        backbone.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
         if file:
             _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # readers of weights raise nearly anything on damaged files
         if not pretrained:
             raise
         raise OSError(_no_weights_message(name, file, error)) from error
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
         raise ValueError(f"backbone: timm's {name} gives no intermediate features; choose another, such as convnext_base")
     return backbone
+
+
+def _weights_of(file: str, name: str) -> dict[str, Any]:
+    """Where timm takes the weights of ``pretrained_file`` from: the file, or of a run's checkpoint its backbone's.
+
+    Raises ``FileNotFoundError``, and ``ValueError`` where the checkpoint holds another backbone.
+    """
+    path = from_home(file)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"pretrained_file: {broken_link(path) or f'no file {path}'}; give a .pth or .safetensors file of {name}"
+        )
+    content = run_checkpoint(file)
+    if content is None:
+        return {"file": str(path)}
+    config = content["config"]
+    if (config["backbone"], config["frontend"]) != (name, "rgb"):
+        raise ValueError(
+            f"pretrained_file: {path} is a run's checkpoint of {config['backbone']} with frontend {config['frontend']}; a run "
+            f"with {name} can start from one with backbone {name} and frontend rgb"
+        )
+    weights = {key.removeprefix("backbone."): value for key, value in content["model"].items() if key.startswith("backbone.")}
+    return {"state_dict": weights}
+
+
+def run_checkpoint(file: str) -> dict[str, Any] | None:
+    """The content of ``pretrained_file`` where it is a checkpoint that a run made, else None."""
+    try:
+        content = torch.load(from_home(file), map_location="cpu", weights_only=True)
+    except Exception:  # weights of another kind, or damaged: timm says what is wrong with them
+        return None
+    return content if isinstance(content, dict) and {"format", "config", "model"} <= set(content) else None
 
 
 def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
@@ -289,6 +321,8 @@ def _check_loaded(backbone: nn.Module, fresh: nn.Module) -> None:
 def _no_weights_message(name: str, file: str | None, error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if file and is_lfs_pointer(from_home(file)):
+        return f"pretrained_file: {file} is {LFS_POINTER}"
     if file:
         return f"the weights in {file} do not load into {name}: {error}"
     cache = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
@@ -301,7 +335,15 @@ def _no_weights_message(name: str, file: str | None, error: Exception) -> str:
 
 
 def build_model(params: Params, task: str) -> CombinedModel:
-    """The model that a run trains for a task."""
+    """The model that a run trains for a task.
+
+    Raises ``ValueError`` where a constrained run would start from another run, whose data are not known here.
+    """
+    if params.run_type == "constrained" and params.pretrained_file and run_checkpoint(params.pretrained_file):
+        raise ValueError(
+            f"pretrained_file: {params.pretrained_file} is a run's checkpoint, which may have been trained on other "
+            "than official data: give a constrained run timm's weights of the backbone, or set run_type: open"
+        )
     return CombinedModel(
         task,
         params.backbone,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from forensics_lib.layouts import LayoutError, mask_clashes
-from forensics_lib.manifest import data_sets, indexed, test_images
+from forensics_lib.manifest import data_sets, indexed, test_images, unused
 from forensics_lib.params import DataSet
 from forensics_lib.runs import Run
 
@@ -62,6 +62,8 @@ def check_data(run: Run) -> Check:
     """Count what the run needs, against what is published.  Sets that are not there count as empty."""
     rows: list[dict[str, object]] = []
     unusable: list[str] = []
+    for note in unused(run):
+        print(note)
     for task in run.params.tasks:
         for entry in data_sets(run, task):
             lines, reasons = _check_set(entry)

@@ -40,6 +40,9 @@ class DataSet(BaseModel):
         None, description="how it is laid out, or module:function of a reader; null: recognised by what lies in it"
     )
     split: Literal["train", "val", "test"] | None = Field(None, description="its split, where the layout tells none")
+    task: Literal["A", "B"] | None = Field(
+        None, description="the task it serves; null: B where it has masks. B without masks: its authentic images alone"
+    )
     coco_root: str | None = Field(None, description="corvi_ldm: the folder of COCO's train2017 images")
     lsun_root: str | None = Field(None, description="corvi_ldm: CNNDetection's train folder")
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from forensics_lib.disk import LFS_POINTER, NOT_UTF8, broken_link, is_lfs_pointer, shown
+
 _MEMBER = re.compile(r"(?P<file>.+\.parquet)#(?P<column>[^#]+)=(?P<row>\d+)", re.DOTALL)
 
 
@@ -60,6 +62,27 @@ def _opened(file: str) -> tuple[Any, np.ndarray]:
 @lru_cache(maxsize=1)
 def _column(file: str, column: str, group: int) -> Any:
     return _opened(file)[0].read_row_group(group, [column], use_threads=False).column(0)
+
+
+def damage(file: Path) -> str | None:
+    """Why a parquet file cannot be read, as far as its name and its footer tell; None where it can."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if shown(file) != str(file):
+        return NOT_UTF8
+    if is_lfs_pointer(file):
+        return LFS_POINTER
+    try:
+        pq.read_schema(file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return broken_link(file) or damaged_by(error)
+    return None
+
+
+def damaged_by(error: Exception) -> str:
+    """What an error of pyarrow says of a file, with the remedy."""
+    return f"damaged, or not downloaded to its end: download it again. {str(error).strip().splitlines()[0]}"
 
 
 def image_columns(file: Path) -> list[str]:

@@ -98,7 +98,7 @@ def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
 
 def score_curves(evaluation: Evaluation, task: str) -> Figure:
     """ROC, precision-recall, and the distribution of probabilities with the threshold."""
-    table, threshold = evaluation.table, evaluation.thresholds["threshold"]
+    table, threshold = evaluation.judged, evaluation.thresholds["threshold"]
     figure, axes = new_figure(1, 3, 10, 3)
     roc, pr, hist = axes.flat
     fpr, tpr, _ = roc_curve(table["label"], table["prob"])
@@ -121,14 +121,15 @@ def score_curves(evaluation: Evaluation, task: str) -> Figure:
 
 
 def reliability_diagram(evaluation: Evaluation, task: str) -> Figure:
-    """What share of images is positive at each predicted probability, before and after temperature scaling."""
+    """What share of images is positive at each predicted probability, before and after calibration."""
     figure, axes = new_figure(1, 1, 4, 3.4)
-    axis, labels = axes[0, 0], evaluation.table["label"].to_numpy(int)
+    axis, labels = axes[0, 0], evaluation.judged["label"].to_numpy(int)
+    decides = evaluation.table["deciding"].to_numpy()
     axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="exact")
     scores = evaluation.metrics
     for name, probs, error, colour in (
-        ("as trained", evaluation.uncalibrated, scores["ece_uncalibrated"], ORANGE),
-        (f"temperature {scores['temperature']:.2f}", evaluation.table["prob"].to_numpy(), scores["ece"], BLUE),
+        ("as trained", evaluation.uncalibrated[decides], scores["ece_uncalibrated"], ORANGE),
+        ("calibrated", evaluation.judged["prob"].to_numpy(), scores["ece"], BLUE),
     ):
         found = reliability(labels, probs)
         axis.plot(found[:, 0], found[:, 1], color=colour, marker="o", ms=4, label=f"{name}: ECE {error:.3f}")
@@ -161,11 +162,7 @@ def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
 def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     """Task A images of an evaluation, and below each where the model sees signs of generation; says so where there are none."""
     if rows.empty:
-        figure, axes = new_figure(1, 1, 5, 0.9)
-        hide_axes(axes)
-        axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
-        figure.suptitle(title, fontsize=10)
-        return figure
+        return _no_image(title)
     figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
     hide_axes(axes)
     model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)
@@ -179,10 +176,19 @@ def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def _no_image(title: str) -> Figure:
+    """The figure of a gallery without an image."""
+    figure, axes = new_figure(1, 1, 5, 0.9)
+    hide_axes(axes)
+    axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def confusion(evaluation: Evaluation, task: str) -> Figure:
     """The confusion matrix at the chosen threshold, as counts."""
-    called = evaluation.table["prob"] >= evaluation.thresholds["threshold"]
-    tp, fp, fn, tn = counts(evaluation.table["label"].to_numpy(), called.to_numpy())
+    called = evaluation.judged["prob"] >= evaluation.thresholds["threshold"]
+    tp, fp, fn, tn = counts(evaluation.judged["label"].to_numpy(), called.to_numpy())
     matrix = np.array([[tn, fp], [fn, tp]])
     figure, axes = new_figure(1, 1, 3.4, 3)
     axis, names = axes[0, 0], CLASS_NAMES[task]
@@ -203,8 +209,10 @@ def example_gallery(run: Run, evaluation: Evaluation, which: str) -> Figure:
 def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
     """A column per image: the image, its truth, the predicted probability, and hits and errors at ``loc_threshold``.
 
-    Images without a known truth show what is flagged instead.
+    Images without a known truth show what is flagged instead; without any image the figure says so.
     """
+    if not examples:
+        return _no_image(title)
     known = examples[0].truth is not None
     rows = 4 if known else 3
     figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
@@ -240,7 +248,8 @@ def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: i
     """Test images with the masks that were written for them, from the highest probability to the lowest."""
     readable = results[results["error"].isna()].sort_values("prob", ascending=False, kind="stable")
     examples = []
-    for _, row in readable.iloc[np.unique(np.linspace(0, len(readable) - 1, count).round().astype(int))].iterrows():
+    places = np.linspace(0, len(readable) - 1, count).round().astype(int) if len(readable) else []
+    for _, row in readable.iloc[np.unique(places)].iterrows():
         mask = load_mask(run.masks / f"{Path(row['path']).stem}.npz")
         examples.append(
             MaskExample(f"{row['image_id'][:14]}\nprob {row['prob']:.2f}", read_image(Path(row["path"])), mask, None)

@@ -6,14 +6,19 @@ Layouts are those of the data sets' own pages and repositories.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from forensics_lib.disk import broken_link, shown
 from forensics_lib.files import from_home
 from forensics_lib.layouts import (
+    NAMED,
     TGIF2_METHODS,
     TGIF_NAMES,
     Folder,
@@ -24,12 +29,14 @@ from forensics_lib.layouts import (
     read_listing,
     read_task_a,
     read_task_b_validation,
+    read_text,
     read_text_table,
     read_tgif,
+    refuse_broken_links,
     sagid_path,
 )
 from forensics_lib.params import DataSet
-from forensics_lib.parquet import class_names, image_columns, member_path
+from forensics_lib.parquet import class_names, damage, damaged_by, image_columns, member_path
 from forensics_lib.plugins import named
 
 Reader = Callable[[Path, DataSet], Rows]
@@ -46,6 +53,8 @@ def read_data_set(entry: DataSet) -> Rows:
     rows = _reader(entry.layout)(root, entry)
     if entry.layout not in READERS:
         _check_own(rows, entry)
+    if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+        rows.serve(entry.task)
     if not len(rows):
         raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
     return rows
@@ -77,15 +86,17 @@ def recognised(entry: DataSet) -> DataSet:
     """The entry with its layout, recognised where none is named.  Raises ``LayoutError``."""
     root = from_home(entry.root)
     if not root.exists():
-        raise LayoutError(f"data: no such folder or file {root}")
+        raise LayoutError(f"data: {broken_link(root) or f'no such folder or file {root}'}")
+    refuse_broken_links(root)
     return entry if entry.layout else DataSet(**entry.model_dump() | {"layout": detect_layout(root)})
 
 
 def task_of(entry: DataSet) -> str:
-    """The task that a data set with a known layout serves: Task B where it has masks."""
+    """The task that a data set with a known layout serves: the one that its entry names, else Task B where it has masks."""
+    if entry.task:
+        return entry.task
     if entry.layout == "table":
-        header = from_home(entry.root).read_text(encoding="utf-8-sig").partition("\n")[0]
-        return "B" if "mask_path" in header.strip().split(",") else "A"
+        return "B" if "mask_path" in read_text_table(from_home(entry.root), rows=0) else "A"
     if entry.layout == "parquet":
         return "B" if has_masks(from_home(entry.root)) else "A"
     if entry.layout not in READERS:
@@ -142,7 +153,10 @@ def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataS
     if not place:
         what = "COCO's train2017 images" if source == "coco" else "CNNDetection's train folder"
         raise LayoutError(f"{listing} lists files of another data set: set {source}_root to the folder with {what}")
-    names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in listing.read_text(encoding="utf-8-sig").split()]
+    if not from_home(place).is_dir():
+        raise LayoutError(f"{source}_root: {contents(from_home(place))}")
+    lines = [line.strip() for line in re.split(r"[\r\n]", read_text(listing))]
+    names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line]
     if source == "lsun":
         names = [f"{category}/0_real/{file}" for category, _, file in (name.partition("_") for name in names)]
     groups = [photo_group("coco", Path(name).stem) for name in names] if source == "coco" else None
@@ -166,9 +180,11 @@ def read_itw_sm(root: Path, entry: DataSet) -> Rows:
         if above:
             continue
         inside = len(folder.parts) > 1
-        platforms = [(folder.parts[1] if inside else name.split("_")[0]).lower() for name in folder.images]
-        for platform in sorted(set(platforms)):
-            paths = [path for path, named in zip(folder.paths, platforms, strict=True) if named == platform]
+        platforms: dict[str, list[str]] = {}
+        for name, path in zip(folder.images, folder.paths, strict=True):
+            platform = (folder.parts[1] if inside else name.split("_")[0]).lower()
+            platforms.setdefault(platform, []).append(path)
+        for platform, paths in sorted(platforms.items()):
             rows.add(paths, label, entry.split or "val", f"itw_sm/{platform}", kind=_kind(label))
     return rows
 
@@ -225,7 +241,7 @@ def read_table(path: Path, entry: DataSet) -> Rows:
             f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
         )
     rows = Rows()
-    for number, item in enumerate(table.to_dict("records"), start=2):
+    for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
     return rows
 
@@ -242,6 +258,8 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
     )
     if split == "train" and of_itw_sm(Path(str(image))):
         raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
+    if image is None:
+        raise LayoutError(f"{table} row {number}: names no path")
     label = int(item["label"])
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
     kind = values["kind"] or ("sp" if mask else _kind(label))
@@ -256,12 +274,34 @@ LABEL_WORDS |= dict.fromkeys(("fake", "synthetic", "1_fake", "ai", "generated", 
 
 def parquet_files(root: Path) -> list[Path]:
     """The parquet files that ``root`` is or holds."""
-    return [root] if root.is_file() and root.suffix == ".parquet" else sorted(root.rglob("*.parquet"))
+    if root.is_file() and root.suffix == ".parquet":
+        return [root]
+    found, seen = [], set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place) / name for name in names if name.endswith(".parquet")]
+    return sorted(found)
+
+
+def sound_parquet_files(root: Path) -> list[Path]:
+    """The parquet files of a data set.  Raises ``LayoutError`` that names all that are damaged or not downloaded."""
+    files = parquet_files(root)
+    damaged = [f"{shown(file)} ({why})" for file in files if (why := damage(file))]
+    if damaged:
+        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        raise LayoutError(f"{len(damaged)} of {len(files)} parquet files cannot be read: {'; '.join(damaged[:NAMED])}{more}")
+    if not files:
+        raise LayoutError(f"no parquet files in {root}; {contents(root)}")
+    return files
 
 
 def has_masks(root: Path) -> bool:
     """Whether a hub data set has a column ``mask``, and so serves Task B."""
-    return "mask" in image_columns(parquet_files(root)[0])
+    return "mask" in image_columns(sound_parquet_files(root)[0])
 
 
 def read_parquet(root: Path, entry: DataSet) -> Rows:
@@ -271,7 +311,7 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
     1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask`` are read where there.
     """
     rows = Rows()
-    for file in parquet_files(root):
+    for file in sound_parquet_files(root):
         images = [name for name in image_columns(file) if name != "mask"]
         image = "image" if "image" in images else images[0] if len(images) == 1 else None
         names = pq.read_schema(file).names
@@ -279,7 +319,7 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
         if image is None or label is None:
             raise LayoutError(f"{file} needs an image column and one of {', '.join(LABEL_COLUMNS)}; it has {', '.join(names)}")
         generator = next((name for name in ("generator", "model") if name in names), None)
-        table = pq.read_table(file, columns=[name for name in (label, generator) if name])
+        table = _columns(file, [name for name in (label, generator) if name])
         labels = _hub_labels(file, label, table.column(label).to_pylist())
         generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
         split = entry.split or next(
@@ -289,13 +329,21 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
     return rows
 
 
+def _columns(file: Path, names: list[str]) -> pa.Table:
+    try:
+        return pq.ParquetFile(file).read(names)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise LayoutError(f"{file}: {damaged_by(error)}") from None
+
+
 def _add_members(
     rows: Rows, file: Path, image: str, labels: list[int], generators: list[str | None], split: str, source: str
 ) -> None:
-    keys = list(zip(labels, generators, strict=True))
+    places: dict[tuple[int, str | None], list[int]] = {}
+    for number, key in enumerate(zip(labels, generators, strict=True)):
+        places.setdefault(key, []).append(number)
     masked = "mask" in image_columns(file)
-    for label, generator in sorted(set(keys), key=str):
-        numbers = [number for number, key in enumerate(keys) if key == (label, generator)]
+    for (label, generator), numbers in sorted(places.items(), key=lambda item: str(item[0])):
         masks = [member_path(file, "mask", number) for number in numbers] if masked and label else None
         kind = "sp" if masks else _kind(label)
         paths = [member_path(file, image, number) for number in numbers]

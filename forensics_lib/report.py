@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -37,8 +38,9 @@ METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
     "eer": "equal error rate",
     "tpr_at_5_fpr": "recall at 5% false positives",
     "ece": "calibration error (ECE)",
-    "ece_uncalibrated": "calibration error before temperature scaling",
+    "ece_uncalibrated": "calibration error before calibration",
     "temperature": "temperature",
+    "intercept": "intercept of the log-odds",
     "threshold": "threshold",
     "iou_manipulated": "mean IoU over manipulated images",
     "pixel_f1_manipulated": "mean pixel F1 over manipulated images",
@@ -130,7 +132,8 @@ def _summary(run: Run, facts: dict[str, Any]) -> list[str]:
 
 
 def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
-    names = {"validation": "validation", "validation_without_overlap": "without overlap", "held_out": "held out"}
+    names = {"validation": "validation", "validation_without_overlap": "without overlap"}
+    names |= {"validation_others": "other validation images", "held_out": "held out"}
     columns = {title: facts.get(f"task{task}_{name}") for name, title in names.items()}
     validation = columns["validation"] or {}
     ends = facts.get(f"task{task}_validation_intervals") or {}
@@ -139,6 +142,7 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     table = pd.DataFrame({title: scores for title, scores in ordered.items() if scores})
     table = table.reindex([key for key in METRIC_NAMES if key in validation]).rename(index=METRIC_NAMES)
     note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
+    note += f" {escape(chosen_on(facts, task))}"
     if columns["without overlap"]:
         note += " Without overlap: without the photographs that stand in another split or data set as well."
     parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
@@ -163,7 +167,21 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
     return parts
 
 
+def chosen_on(facts: dict[str, Any], task: str) -> str:
+    """Which validation images decided, in a sentence; nothing of a run whose record does not tell."""
+    found = facts.get(f"task{task}_chosen_on")
+    if not found:
+        return ""
+    others = f"; {found['others']:,} others are reported beside them" if found["others"] else ""
+    return (
+        f"Epoch, calibration and thresholds were chosen on {found['images']:,} validation images "
+        f"({found['positive']:,} of them positive): {found['rule']}{others}."
+    )
+
+
 def _shortcut_sentence(task: str, facts: dict[str, Any]) -> str:
+    if np.isnan(facts[f"task{task}_shortcut_auc"]):
+        return "Too few training images to tell whether file facts alone tell the classes apart."
     text = f"File facts alone tell the training classes apart with AUC {facts[f'task{task}_shortcut_auc']:.2f}"
     after = facts.get(f"task{task}_shortcut_auc_of_crops")
     equalized = "on" if facts.get(f"task{task}_equalized") else "off"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from forensics_lib.calibration import at_temperature
+from forensics_lib.calibration import calibrated
 from forensics_lib.degradations import add_noise, blur, recompress, resize, upload
 from forensics_lib.machine import Machine
 from forensics_lib.metrics import image_metrics, localization_metrics, round_probs
@@ -71,7 +71,7 @@ def robustness(
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
         result = predict(model, task, rows, params, machine, step, title)
         good = result.good()
-        probs = round_probs(at_temperature(result.probs[good], thresholds["temperature"]))
+        probs = round_probs(calibrated(result.probs[good], thresholds))
         scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
         facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
         if task == "B":

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from forensics_lib.disk import usable_cores
+from forensics_lib.disk import broken_link, usable_cores
 from forensics_lib.files import from_home, home, is_main, project_root, update_json, write_text
 from forensics_lib.params import Params, load_params, notebook_parameters
 
@@ -176,9 +176,10 @@ def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
     """The sample may only stand in for an empty default data folder."""
     wanted = sum(len(run.needed(task)) for task in run.params.tasks)
     default_root = run.params.data_root == Params.model_fields["data_root"].default
-    if default_root and not run.params.data and len(missing) == wanted:
+    links = {what: link for what, path in missing.items() if (link := broken_link(path))}
+    if default_root and not run.params.data and len(missing) == wanted and not links:
         return
-    listing = "\n".join(f"  {what}: {path}" for what, path in missing.items())
+    listing = "\n".join(f"  {what}: {links.get(what, path)}" for what, path in missing.items())
     raise MissingDataError(
         f"the data root {run.data} lacks\n{listing}\n"
         "Put the data there (data/README.md says what goes where), name another root (DATA=/path/to/data), "

@@ -12,9 +12,9 @@ from PIL import Image
 
 from forensics_lib.distributed import gathered, rank, world
 from forensics_lib.images import ImageError, read_mask
-from forensics_lib.inference import predict_masks, predict_probabilities
+from forensics_lib.inference import check_finite, predict_masks, predict_probabilities
 from forensics_lib.machine import Machine
-from forensics_lib.metrics import pixel_histogram
+from forensics_lib.metrics import THRESHOLD_FREE, binned, threshold_free_scores, value_counts
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
 
@@ -28,6 +28,7 @@ class Predictions:
     probs: np.ndarray  # (N,)
     errors: dict[int, str]
     histograms: np.ndarray | None = None  # (N, 2, 256) pixel counts, Task B
+    exact: pd.DataFrame | None = None  # (N) metrics.threshold_free_scores of the masks, Task B
 
     def good(self) -> np.ndarray:
         return np.isfinite(self.probs)
@@ -45,7 +46,8 @@ def predict(
     """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
 
     ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
-    divide the rows among themselves and each has the whole result.
+    divide the rows among themselves and each has the whole result.  Raises ``BrokenModelError`` where an answer to an image
+    that could be read is not finite.
     """
     mine = np.arange(rank(), len(rows), world())
     of_task = _probabilities if task == "A" else _masks
@@ -58,7 +60,10 @@ def predict(
         everything.errors |= {int(places[number]): reason for number, reason in part.errors.items()}
         if part.histograms is not None:
             everything.histograms[places] = part.histograms
+    if task == "B":
+        everything.exact = pd.concat([part.exact.set_axis(places) for places, part in parts]).sort_index()
     everything.errors = dict(sorted(everything.errors.items()))
+    check_finite(rows["path"], everything.probs, [everything.errors.get(number) for number in range(len(rows))])
     return everything
 
 
@@ -74,6 +79,7 @@ def _masks(
 ) -> Predictions:
     probs, errors = np.full(len(rows), np.nan), {}
     histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    exact: dict[int, dict[str, float]] = {}
     for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):
         row = rows.iloc[prediction.index]
         try:
@@ -84,9 +90,13 @@ def _masks(
         except ImageError as error:
             errors[prediction.index] = str(error)
             continue
-        histograms[prediction.index] = pixel_histogram(prediction.mask, truth)
+        if np.isfinite(prediction.prob):
+            counts = value_counts(prediction.mask, truth)
+            histograms[prediction.index] = binned(counts)
+            exact[prediction.index] = threshold_free_scores(counts)
         probs[prediction.index] = prediction.prob
-    return Predictions(probs, errors, histograms)
+    table = pd.DataFrame.from_dict(exact, "index", float, THRESHOLD_FREE).reindex(range(len(rows)))
+    return Predictions(probs, errors, histograms, table)
 
 
 def _size(row: pd.Series) -> tuple[int, int]:

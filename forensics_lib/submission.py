@@ -111,7 +111,7 @@ def build_submission(run: Run, task: str) -> Validation:
     """
     target = archive_path(run, task)
     table = submission_table(run, task)
-    text = table.to_csv(index=False, float_format=f"%.{DECIMALS}f")
+    text = table.to_csv(index=False, float_format=_exactly)
     with whole(target) as temporary:
         if target.suffix == ".csv":
             temporary.write_text(text, encoding="utf-8")
@@ -128,13 +128,27 @@ def build_submission(run: Run, task: str) -> Validation:
     return result
 
 
+def _exactly(value: float) -> str:
+    """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
+    return np.format_float_positional(value, min_digits=DECIMALS)
+
+
 def submission_table(run: Run, task: str) -> pd.DataFrame:
-    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row."""
+    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row.
+
+    Raises ``SubmissionError`` where an image has no probability.
+    """
     path = run.test_probs(task)
     if not path.is_file():
         raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
     table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
-    thresholds = stored_thresholds(run, task)
+    probs = pd.to_numeric(table["prob"], errors="coerce")
+    if len(missing := table.loc[~np.isfinite(probs), "image_id"]):
+        named = ", ".join(missing[:SHOWN_FAULTS])
+        raise SubmissionError(
+            f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
+        )
+    table["prob"], thresholds = probs, stored_thresholds(run, task)
     table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
     for name in HEADERS[task][3:]:
         table[name] = thresholds[name]
@@ -354,6 +368,11 @@ def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dic
     if list(seen) != sorted(seen):
         result.notes.append(f"{name}: rows are not sorted by image_id")
     whole_rows = [row for row in rows if len(row) == len(header)]
+    if level := [row[0] for row in whole_rows if _number(row[1]) == _number(row[3])]:
+        result.notes.append(
+            f"{name}: the probability of {len(level)} image(s), such as {level[0]}, equals the threshold: a scorer that takes "
+            "prob > threshold reads label 0 from them, one that takes prob >= threshold label 1"
+        )
     for column in range(3, len(header)):
         values = {_number(row[column]): row[column] for row in whole_rows}
         if len(values) > 1:

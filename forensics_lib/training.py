@@ -20,11 +20,11 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.attach import only_trainer
 from forensics_lib.audits import equalized_audit, findings_of, shortcut_audit
-from forensics_lib.distributed import as_one, launch, launches, rank, replicated, totals, wait_for_all, world
+from forensics_lib.distributed import as_one, gathered, launch, launches, rank, replicated, totals, wait_for_all, world
 from forensics_lib.epochs import Fit, Stopped, make_optimizer, make_schedule, train_epoch, training_crops, validate
 from forensics_lib.files import is_main, read_json, write_json, write_text
 from forensics_lib.machine import choose_machine, learning_view
-from forensics_lib.manifest import check_test_names, data_fingerprint, sampled, sources, usable
+from forensics_lib.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
 from forensics_lib.model import CheckpointError, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
@@ -59,10 +59,12 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
     print(f"Task {task} training on {machine}{f', {world()} processes' if world() > 1 else ''}")
     torch.manual_seed(run.params.seed)
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
+    decides, rule = deciding(run, task, val_rows, train_rows)
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
+    print(f"the best epoch is chosen on {min(decides.sum(), run.params.val_limit)} validation images: {rule}")
     for found in findings_of(run, task, manifest):
         print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
-    equalize = close_shortcut(run, task, train_rows)
+    equalize = gathered(close_shortcut(run, task, train_rows) if is_main() else None)[0]
     fingerprint = _fingerprint(run.params, task, pd.concat([train_rows, val_rows]))
     state = _resumable(run, task, fingerprint)
     model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
@@ -73,7 +75,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
         machine,
         train_rows,
         equalize=equalize,
-        val=sampled(val_rows, run.params.val_limit, run.params.seed),
+        val=deciding_first(val_rows, decides, run.params.val_limit, run.params.seed),
     )
     if not state and is_main():
         _forget(run, task)

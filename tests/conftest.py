@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from forensics_lib.params import Params
 from forensics_lib.runs import Run
@@ -43,6 +44,13 @@ def picture(rng: np.random.Generator, height: int = 48, width: int = 56) -> np.n
     """Noise with some structure, ``(H, W, 3)`` uint8."""
     coarse = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
     return (coarse * 0.7 + rng.integers(0, 77, (height, width, 3))).astype(np.uint8)
+
+
+def mid_greys(rng: np.random.Generator, height: int = 200, width: int = 240) -> np.ndarray:
+    """A picture of soft colours with fine detail, far from black and white, where nothing is cut off."""
+    noise = rng.normal(size=(height, width, 3))
+    coarse, fine = gaussian_filter(noise, (12, 12, 0)), gaussian_filter(noise, (1, 1, 0))
+    return (125 + 25 * coarse / coarse.std() + 6 * fine / fine.std()).round().clip(20, 235).astype(np.uint8)
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:

@@ -120,9 +120,11 @@ CASES: dict[str, tuple[bytes, tuple[int, int] | str]] = (
         "grey_alpha.png": (encoded(PHOTO.convert("LA"), "PNG"), SIZE),
         "grey_16_bit.png": (encoded(GREY16, "PNG"), SIZE),
         "grey_16_bit.tif": (encoded(GREY16, "TIFF"), SIZE),
-        "grey_32_bit.tif": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.int32)), "TIFF"), SIZE),
+        "grey_32_bit.tif": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.int32)), "TIFF"), "no known white"),
         "float.tif": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.float32) / 255), "TIFF"), SIZE),
-        "float_not_finite.tif": (encoded(Image.fromarray(np.full(SIZE, np.nan, np.float32)), "TIFF"), SIZE),
+        "float_not_finite.tif": (encoded(Image.fromarray(np.full(SIZE, np.nan, np.float32)), "TIFF"), "no known white"),
+        "float_of_levels.tif": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"), "no known white"),
+        "turned.tif": (encoded(PHOTO, "TIFF", tiffinfo={274: 6}), SIZE),
         "alpha.png": (encoded(PHOTO.convert("RGBA"), "PNG"), SIZE),
         "palette.png": (encoded(PALETTE, "PNG"), SIZE),
         "palette_alpha.png": (encoded(PALETTE, "PNG", transparency=3), SIZE),
@@ -215,7 +217,7 @@ def test_training_refuses_what_reading_refuses(folder):
     facts = pd.DataFrame(facts_of(rows["path"].tolist()), columns=["width", "height", "format", "jpeg_quality", "c", "b", "e"])
     crops = TrainingCrops(rows.join(facts), 32, masks=False, degradations=Degradations(social=0.0, resize=0.0), equalize=True)
     for index, name in enumerate(CASES):
-        sample = crops[0, index]
+        sample = crops[0, index, 0]
         assert ("error" in sample) == (name in REFUSED), name
         if "image" in sample:
             assert sample["image"].shape == (3, 32, 32)

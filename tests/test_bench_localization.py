@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from forensics_lib.files import project_root
-from forensics_lib.metrics import pixel_histogram
+from forensics_lib.metrics import value_counts
 
 sys.path.insert(0, str(project_root() / "tests" / "benchmarks"))
 
@@ -67,15 +67,16 @@ def test_scores_of_a_set_tell_kinds_and_methods_apart():
     truth = np.zeros((3, 8, 8), bool)
     truth[1:, :4] = True
     masks = np.stack([np.zeros((8, 8)), truth[1] * 1.0, np.ones((8, 8))])
-    histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
+    counts = [value_counts(mask, true) for mask, true in zip(masks, truth, strict=True)]
     rows = pd.DataFrame({"label": [0, 1, 1], "kind": ["orig", "sp", "fr"], "method": [None, "a", "b"]})
     thresholds = {"threshold": 0.5, "loc_threshold": 0.5}
-    found = bench_localization.scored(rows, np.array([0.1, 0.9, 0.9]), histograms, thresholds)
+    found = bench_localization.scored(rows, bench_localization.predictions([0.1, 0.9, 0.9], counts), thresholds)
     assert (found["iou_sp"], found["iou_fr"], found["iou"]) == (1.0, 0.5, 0.75)
     assert found["by_method"] == {"a": 1.0, "b": 0.5}
     assert (found["f1"], found["flagged_authentic"]) == (1.0, 0.0)
     assert found["submitted_iou_all"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-4)
-    spliced = bench_localization.scored(rows[:2], np.array([0.1, 0.9]), histograms[:2], thresholds)
+    assert (found["pixel_auc"], found["best_pixel_f1"]) == (0.75, pytest.approx((1 + 2 / 3) / 2, abs=1e-4))
+    spliced = bench_localization.scored(rows[:2], bench_localization.predictions([0.1, 0.9], counts[:2]), thresholds)
     assert spliced["iou_fr"] is None
 
 

@@ -11,7 +11,8 @@ from forensics_lib.params import Params
 from forensics_lib.runs import Run
 
 
-def made_run(name: str, probs: np.ndarray, labels: np.ndarray, **params) -> None:
+def made_run(name: str, probs: np.ndarray, labels: np.ndarray, copies: int = 1, **params) -> None:
+    """What an evaluated run leaves behind; ``copies`` images are of each photograph."""
     folder = home() / "outputs" / name
     scores = {"auc": 0.9, "f1": 0.8, "fpr": 0.1, "ece": 0.05}
     update_json(
@@ -23,8 +24,9 @@ def made_run(name: str, probs: np.ndarray, labels: np.ndarray, **params) -> None
         machine="x86_64, 2 cores",
     )
     update_json(folder / "thresholds.json", A={"threshold": 0.5})
-    paths = [f"/data/{number}.jpg" for number in range(len(labels))]
-    write_csv(home() / "outputs" / f"{name}_val_probs.csv", pd.DataFrame({"path": paths, "prob": probs, "label": labels}))
+    table = pd.DataFrame({"prob": probs, "label": labels, "group": range(len(labels))}).loc[lambda t: t.index.repeat(copies)]
+    table.insert(0, "path", [f"/data/{number}.jpg" for number in range(len(table))])
+    write_csv(home() / "outputs" / f"{name}_val_probs.csv", table)
 
 
 @pytest.fixture
@@ -45,6 +47,18 @@ def test_a_real_difference_is_told_from_none(runs):
     assert better["from"] <= better["value"] <= better["to"]
     assert (equal[["value", "from", "to"]] == 0).all()
     assert (found["images"] == 200).all()
+
+
+def test_copies_of_photographs_make_no_difference_surer(rng):
+    labels, noise = np.arange(100) % 2, rng.normal(0, 0.3, (2, 100))
+    width = {}
+    for copies in (1, 5):
+        for name, of_run in zip(("one", "other"), noise, strict=True):
+            made_run(name, np.clip(0.5 + (labels - 0.5) * 0.4 + of_run, 0, 1), labels, copies)
+        found = compare(["one", "other"])["differences"]
+        assert (found["images"] == 100 * copies).all()
+        width[copies] = (found["to"] - found["from"]).to_numpy()
+    np.testing.assert_allclose(width[5], width[1], rtol=0.25)
 
 
 def test_only_what_differs_is_listed(runs):

@@ -1,5 +1,8 @@
+import itertools
 import multiprocessing
+import tracemalloc
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +11,17 @@ import torch
 from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import TrainingBatches, TrainingCrops, chosen_crops, collate, drawing_groups, epoch_order
+from forensics_lib.datasets import (
+    Columns,
+    TrainingBatches,
+    TrainingCrops,
+    chosen_crops,
+    chosen_places,
+    collate,
+    drawing_groups,
+    epoch_order,
+    numbered_draws,
+)
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
@@ -25,7 +38,7 @@ def crops(rows, **changes):
 
 def test_crops_have_the_asked_size_and_masks_go_with_them(rows):
     dataset = crops(rows)
-    for sample in (dataset[0, index] for index in range(len(dataset))):
+    for sample in (dataset[0, index, 0] for index in range(len(dataset))):
         assert sample["image"].shape == (3, 32, 32)
         assert sample["image"].dtype == torch.uint8
         assert sample["mask"].shape == (1, 32, 32)
@@ -33,8 +46,8 @@ def test_crops_have_the_asked_size_and_masks_go_with_them(rows):
 
 def test_a_crop_depends_on_its_seed_alone(rows):
     first, again = crops(rows), crops(rows)
-    assert torch.equal(first[0, 3]["image"], again[0, 3]["image"])
-    assert not torch.equal(first[0, 3]["image"], again[1, 3]["image"])
+    assert torch.equal(first[0, 3, 0]["image"], again[0, 3, 0]["image"])
+    assert not torch.equal(first[0, 3, 0]["image"], again[1, 3, 0]["image"])
 
 
 @pytest.fixture
@@ -46,22 +59,22 @@ def batches_of(rows):
 
 def test_workers_change_nothing(rows, batches_of):
     order = np.arange(len(rows))
-    batches = [next(iter(batches_of(workers).epoch(0, [order]))) for workers in (0, 2)]
+    batches = [next(iter(batches_of(workers).epoch(0, [numbered_draws(order)]))) for workers in (0, 2)]
     assert torch.equal(batches[0]["image"], batches[1]["image"])
     assert batches[0]["index"] == batches[1]["index"] == order.tolist()
 
 
 def test_loader_processes_serve_every_epoch(rows, batches_of):
     """Also after an epoch that was left in its middle; each sample is what its seed says, and no number is drawn."""
-    source, batches = batches_of(2), [np.array([0, 1]), np.array([2, 3]), np.array([1, 3])]
+    source, batches = batches_of(2), [numbered_draws(np.array(indices)) for indices in ([0, 1], [2, 3], [1, 3])]
     random = torch.get_rng_state()
     next(iter(source.epoch(0, batches)))
     processes = multiprocessing.active_children()
     assert len(processes) == 2
     for seed, wanted in ((1, batches), (2, batches[1:])):
         made = list(source.epoch(seed, wanted))
-        assert [batch["index"] for batch in made] == [batch.tolist() for batch in wanted]
-        assert torch.equal(made[1]["image"], torch.stack([crops(rows)[seed, index]["image"] for index in wanted[1]]))
+        assert [batch["index"] for batch in made] == [batch[:, 0].tolist() for batch in wanted]
+        assert torch.equal(made[1]["image"], torch.stack([crops(rows)[seed, index, 0]["image"] for index in wanted[1][:, 0]]))
     assert torch.equal(torch.get_rng_state(), random)
     assert multiprocessing.active_children() == processes
     source.close()
@@ -69,7 +82,7 @@ def test_loader_processes_serve_every_epoch(rows, batches_of):
 
 
 def test_a_share_of_a_batch_may_be_empty(batches_of):
-    first, second = batches_of(0).epoch(0, [np.array([2, 0]), np.array([], int)])
+    first, second = batches_of(0).epoch(0, [numbered_draws(np.array([2, 0])), np.zeros((0, 2), int)])
     assert first["index"] == [2, 0]
     assert second["index"] == second["errors"] == []
 
@@ -79,7 +92,7 @@ def test_a_spliced_crop_without_its_region_is_authentic(rows):
     dataset = crops(spliced, degradations=NOTHING, crop_size=16)
     labels = []
     for seed in range(30):
-        for sample in (dataset[seed, index] for index in range(len(dataset))):
+        for sample in (dataset[seed, index, 0] for index in range(len(dataset))):
             assert sample["label"] == int(sample["mask"].any())
             labels.append(sample["label"])
     assert 0 < sum(labels) < len(labels)
@@ -98,7 +111,7 @@ def test_image_and_mask_stay_aligned_through_degradations(tmp_path):
     table[["jpeg_quality", "width", "height"]] = np.nan, 80, 80
     dataset = crops(table, crop_size=64, degradations=EVERYTHING)
     for seed in range(20):
-        sample = dataset[seed, 0]
+        sample = dataset[seed, 0, 0]
         bright = sample["image"].float().mean(0) > 127
         assert (bright == sample["mask"][0]).float().mean() > 0.93
 
@@ -106,7 +119,7 @@ def test_image_and_mask_stay_aligned_through_degradations(tmp_path):
 def test_unreadable_files_are_reported_and_the_rest_goes_on(rows):
     rows = rows.copy()
     rows.loc[0, "path"] = "/nowhere.png"
-    batch = collate([crops(rows)[0, i] for i in range(len(rows))])
+    batch = collate([crops(rows)[0, i, 0] for i in range(len(rows))])
     assert len(batch["index"]) == len(rows) - 1
     assert batch["errors"][0][0] == 0
     assert "/nowhere.png" in batch["errors"][0][1]
@@ -157,8 +170,8 @@ def test_equalizing_gives_other_formats_a_jpeg_history(tmp_path, rng):
     table.loc[1, ["format", "jpeg_quality"]] = "JPEG", 20.0
     fine = NOTHING.model_copy(update={"jpeg_quality": (100, 100), "webp_quality": (100, 100)})
     options = {"masks": False, "degradations": fine, "crop_size": 64}
-    plain = crops(table.iloc[:1], **options, equalize=True)[0, 0]["image"].float()
-    history = crops(table, **options, equalize=True)[0, 0]["image"].float()
+    plain = crops(table.iloc[:1], **options, equalize=True)[0, 0, 0]["image"].float()
+    history = crops(table, **options, equalize=True)[0, 0, 0]["image"].float()
     assert (history - plain).abs().mean() > 5
 
 
@@ -178,7 +191,7 @@ def test_crops_show_regions_borders_and_authentic_places(tmp_path, rng):
     rows = pd.DataFrame({"path": str(files[0]), "label": 1, "mask_path": str(files[1]), "kind": "sp"}, index=[0])
     rows = rows.assign(format="PNG", jpeg_quality=np.nan, width=400.0, height=400.0)
     crops = TrainingCrops(rows, 64, masks=True, degradations=NOTHING)
-    shares = np.array([crops[seed, 0]["mask"].float().mean().item() for seed in range(150)])
+    shares = np.array([crops[seed, 0, 0]["mask"].float().mean().item() for seed in range(150)])
     assert (shares == 0).mean() > 0.05
     assert (shares == 1).any()
     assert ((shares > 0) & (shares < 1)).mean() > 0.4
@@ -188,10 +201,10 @@ def test_pasted_regions_are_marked_and_count_as_manipulated(rows):
     authentic = rows.assign(label=0, mask_path=None, kind="orig")
     crops = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, paste=1.0)
     plain = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING)
-    samples = [crops[0, index] for index in range(len(authentic))]
+    samples = [crops[0, index, 0] for index in range(len(authentic))]
     assert any(sample["label"] for sample in samples)
     assert all(sample["label"] == int(sample["mask"].any()) for sample in samples)
-    assert not any(plain[0, index]["mask"].any() for index in range(len(authentic)))
+    assert not any(plain[0, index, 0]["mask"].any() for index in range(len(authentic)))
 
 
 def test_spliced_and_regenerated_images_are_drawn_by_their_share():
@@ -205,3 +218,85 @@ def test_spliced_and_regenerated_images_are_drawn_by_their_share():
     one_kind = rows[rows["kind"] != "fr"].reset_index(drop=True)
     groups, shares = drawing_groups(one_kind, "B", Params(fr_share=1.0))
     assert (one_kind["label"].iloc[epoch_order(one_kind["label"].to_numpy(), 0, 0, groups, shares)] == 1).sum() == 25
+
+
+def test_an_image_drawn_again_in_an_epoch_gives_another_crop(rows):
+    labels = np.array([0] + [1] * 7)
+    draws = numbered_draws(epoch_order(labels, 0, 0))
+    again = draws[draws[:, 0] == 0]
+    assert sorted(again[:, 1]) == [0, 1, 2, 3], "one authentic image makes half of the epoch"
+    dataset = crops(rows)
+    samples = [dataset[0, index, draw]["image"] for index, draw in again.tolist()]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(samples, 2))
+
+
+def test_keys_of_an_epoch_differ_within_each_batch_and_over_all(rows, batches_of):
+    labels = np.array([0] * 2 + [1] * 30)
+    draws = numbered_draws(epoch_order(labels, 3, 1))
+    source = batches_of(0)
+    source.epoch(10**15, [draws[:20], draws[20:]])
+    keys = [key for batch in source.batches for key in batch]
+    assert len(keys) == len(set(keys)) == 32
+    assert {seed for seed, _, _ in keys} == {10**15}
+
+
+@pytest.mark.parametrize(("side", "smallest"), [(64, 32), (48, 32), (40, 32), (20, 20)])
+def test_no_crop_is_padded_where_its_image_is_large_enough(tmp_path, rng, side, smallest):
+    path = str(save(tmp_path / "x.png", picture(rng, side, side)))
+    table = pd.DataFrame([{"path": path, "label": 1, "mask_path": None, "kind": "full", "format": "PNG"}] * 4)
+    table = table.assign(jpeg_quality=np.nan, width=side, height=side)
+    shrinking = Degradations(social=1.0, social_scale=(0.3, 0.5), resize=1.0, resize_scale=(0.3, 0.9))
+    dataset = TrainingCrops(table, 32, masks=False, degradations=shrinking)
+    sides = [min(dataset._degraded(table.iloc[0], np.random.default_rng(seed))[0].shape[:2]) for seed in range(60)]
+    assert min(sides) == smallest
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (129, 300), (700, 90)])
+def test_texture_is_the_mean_difference_of_neighbours(shape, rng):
+    image = picture(rng, *shape)
+    green = image[..., 1].astype(int)
+    energy = np.abs(np.diff(green, axis=0, prepend=green[:1])) + np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
+    places = chosen_places(image, 32, 6)[1:]
+    texture = [energy[y : y + 32, x : x + 32].mean() for y, x in places]
+    assert texture == sorted(texture, reverse=True)
+
+
+def test_ranking_by_texture_needs_little_memory(rng):
+    image = np.broadcast_to(rng.integers(0, 256, (8_000, 1, 3), dtype=np.uint8), (8_000, 6_000, 3))
+    tracemalloc.start()
+    chosen_places(image, 224, 5)
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 40e6
+
+
+def test_rows_are_columns_with_missing_values_as_none():
+    table = pd.DataFrame({"path": [f"/data/{i}.png" for i in range(5)], "label": range(5), "mask_path": [None] * 4 + ["m"]})
+    columns = Columns(table, list(table))
+    assert len(columns) == 5
+    assert columns.row(3) == {"path": "/data/3.png", "label": 3, "mask_path": None}
+    assert columns.row(4)["mask_path"] == "m"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="needs Linux's account of a process's memory")
+def test_a_loader_process_copies_no_rows():
+    columns = Columns(pd.DataFrame({"path": [f"/data/{i:060d}.png" for i in range(200_000)]}), ["path"])
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    process = context.Process(target=_memory_copied_by_reading, args=(columns, found))
+    process.start()
+    copied = found.get(timeout=60)
+    process.join()
+    assert copied < 8e6, "as Python's strings they would be 25 MB"
+
+
+def _memory_copied_by_reading(columns, found):
+    before = _private_bytes()
+    for index in range(len(columns)):
+        columns.row(index)
+    found.put(_private_bytes() - before)
+
+
+def _private_bytes():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))

@@ -1,5 +1,6 @@
 """Images that stand twice."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,21 @@ def test_photographs_that_two_sets_share():
     )
     assert overlapping(rows).tolist() == [True, True, False, False, False, True, True]
     assert shared_photographs(rows).to_numpy().tolist() == [["one train", "two val", 1], ["one val", "two val", 1]]
+
+
+def test_overlaps_of_many_photographs_are_found_at_once(rng):
+    count = 300_000
+    rows = pd.DataFrame({"group": [f"/data/set/{i % 299_000}.png" for i in range(count)], "error": None, "label": 0})
+    rows["split"], rows["data_set"] = np.where(np.arange(count) < 299_500, "train", "val"), "x/one"
+    rows.loc[7, "group"] = None
+    started = time.process_time()
+    found, shared = groups_across_splits(rows), shared_photographs(rows)
+    assert time.process_time() - started < 2
+    assert len(found) == 500 and (found["train"] == 1).all() and (found["val"] == 1).all()
+    assert shared.to_numpy().tolist() == [["one train", "one val", 500]]
+
+
+def test_overlaps_where_there_are_none():
+    rows = pd.DataFrame({"group": ["a", "b"], "split": ["train", "val"], "data_set": "x/one", "error": None})
+    assert len(groups_across_splits(rows)) == len(groups_across_splits(rows[:0])) == 0
+    assert len(shared_photographs(rows)) == len(shared_photographs(rows[:0])) == 0

@@ -1,12 +1,28 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY, photo_table, picture, save
-from scipy.ndimage import label
+from conftest import TINY, mid_greys, photo_table, picture, save
+from scipy.ndimage import binary_dilation, gaussian_filter, label
 
-from forensics_lib.forgeries import METHODS, SHARES, composed, filled, fitted, forge, make_forgeries, moved, object_mask, pasted
+from forensics_lib import forgeries
+from forensics_lib.forgeries import (
+    METHODS,
+    SHARES,
+    _retouched,
+    blended,
+    composed,
+    enlarged,
+    filled,
+    fitted,
+    forge,
+    make_forgeries,
+    moved,
+    object_mask,
+    pasted,
+)
 from forensics_lib.images import read_image, read_mask
 from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.params import Forgeries, Params, ParamsError, make_params
@@ -84,6 +100,34 @@ def test_a_donor_is_cut_or_padded_to_the_size(rng):
     assert fitted(picture(rng, 30, 200), (64, 100), rng).shape == (64, 100, 3)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_retouching_leaves_a_region_as_bright_as_it_was(seed, rng):
+    """Every way and strength of it."""
+    images = [mid_greys(rng) for _ in range(5)]
+    found = [_retouched(image, np.random.default_rng(seed)) for image in images]
+    assert not any(np.array_equal(*pair) for pair in zip(found, images, strict=True))
+    assert np.abs(np.stack(found).mean((0, 1, 2)) - np.stack(images).mean((0, 1, 2))).max() < 0.1
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.3, 2.0])
+def test_blending_what_is_there_already_changes_nothing(sigma, rng):
+    image, mask = picture(rng, 60, 60), np.zeros((60, 60), bool)
+    mask[20:40, 20:40] = True
+    assert np.array_equal(blended(image, image.astype(float), mask, sigma), image)
+
+
+def test_a_soft_edge_is_rounded_and_not_cut_off(rng):
+    base, content, mask = picture(rng, 200, 200), picture(rng, 200, 200), np.zeros((200, 200), bool)
+    mask[20:180, 20:180] = True
+    soft = gaussian_filter(binary_dilation(mask).astype(float), 1.5).clip(0, 1)[..., None]
+    assert abs((blended(base, content, mask, 1.5) - (base * (1 - soft) + content * soft)).mean()) < 0.02
+
+
+def test_enlarging_and_shrinking_back_keeps_the_mean(rng):
+    image = picture(rng, 120, 120) // 2 + 60
+    assert np.abs((enlarged(lambda image: image)(image).astype(float) - image).mean((0, 1))).max() < 0.1
+
+
 def test_the_same_seed_gives_the_same_forgery():
     photo, donor = (picture(np.random.default_rng(seed), 64, 64) for seed in (1, 2))
     for method in METHODS:
@@ -115,6 +159,21 @@ def test_forgeries_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatc
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "elsewhere"))
     anew = make_forgeries(photos, Forgeries(side=64), darker)
     assert [Path(path).read_bytes() for path in anew["path"]] == content
+
+
+def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make_forgeries(photos, Forgeries(side=64), darker), range(4)))
+    assert all(table.equals(made[0]) for table in made)
+    for row in made[0].to_dict("records"):
+        read_mask(row["mask_path"], read_image(row["path"]).shape[:2])
+    assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == 2 * len(photos), "nothing else is left there"
+
+
+def test_forgeries_of_an_earlier_rule_are_made_again(photos, monkeypatch):
+    first = make_forgeries(photos, Forgeries(side=64), darker)
+    monkeypatch.setattr(forgeries, "RULE", forgeries.RULE + 1)
+    assert not set(make_forgeries(photos, Forgeries(side=64), darker)["path"]) & set(first["path"])
 
 
 def test_an_unreadable_photograph_gives_no_forgery(photos, capsys):

@@ -1,13 +1,15 @@
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import picture, save
 from PIL import Image
 
 from forensics_lib import images
-from forensics_lib.images import ImageError, pad_to, read_header, read_image, read_mask
+from forensics_lib.images import ImageError, mask_facts, pad_to, read_header, read_image, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -33,9 +35,24 @@ def test_every_mode_becomes_rgb(mode, tmp_path: Path):
     assert pixels[-1].mean() > pixels[0].mean()
 
 
-def test_sixteen_bits_keep_their_upper_byte():
-    data = encoded(Image.fromarray(np.full((4, 4), 0x1234, np.uint16)), "PNG")
-    assert (read_image(data) == 0x12).all()
+GREY16 = np.arange(0, 65536, 13, dtype=np.uint16)[:5040].reshape(70, 72)
+
+
+def pgm(values: np.ndarray, white: int) -> bytes:
+    return b"P5 %d %d %d\n" % (*values.shape[::-1], white) + values.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_become_the_nearest_grey_level(form):
+    data = pgm(GREY16, 65535) if form == "PPM" else encoded(Image.fromarray(GREY16), form)
+    found = read_image(data)[..., 0]
+    assert np.array_equal(found, np.rint(GREY16 / 257))
+    assert abs((found - GREY16 / 257).mean()) < 0.01
+
+
+def test_floats_become_the_nearest_grey_level(rng):
+    values = rng.random((64, 64)).astype(np.float32)
+    assert abs((read_image(encoded(Image.fromarray(values), "TIFF"))[..., 1] - values * 255.0).mean()) < 0.02
 
 
 def test_alpha_is_dropped_not_blended():
@@ -49,6 +66,107 @@ def test_orientation_is_not_applied(rng):
     exif = image.getexif()
     exif[0x0112] = 6
     assert read_image(encoded(image, "JPEG", exif=exif)).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_a_tiff_stays_on_its_stored_grid(number, compression, mode, rng, tmp_path):
+    values = rng.integers(0, 65536, (20, 30), np.uint16)
+    image = Image.fromarray(values) if mode == "I;16" else Image.fromarray(picture(rng, 20, 30)).convert(mode)
+    image.save(tmp_path / "plain.tif", compression=compression)
+    image.save(tmp_path / "turned.tif", compression=compression, tiffinfo={274: number})
+    header = read_header(tmp_path / "turned.tif")
+    assert (header.height, header.width) == (20, 30)
+    assert np.array_equal(read_image(tmp_path / "turned.tif"), read_image(tmp_path / "plain.tif"))
+    asked = []
+    read_image(tmp_path / "turned.tif", lambda *size: (asked.append(size), (slice(2, 9), slice(1, 29)))[1])
+    assert asked == [(20, 30)]
+
+
+def test_a_turned_tiff_and_its_mask_share_a_grid(rng, tmp_path):
+    mask = np.zeros((20, 30), np.uint8)
+    mask[3:8, 5:9] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.tif", tiffinfo={274: 6})
+    assert np.array_equal(read_mask(tmp_path / "mask.tif", (20, 30)), mask > 0)
+
+
+def test_an_orientation_that_xmp_tells_is_not_applied_either(rng, tmp_path):
+    pixels = picture(rng, 20, 30)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={700: xmp})
+    assert np.array_equal(read_image(tmp_path / "x.tif"), pixels)
+
+
+RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
+LEVELS = RAMP[..., None] * [255, 255, 255]
+COLOURS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], 2)
+
+
+def tiff(values: np.ndarray, photometric: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, photometric=photometric, metadata=None, **options)
+    return buffer.getvalue()
+
+
+def whole_range(values: np.ndarray, kind: str) -> np.ndarray:
+    """Values in [0, 1] over the whole range of integers of this kind, floats as they are."""
+    return (values if kind[0] == "f" else values * np.iinfo(kind).max).astype(kind)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8"])
+def test_a_tiff_of_any_kind_of_number_is_read_right_or_refused(kind, order, compression):
+    """Grey, grey whose zero is white, colours and colours in planes."""
+    options = {"byteorder": order, "compression": compression}
+    files = {
+        "grey": (tiff(whole_range(RAMP, kind), "minisblack", **options), LEVELS),
+        "white": (tiff(whole_range(1 - RAMP, kind), "miniswhite", **options), LEVELS),
+        "colours": (tiff(whole_range(COLOURS, kind), "rgb", **options), COLOURS * 255),
+        "planes": (
+            tiff(whole_range(COLOURS, kind).transpose(2, 0, 1).copy(), "rgb", planarconfig="separate", **options),
+            COLOURS * 255,
+        ),
+    }
+    read = set()
+    for name, (data, right) in files.items():
+        try:
+            assert np.abs(read_image(data) - right).max() <= 1.01, name
+            read.add(name)
+        except ImageError as error:
+            assert "TIFF" in str(error) and "save it" in str(error)
+            with pytest.raises(ImageError):
+                read_header(data, complete=True)
+    assert read >= {"u1": set(files), "u2": {"grey", "colours"}}.get(kind, set())
+
+
+@pytest.mark.parametrize("high", [np.nan, np.inf, 1.2, 255.0, -0.5])
+def test_floats_without_a_known_white_are_refused_with_their_range(high):
+    data = encoded(Image.fromarray(np.where(RAMP > 0.9, high, RAMP).astype(np.float32)), "TIFF")
+    for read in (read_image, lambda data: read_header(data, complete=True)):
+        with pytest.raises(ImageError, match=r"floats from \S+ to \S+ have no known white"):
+            read(data)
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """An uncompressed little-endian TIFF of 12-bit grey; ``values`` have an even width."""
+    high, low = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 2).astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_reach_from_black_to_white():
+    found = read_image(twelve_bits(np.rint(RAMP * 4095)))
+    assert np.abs(found - LEVELS).max() <= 0.54  # half a level of 256, and half of one of 4,096
+
+
+def test_the_first_page_counts(rng):
+    pages = rng.integers(0, 256, (4, 30, 40), np.uint8)
+    assert np.array_equal(read_image(tiff(pages, "minisblack"))[..., 0], pages[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n"])
@@ -102,20 +220,123 @@ def test_padding_reflects_and_keeps_the_image(shape, rng):
     assert (padded[: shape[0], : shape[1]] == image).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "CMYK"])
+MARKED = np.zeros((16, 24), bool)
+MARKED[4:12, 8:16] = True
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "CMYK", "F"])
 def test_masks_of_every_mode_mark_the_same(mode, tmp_path: Path):
-    marked = np.zeros((6, 8), bool)
-    marked[2:4, 3:7] = True
-    image = Image.fromarray(marked.astype(np.uint16) * 65535) if mode == "I;16" else None
-    image = image or Image.fromarray(marked.astype(np.uint8) * 255).convert("RGB" if mode == "CMYK" else mode)
-    path = tmp_path / ("m.tif" if mode == "CMYK" else "m.png")
+    grey = Image.fromarray(MARKED.astype(np.uint8) * 255)
+    images = {"I;16": Image.fromarray(MARKED.astype(np.uint16) * 65535), "F": Image.fromarray(MARKED.astype(np.float32))}
+    path = tmp_path / ("m.tif" if mode in ("CMYK", "F") else "m.png")
+    image = images.get(mode) or grey.convert("RGB" if mode == "CMYK" else mode)
     (image.convert("CMYK") if mode == "CMYK" else image).save(path)
-    assert np.array_equal(read_mask(path, (6, 8)), marked)
+    assert np.array_equal(read_mask(path, MARKED.shape), MARKED)
+
+
+@pytest.mark.parametrize("ending", ["gif", "bmp", "webp", "tif"])
+def test_masks_of_every_format_mark_the_same(ending, tmp_path: Path):
+    Image.fromarray(MARKED.astype(np.uint8) * 255).save(tmp_path / f"m.{ending}", lossless=True)
+    assert np.array_equal(read_mask(tmp_path / f"m.{ending}", MARKED.shape), MARKED)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_a_lossy_mask_marks_what_it_was_made_of(mode, quality, tmp_path: Path):
+    Image.fromarray(MARKED.astype(np.uint8) * 255).convert(mode).save(tmp_path / "m.jpg", quality=quality)
+    assert np.array_equal(read_mask(tmp_path / "m.jpg", MARKED.shape), MARKED)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.502), (0, 0.95), (0.2, 0.8)])
+def test_two_values_of_which_one_reaches_half_of_white(low, high, kind, tmp_path: Path):
+    low, high = (round(share * np.iinfo(kind).max) for share in (low, high))
+    save(tmp_path / "m.png", np.where(MARKED, high, low).astype(kind))
+    assert np.array_equal(read_mask(tmp_path / "m.png", MARKED.shape), MARKED)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_zeros_and_ones_are_a_mask_of_any_depth(kind, tmp_path: Path):
+    assert np.array_equal(read_mask(save(tmp_path / "m.png", MARKED.astype(kind)), MARKED.shape), MARKED)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "named"),
+    [
+        ((0, 2), np.uint8, "0, 2 of 0 to 255"),
+        ((0, 100), np.uint8, "0, 100 of 0 to 255"),
+        ((0, 127), np.uint8, "0, 127"),
+        ((0, 1, 2), np.uint8, "0, 1, 2"),
+        ((0, 50, 200), np.uint8, "0, 50, 200"),
+        (tuple(range(180)), np.uint8, "0, 1, 2, 3, ..., 179"),
+        ((0, 255), np.uint16, "0, 255 of 0 to 65535"),
+        ((0, 256), np.uint16, "0, 256 of 0 to 65535"),
+        ((0, 1, 2, 3), np.uint16, "0, 1, 2, 3"),
+    ],
+)
+def test_values_of_unclear_meaning_are_named_and_not_guessed(values, kind, named, tmp_path: Path):
+    pixels = np.resize(np.array(values, kind), MARKED.shape)
+    with pytest.raises(ImageError, match=r"m\.png: the mask has the values .* save it with 0") as refused:
+        read_mask(save(tmp_path / "m.png", pixels), MARKED.shape)
+    assert named in str(refused.value)
+
+
+def painted(colour: tuple[int, ...], ground: tuple[int, ...] = (0, 0, 0)) -> np.ndarray:
+    return np.where(MARKED[..., None], colour, ground).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [painted((255, 0, 0)), painted((0, 0, 255), (255, 255, 255)), painted((0, 128, 0)), painted((255, 0, 0), (0, 255, 0))],
+    ids=["red on black", "blue on white", "dark green", "red on green"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_colours_are_refused(pixels, mode, tmp_path: Path):
+    Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "m.png")
+    with pytest.raises(ImageError, match=r"m\.png: the mask has colours; save it in grey"):
+        read_mask(tmp_path / "m.png", MARKED.shape)
+
+
+def test_a_photograph_with_the_region_laid_over_it_is_refused(rng, tmp_path: Path):
+    with pytest.raises(ImageError, match="has colours"):
+        read_mask(save(tmp_path / "m.png", picture(rng)), (48, 56))
+
+
+@pytest.mark.parametrize("grey", [0, 255])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "palette"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_mask_in_the_alpha_channel_is_refused(grey, mode, inverted, tmp_path: Path):
+    alpha = Image.fromarray((MARKED ^ inverted).astype(np.uint8) * 255)
+    if mode == "palette":
+        image = Image.fromarray((MARKED ^ inverted).astype(np.uint8), mode="P")
+        image.putpalette([grey] * 6)
+        image.save(tmp_path / "m.png", transparency=bytes([0, 255]))
+    else:
+        image = Image.new(mode[:-1], MARKED.shape[::-1], grey if mode == "LA" else (grey,) * 3)
+        image.putalpha(alpha)
+        image.save(tmp_path / "m.png")
+    with pytest.raises(ImageError, match=r"m\.png: the mask's alpha channel"):
+        read_mask(tmp_path / "m.png", MARKED.shape)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_alpha_channel_that_says_what_the_colours_say_does_no_harm(inverted, tmp_path: Path):
+    grey = MARKED.astype(np.uint8) * 255
+    save(tmp_path / "m.png", np.dstack([grey, grey, grey, 255 - grey if inverted else grey]))
+    assert np.array_equal(read_mask(tmp_path / "m.png", MARKED.shape), MARKED)
+
+
+def test_the_colours_of_a_palette_count_and_not_its_numbers(tmp_path: Path):
+    image = Image.fromarray(MARKED.astype(np.uint8), mode="P")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png", MARKED.shape), ~MARKED)
 
 
 def test_soft_edges_of_a_mask_count_from_half_on(tmp_path: Path):
     grey = np.array([[0, 60, 127, 128, 200, 255]], np.uint8)
     assert read_mask(save(tmp_path / "m.png", grey), (1, 6)).tolist() == [[False, False, False, True, True, True]]
+    assert mask_facts(tmp_path / "m.png", (1, 6)) == (0.5, 6)
 
 
 @pytest.mark.parametrize(

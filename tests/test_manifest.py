@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -7,10 +8,22 @@ import pytest
 from conftest import picture, save, square_mask
 
 from forensics_lib import facts, images
+from forensics_lib.audits import audit
 from forensics_lib.disk import Looks, look
 from forensics_lib.files import home
-from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest, build_test_manifest, overview, problems, usable
+from forensics_lib.layouts import LayoutError, Rows
+from forensics_lib.manifest import (
+    apportioned,
+    build_manifest,
+    build_test_manifest,
+    deciding,
+    deciding_first,
+    indexed,
+    overview,
+    problems,
+    sampled,
+    usable,
+)
 from forensics_lib.params import DataSet
 from forensics_lib.runs import Run
 
@@ -205,3 +218,212 @@ def test_a_table_that_names_a_file_twice_is_read_from_the_cache_too(tiny_run, tm
         manifest = build_manifest(Run(params, tiny_run.data), "A")
         assert len(manifest) == len(lines) + len(more)
         assert manifest["error"].isna().all()
+
+
+def reasons_of(run: Run, task: str) -> str:
+    with pytest.raises(LayoutError) as refused:
+        build_manifest(run, task)
+    return str(refused.value)
+
+
+def test_a_class_that_cannot_be_used_says_why_with_counts_and_first_files(tiny_run):
+    folder = tiny_run.data / "dataset" / "val" / "0_real" / "src"
+    for number in range(2):
+        (folder / f"0_real{number}.png").write_bytes(b"nothing")
+    (folder / "0_real2.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (folder / "0_real3.png").unlink()
+    for number in range(3, 9):
+        (folder / f"0_real{number}.png").symlink_to(f"/mnt/none/{number}.png")
+    said = reasons_of(tiny_run, "A")
+    assert "no usable authentic (0) images in val (9 found that cannot be used)" in said
+    lines = [line.strip() for line in said.splitlines()]
+    assert lines[1].startswith(f"6: {folder}/0_real3.png: ") and "is its disk mounted?" in lines[1]
+    assert lines[2] == f"2: {folder}/0_real0.png: not an image that Pillow can read"
+    assert lines[3].startswith(f"1: {folder}/0_real2.png: a git-lfs pointer") and "git lfs pull" in lines[3]
+    assert "train authentic 6, train positive 6, val authentic 9, val positive 4" in said
+
+
+def test_masks_that_are_all_missing_are_one_reason(tiny_run):
+    for mask in (tiny_run.data / "dataset_taskB" / "validation").rglob("*_mask.png"):
+        mask.unlink()
+    for folder in ("sd2-sp", "sd2-fr"):
+        for path in (tiny_run.data / "dataset_taskB" / "TGIF" / folder / "validation").rglob("*.png"):
+            path.unlink()
+    said = reasons_of(tiny_run, "B")
+    assert "no usable synthetic or manipulated (1) images in val (2 found that cannot be used)\n  2: " in said
+
+
+def test_a_class_of_which_nothing_is_there_says_what_was_read(tiny_run):
+    for path in (tiny_run.data / "dataset" / "val").rglob("*.png"):
+        path.unlink()
+    said = reasons_of(tiny_run, "A")
+    assert said.count("(0 found that cannot be used)") == 2, "all that is lacking is said at once"
+    assert "Read: train authentic 6, train positive 6, from" in said and "data/README.md" in said
+
+
+LATIN = os.fsdecode(b"caf\xe9")  # as an archive made on Windows leaves it
+
+
+def test_names_that_are_not_utf8_are_listed_and_left_out(tiny_run, rng, capsys):
+    folder = tiny_run.data / "dataset" / "train" / "1_fake"
+    save(folder / "src" / "0_plain.png", picture(rng)).rename(folder / "src" / f"{LATIN}.png")
+    save(folder / "odd" / "x.png", picture(rng))
+    save(folder / "odd" / "deeper" / "é.png", picture(rng))
+    (folder / "odd").rename(folder / LATIN)
+    (folder / "src" / f"{LATIN}.txt").write_text("x")
+    for _ in range(2):  # the second time from the cache
+        manifest = build_manifest(tiny_run, "A")
+        found = problems(manifest)
+        names = [f"{folder}/caf\\xe9/x.png", f"{folder}/caf\\xe9/deeper/é.png", f"{folder}/src/caf\\xe9.png"]
+        assert sorted(found["path"]) == sorted(names)
+        assert found["error"].str.contains("its name is not UTF-8").all() and found["error"].str.contains("convmv").all()
+        assert len(usable(manifest, "train")) == 12
+    capsys.readouterr().out.encode("utf-8")
+    assert "src/caf\\xe9.txt" in manifest.attrs["notes"][0]
+    for text in (found.to_csv(), json.dumps(manifest.attrs["notes"]), str(manifest["source"].unique())):
+        text.encode("utf-8")
+    assert audit(tiny_run, "A", manifest).findings["finding"].str.contains("left out").any()
+    assert {"caf\\xe9"} <= set(manifest["source"])
+
+
+def test_masks_and_tgif_folders_that_are_not_utf8(tiny_run):
+    tgif = tiny_run.data / "dataset_taskB" / "TGIF"
+    for place in (tgif / "sd2-sp" / "training", tgif / "masks" / "training"):
+        (place / "cat").rename(place / LATIN)
+    found = problems(indexed(DataSet(root=str(tgif), layout="tgif")))
+    folders = found["path"].str.split("/").str[-2]
+    assert found.loc[folders == "caf\\xe9", "error"].str.contains("its name is not UTF-8").tolist() == [True, True]
+    assert found.loc[folders == "cat", "error"].str.contains("its mask .*/cat/.*: no such file").tolist() == [True, True]
+
+
+def test_test_images_that_no_submission_can_name_are_told_before_inference(tiny_run, rng, capsys):
+    folder = tiny_run.test_folder("A")
+    for number in range(2):
+        save(folder / "plain.jpg", picture(rng)).rename(folder / f"{LATIN}{number}.jpg")
+    with pytest.raises(LayoutError, match=r"2 test image\(s\) cannot be named .*caf\\xe90\.jpg, caf\\xe91\.jpg.*convmv"):
+        build_test_manifest(tiny_run, "A")
+    for number in range(2):
+        (folder / f"{LATIN}{number}.jpg").unlink()
+    save(folder / "deeper" / "x.jpg", picture(rng))
+    (folder / "deeper").rename(folder / LATIN)
+    (folder / f"{LATIN}.txt").write_text("no image")
+    assert len(build_test_manifest(tiny_run, "A")) == 4
+    assert "caf\\xe9" in capsys.readouterr().out
+
+
+def test_a_test_folder_that_is_a_broken_link(tiny_run, tmp_path):
+    tiny_run.test_folder("A").rename(tmp_path / "moved")
+    tiny_run.test_folder("A").symlink_to("/mnt/none")
+    with pytest.raises(LayoutError, match="taskA is a link to /mnt/none, which is not there: is its disk mounted"):
+        build_test_manifest(tiny_run, "A")
+
+
+def test_a_readers_own_paths_that_are_not_utf8():
+    rows = Rows()
+    paths = [f"/data/{LATIN}.png", "/data/b.png"]
+    rows.add(paths, 1, "train", "mine", kind="sp", groups=[LATIN, None], masks=[f"/masks/{LATIN}.png", None])
+    table = rows.table()
+    assert table["path"].tolist() == rows.paths == ["/data/caf\\xe9.png", "/data/b.png"]
+    assert table["group"].tolist() == ["caf\\xe9", "/data/b.png"]
+    assert table["mask_path"].tolist()[0] == "/masks/caf\\xe9.png"
+
+
+def listed(*groups: tuple[int, str, int], layout: str = "own", data_set: str = "elsewhere") -> pd.DataFrame:
+    """Rows of (label, source, images)."""
+    rows = [(label, source) for label, source, count in groups for _ in range(count)]
+    table = pd.DataFrame(rows, columns=["label", "source"]).assign(layout=layout, data_set=data_set)
+    return table.assign(path=[f"{data_set}/{number}.png" for number in range(len(table))])
+
+
+def test_a_sample_of_thousands_of_small_sources_has_its_size_and_both_classes():
+    rows = listed((0, "photos", 10_000), *((1, f"generator{number}", 5) for number in range(4_800)))
+    drawn = sampled(rows, 2_000, seed=2**40 + 1)
+    assert len(drawn) == 2_000 and drawn["path"].is_unique
+    assert drawn["label"].value_counts().to_dict() == {1: 1412, 0: 588}
+    assert drawn.loc[drawn["label"] == 1, "source"].nunique() == 1412, "no source gets a second image before others have one"
+    pd.testing.assert_frame_equal(drawn, sampled(rows, 2_000, seed=2**40 + 1))
+    assert not drawn.equals(sampled(rows, 2_000, seed=2**40 + 2))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_sample_has_exactly_its_size_every_class_and_every_source_that_fits(seed):
+    rng = np.random.default_rng(seed)
+    rows = listed(*((int(rng.integers(2)), f"s{number}", int(rng.integers(1, 60))) for number in range(rng.integers(1, 30))))
+    limit = int(rng.integers(2, len(rows) + 5))
+    drawn = sampled(rows, limit, int(rng.integers(2**62)))
+    assert len(drawn) == min(limit, len(rows)) and drawn["path"].is_unique
+    assert drawn["label"].nunique() == rows["label"].nunique()
+    for label, part in rows.groupby("label"):
+        got, share = drawn[drawn["label"] == label], len(part) * len(drawn) / len(rows)
+        assert abs(len(got) - max(1, share)) <= 1
+        assert got["source"].nunique() == part["source"].nunique() or len(got) < part["source"].nunique()
+
+
+def test_sources_that_are_large_enough_have_their_shares_by_largest_remainder():
+    rows = listed((0, "a", 100), (0, "b", 300), (1, "c", 400))
+    assert sampled(rows, 80, 0)["source"].value_counts().to_dict() == {"c": 40, "b": 30, "a": 10}
+    assert apportioned(np.array([1, 10_000]), 10, np.random.default_rng(0)).tolist() == [1, 9]
+    assert apportioned(np.array([3, 3, 3]), 9, np.random.default_rng(0)).tolist() == [3, 3, 3]
+    assert apportioned(np.array([5, 5]), 0, np.random.default_rng(0)).tolist() == [0, 0]
+    assert len(sampled(rows.assign(source=None), 10, 0)) == 10, "a source that a reader does not tell"
+
+
+TRAINED = listed((0, "lsun", 50), (1, "progan", 50))
+OFFICIAL = {"A": {"layout": "itw_sm"}, "B": {"layout": "task_b_validation"}}
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_the_official_validation_set_decides_where_it_is_there(tiny_run, task):
+    seen, unseen = listed((0, "lsun", 30), (1, "progan", 30)), listed((0, "other", 30), (1, "sdxl", 30))
+    official = listed((0, "web", 12), (1, "web", 15), **OFFICIAL[task])
+    rows = pd.concat([seen, official, unseen], ignore_index=True)
+    decides, rule = deciding(tiny_run, task, rows, TRAINED)
+    assert decides.tolist() == [False] * 60 + [True] * 27 + [False] * 60 and "official validation set" in rule
+    decides, rule = deciding(tiny_run, task, rows[rows["layout"] == "own"], TRAINED)
+    assert decides.tolist() == [False] * 60 + [True] * 60 and rule == "sources that training lacks"
+    decides, rule = deciding(tiny_run, task, seen, TRAINED)
+    assert decides.all() and rule == "all validation images"
+
+
+def test_the_data_roots_own_validation_is_the_official_one(tiny_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    own = listed((0, "dataset", 20), (1, "progan", 20), data_set="data/dataset")  # as a parameter names it
+    opened = listed((0, "other", 20), (1, "sdxl", 20), data_set=str(tiny_run.data / "dataset_open"))
+    rows = pd.concat([own, opened], ignore_index=True)
+    decides, rule = deciding(tiny_run, "A", rows, TRAINED)
+    assert decides.tolist() == [True] * 40 + [False] * 40 and "dataset/val" in rule
+    mixed = pd.concat([own, listed((0, "itw", 20), (1, "itw", 20), data_set="data/dataset"), opened], ignore_index=True)
+    decides, rule = deciding(tiny_run, "A", mixed, pd.concat([TRAINED, listed((0, "dataset", 5))]))
+    assert mixed.loc[decides, "source"].unique().tolist() == ["itw"] and "sources that training lacks" in rule
+
+
+def test_itw_sm_decides_also_through_a_link_or_a_table(tiny_run, tmp_path):
+    folder = tmp_path / "ITW-SM" / "0_real"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    rows = listed((0, "x", 20), (1, "x", 20), (0, "y", 20), (1, "y", 20), layout="table")
+    rows.loc[rows["source"] == "y", "path"] = [f"{tmp_path}/link/{number}.jpg" for number in range(40)]
+    decides, rule = deciding(tiny_run, "A", rows, TRAINED)
+    assert rows.loc[decides, "source"].unique().tolist() == ["y"] and "ITW-SM" in rule
+
+
+@pytest.mark.parametrize(("authentic", "positive"), [(0, 30), (3, 30), (9, 9)])
+def test_too_few_official_images_leave_the_choice_to_the_next_rule_and_it_is_said(tiny_run, authentic, positive):
+    official = listed((0, "web", authentic), (1, "web", positive), layout="task_b_validation")
+    rows = pd.concat([official, listed((0, "lsun", 30), (1, "progan", 30))], ignore_index=True)
+    decides, rule = deciding(tiny_run, "B", rows, TRAINED)
+    assert decides.all()
+    assert f"too few of the official validation set: {authentic} authentic, {positive} positive" in rule
+
+
+def test_where_all_are_few_the_first_rule_with_both_classes_decides(tiny_run):
+    rows = pd.concat([listed((0, "web", 2), (1, "web", 1), layout="itw_sm"), listed((0, "lsun", 5), (1, "progan", 7))])
+    assert deciding(tiny_run, "A", rows, TRAINED)[0].sum() == 3
+
+
+def test_epochs_are_judged_on_deciding_images_before_others():
+    rows = listed((0, "a", 50), (1, "a", 50), (0, "b", 50), (1, "b", 50))
+    decides = rows["source"].eq("b").to_numpy()
+    assert deciding_first(rows, decides, 60, 0)["source"].unique().tolist() == ["b"]
+    drawn = deciding_first(rows, decides, 130, 0)["source"].value_counts()
+    assert drawn.to_dict() == {"b": 100, "a": 30}

@@ -1,12 +1,24 @@
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
+import torch
+from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from sklearn.metrics import f1_score as sklearn_f1
 
+from forensics_lib import scoring
+from forensics_lib.images import read_image
+from forensics_lib.inference import predict_mask
+from forensics_lib.machine import choose_machine
+from forensics_lib.manifest import build_manifest, usable
 from forensics_lib.metrics import (
+    THRESHOLD_FREE,
+    VALUES,
     best_f1_threshold,
     best_iou_threshold,
+    bin_threshold,
+    binned,
     bootstrap_interval,
+    bootstrap_intervals,
     crossfit_f1,
     equal_error_rate,
     f1_score,
@@ -16,7 +28,14 @@ from forensics_lib.metrics import (
     pixel_curves,
     pixel_histogram,
     pixel_table,
+    roc_auc,
+    round_probs,
+    threshold_bin,
+    threshold_free_scores,
+    value_counts,
+    written_mask,
 )
+from forensics_lib.model import build_model
 
 
 @pytest.fixture
@@ -35,6 +54,88 @@ def test_threshold_survives_being_written_with_six_decimals():
     labels, probs = np.array([0, 1]), np.array([0.123456, 0.123457])
     threshold = float(f"{best_f1_threshold(labels, probs):.6f}")
     assert (probs >= threshold).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_probability_equals_the_threshold(seed):
+    """Probabilities of other images neither, nor after they went through a CSV."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, 60) | (np.arange(60) == 0)
+    probs = [rng.random(60) ** 30, rng.integers(0, 3, 60) / 2, 0.3 + rng.integers(0, 4, 60) * 1e-6, rng.random(60)][seed % 4]
+    threshold = best_f1_threshold(labels, probs)
+    assert 0 < threshold < 1
+    near = threshold + np.arange(-5, 6) * 1e-6
+    for values in (round_probs(probs), round_probs(near), [float(f"{p:.6f}") for p in round_probs(probs)]):
+        for written in (threshold, float(f"{threshold:.8f}")):
+            assert ((np.array(values) > written) == (np.array(values) >= written)).all()
+    best = max(sklearn_f1(labels, round_probs(probs) >= p) for p in np.unique(round_probs(probs)))
+    assert sklearn_f1(labels, round_probs(probs) > threshold) == best
+
+
+@pytest.mark.parametrize("prob", [0.0, 1e-6, 1e-7, 0.5, 1.0])
+def test_equal_probabilities_are_all_called_positive(prob):
+    threshold = best_f1_threshold(np.array([0, 1, 1]), np.full(3, prob))
+    assert 0 < threshold < round_probs(prob) < 1
+    assert image_metrics(np.array([0, 1, 1]), np.full(3, prob), threshold)["recall"] == 1
+
+
+HALVES = np.arange(15361, dtype=np.uint16).view(np.float16)  # every float16 number in [0, 1]
+
+
+@pytest.mark.parametrize("number", range(1, 256))
+def test_no_pixel_equals_a_localization_threshold(number):
+    threshold = bin_threshold(number)
+    assert threshold_bin(threshold) == threshold_bin(number / 256) == number
+    masks = HALVES.astype(np.float64)
+    for written in (threshold, float(np.format_float_positional(threshold, min_digits=6)), np.float32(threshold)):
+        assert ((masks > written) == (masks >= number / 256)).all()
+        assert ((masks >= written) == (masks >= number / 256)).all()
+    halves = written_mask(HALVES)  # compared in float16, as NumPy does with a Python number
+    assert ((halves > threshold) == (number / 256 <= HALVES)).all()
+    assert ((halves >= threshold) == (number / 256 <= HALVES)).all()
+
+
+def test_a_written_mask_is_the_mask_but_for_its_last_bit(rng):
+    assert written_mask(np.array([0.0, 1.0, 0.5])).tolist() == [0.0, 1.0, 0.5]
+    mask = rng.random((50, 60)).astype(np.float32)
+    assert (np.abs(written_mask(mask) - mask) <= mask / 500).all()
+    truth = mask > 0.6
+    assert (pixel_histogram(written_mask(mask), truth) == pixel_histogram(mask, truth)).all()
+
+
+def test_the_best_localization_threshold_flags_from_its_bin_on(rng):
+    truth = np.zeros((5, 12, 12), bool)
+    truth[:, :6] = True
+    masks = written_mask(np.clip(truth * 0.3 + rng.random(truth.shape) * 0.6, 0, 1))
+    histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
+    threshold = best_iou_threshold(histograms)
+    for flagged in (masks > threshold, masks >= threshold):
+        ious = [jaccard_score(true.ravel(), found.ravel()) for true, found in zip(truth, flagged, strict=True)]
+        assert pixel_table(histograms, threshold)["iou"].tolist() == pytest.approx(ious)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 3), (0, 2), (2, 0)])
+@pytest.mark.parametrize("prob", [None, 0.0, 0.7, 1.0])
+def test_scores_of_a_handful_of_images(counts, prob, rng):
+    labels = np.repeat([0, 1], counts)
+    probs = rng.random(len(labels)) if prob is None else np.full(len(labels), prob)
+    scores = image_metrics(labels, probs, 0.5)
+    assert np.isnan(scores["auc"]) == (0 in counts)
+    assert np.isnan(crossfit_f1(labels, probs)) == (min(counts) < 2)
+    low, high = bootstrap_intervals(lambda y, p: {"f1": f1_score(y, p >= 0.5)}, labels, probs, rounds=5)["f1"]
+    assert 0 <= low <= high <= 1
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (0, 1), (2, 1), (3, 3), (3, 0)])
+def test_pixel_scores_of_a_handful_of_images(counts, rng):
+    truth = np.zeros((sum(counts), 6, 6), bool)
+    truth[counts[0] :, :3] = True
+    histograms = np.stack([pixel_histogram(rng.random((6, 6)), mask) for mask in truth])
+    scores = localization_metrics(histograms, 0.5, np.ones(len(truth), bool))
+    assert np.isnan(scores["iou_manipulated"]) == (counts[1] == 0)
+    assert np.isnan(scores["flagged_authentic"]) == (counts[0] == 0)
+    if counts[1]:
+        assert "iou_manipulated" in localization_intervals(histograms, best_iou_threshold(histograms), rounds=3)
 
 
 def test_threshold_without_positives():
@@ -125,16 +226,48 @@ def test_what_is_submitted_is_empty_where_an_image_is_called_authentic():
     assert (scores["flagged_authentic"], scores["submitted_flagged_authentic"]) == (1, 0.5)
 
 
-def test_threshold_free_pixel_scores_agree_with_sklearn(rng):
-    cut = np.floor(rng.random((3, 20, 30)) * 256) / 256
-    truth = rng.random(cut.shape) < cut * 0.7
-    histograms = np.stack([pixel_histogram(prob, mask) for prob, mask in zip(cut, truth, strict=True)])
-    table = pixel_table(histograms, 0.5)
-    for row, prob, mask in zip(table.to_dict("records"), cut, truth, strict=True):
-        assert row["pixel_auc"] == pytest.approx(roc_auc_score(mask.ravel(), prob.ravel()))
-        assert row["pixel_ap"] == pytest.approx(average_precision_score(mask.ravel(), prob.ravel()))
-        best = max(sklearn_f1(mask.ravel(), prob.ravel() >= value) for value in np.unique(prob))
-        assert row["best_pixel_f1"] == pytest.approx(best)
+SHAPES = {
+    "everywhere": lambda noise, truth: noise,
+    "near 0": lambda noise, truth: noise**4 * (1 + truth) / 500,
+    "near 1": lambda noise, truth: 1 - noise * (2 - truth) / 500,
+    "denormal": lambda noise, truth: noise * (1 + truth) / 60_000,
+    "few values": lambda noise, truth: np.round((noise + truth) * 2) / 4,
+    "one value": lambda noise, truth: noise * 0 + 0.3,
+    "ends": lambda noise, truth: (noise + 0.3 * truth) > 0.6,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.005, 0.3, 0.995])
+def test_threshold_free_pixel_scores_are_those_of_the_written_mask(shape, share, rng):
+    truth = rng.random((60, 90)) < share
+    mask = np.asarray(SHAPES[shape](rng.random(truth.shape), truth), np.float16)
+    scores = threshold_free_scores(value_counts(mask, truth))
+    flat, probs = truth.ravel(), mask.ravel().astype(float)
+    assert scores["pixel_auc"] == pytest.approx(roc_auc_score(flat, probs), abs=1e-9)
+    assert scores["pixel_ap"] == pytest.approx(average_precision_score(flat, probs), abs=1e-9)
+    precision, recall, _ = precision_recall_curve(flat, probs)
+    best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-9))
+    assert scores["best_pixel_f1"] == pytest.approx(best, abs=1e-9)
+
+
+def test_every_probability_that_a_mask_can_hold_is_counted_apart_and_falls_into_its_bin():
+    values = np.arange(VALUES, dtype=np.uint16).view(np.float16)
+    assert (values[0], values[-1]) == (0, 1)
+    counts = value_counts(values[None], np.zeros((1, VALUES), bool))
+    assert (counts[0] == 1).all() and not counts[1].any()
+    expected = np.bincount(np.minimum(np.floor(values.astype(float) * 256), 255).astype(int), minlength=256)
+    assert binned(counts)[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.01, np.nan, np.inf])
+def test_probabilities_outside_their_range_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        value_counts(np.array([[0.5, wrong]]), np.array([[False, True]]))
+
+
+def test_negative_zero_is_zero():
+    assert value_counts(np.array([[-0.0, 0.0]], np.float16), np.array([[True, False]]))[:, 0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -147,18 +280,120 @@ def test_threshold_free_pixel_scores_agree_with_sklearn(rng):
 )
 def test_corner_cases_of_threshold_free_scores(prob, marked, auc, ap, best):
     truth = np.arange(100).reshape(10, 10) < marked
-    row = pixel_table(pixel_histogram(np.full((10, 10), prob), truth)[None], 0.5).iloc[0]
-    np.testing.assert_allclose([row["pixel_auc"], row["pixel_ap"], row["best_pixel_f1"]], [auc, ap, best])
+    scores = threshold_free_scores(value_counts(np.full((10, 10), prob), truth))
+    np.testing.assert_allclose([scores["pixel_auc"], scores["pixel_ap"], scores["best_pixel_f1"]], [auc, ap, best])
 
 
-def test_localization_intervals_hold_the_values_and_repeat(rng):
+@pytest.fixture
+def localized(rng):
+    """Histograms and threshold-free scores of 40 images, half of them authentic."""
     truth = np.zeros((40, 10, 10), bool)
     truth[:20, :5] = True
     probs = np.clip(truth * 0.4 + rng.random(truth.shape) * 0.6, 0, 1)
-    histograms = np.stack([pixel_histogram(prob, mask) for prob, mask in zip(probs, truth, strict=True)])
-    scores, intervals = localization_metrics(histograms, 0.5), localization_intervals(histograms, 0.5, rounds=50)
+    counts = [value_counts(prob, mask) for prob, mask in zip(probs, truth, strict=True)]
+    return np.stack([binned(count) for count in counts]), pd.DataFrame([threshold_free_scores(count) for count in counts])
+
+
+def test_localization_intervals_hold_the_values_and_repeat(localized):
+    histograms, exact = localized
+    scores = localization_metrics(histograms, 0.5, exact=exact)
+    intervals = localization_intervals(histograms, 0.5, exact=exact, rounds=50)
     assert intervals.keys() == scores.keys()
+    assert scores["pixel_auc_manipulated"] == pytest.approx(exact["pixel_auc"][:20].mean())
     for name in ("iou_manipulated", "pixel_f1_manipulated", "iou_all", "pixel_auc_manipulated"):
         assert intervals[name][0] <= scores[name] <= intervals[name][1]
         assert intervals[name][0] < intervals[name][1]
-    assert intervals == localization_intervals(histograms, 0.5, rounds=50)
+    assert intervals == localization_intervals(histograms, 0.5, exact=exact, rounds=50)
+
+
+def test_scores_that_histograms_cannot_tell_are_not_made_up(localized):
+    histograms, _ = localized
+    assert not set(pixel_table(histograms, 0.5)) & set(THRESHOLD_FREE)
+    assert "pixel_auc_manipulated" not in localization_metrics(histograms, 0.5)
+
+
+# ---- Photographs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [2, 4])
+def test_copies_of_an_image_make_no_interval_narrower(scored, copies, rng):
+    labels, probs = scored
+    groups = np.array([f"photo {number}" for number in range(len(labels))], object)
+    shuffled = rng.permutation(len(labels) * copies)
+    many = [np.repeat(values, copies)[shuffled] for values in (labels, probs, groups)]
+
+    def scores(y, p):
+        return {"f1": f1_score(y, p >= 0.5), "auc": roc_auc(y, p), "fpr": (p[y == 0] >= 0.5).mean()}
+
+    alone = bootstrap_intervals(scores, labels, probs)
+    grouped = bootstrap_intervals(scores, *many[:2], groups=many[2])
+    ignored = bootstrap_intervals(scores, *many[:2])
+    for name, (low, high) in alone.items():
+        assert np.subtract(*grouped[name][::-1]) == pytest.approx(high - low, rel=0.25)
+        assert np.subtract(*ignored[name][::-1]) < 0.85 * (high - low)
+
+
+def test_copies_of_an_image_make_no_interval_of_masks_narrower(localized):
+    histograms, exact = localized
+    many, more = histograms.repeat(4, 0), exact.loc[exact.index.repeat(4)]
+    alone = localization_intervals(histograms, 0.5, exact=exact)
+    grouped = localization_intervals(many, 0.5, exact=more, groups=np.arange(40).repeat(4))
+    for name in ("iou_manipulated", "iou_all", "pixel_auc_manipulated", "pixel_ap_manipulated"):
+        np.testing.assert_allclose(grouped[name], alone[name])
+
+
+def test_a_draw_holds_whole_photographs_and_both_classes():
+    labels = np.array([0, 1, 1, 0, 1, 1, 1, 0])
+    groups = np.array(["a", "a", "a", "b", "c", "c", "d", "a"])
+    drawn = []
+
+    def seen(y, p):
+        drawn.append(np.bincount(p.astype(int), minlength=8))
+        assert set(y) == {0, 1}
+        return {"share": y.mean()}
+
+    bootstrap_intervals(seen, labels, np.arange(8), rounds=100, groups=groups)
+    times = np.array(drawn)
+    assert (times[:, [0, 1, 2, 7]] == 1).all()  # the one photograph with images of both classes
+    assert (times[:, 3] == 1).all()  # the one that is authentic alone
+    assert (times[:, 4] == times[:, 5]).all() and (times[:, 4] + times[:, 6] == 2).all()
+    assert len(set(times[:, 6])) == 3
+
+
+def test_an_image_without_a_photograph_is_an_error(scored):
+    with pytest.raises(ValueError, match="1 of 200 images have no group"):
+        bootstrap_interval(lambda y, p: y.mean(), *scored, groups=np.array([None] + ["a"] * 199, object))
+
+
+# ---- Predictions -----------------------------------------------------------------------------------------------------
+
+
+def expected_scores(model, rows, params, machine) -> pd.DataFrame:
+    lines = []
+    for _, row in rows.iterrows():
+        _, mask = predict_mask(model, read_image(row["path"]), params, machine)
+        truth = scoring.truth_mask(row, mask.shape).ravel()
+        probs = mask.ravel().astype(float)
+        both = 0 < truth.mean() < 1
+        lines.append([f(truth, probs) if both else np.nan for f in (roc_auc_score, average_precision_score)])
+    return pd.DataFrame(lines, columns=["pixel_auc", "pixel_ap"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_predictions_have_the_exact_scores_of_each_mask(tiny_run, monkeypatch, processes):
+    rows, params = usable(build_manifest(tiny_run, "B"), "val"), tiny_run.params
+    broken = rows.index[-1]
+    rows.loc[broken, "path"] = "gone.png"
+    torch.manual_seed(0)
+    model, machine = build_model(params, "B").eval(), choose_machine(params)
+    parts = []
+    monkeypatch.setattr(scoring, "world", lambda: processes)
+    monkeypatch.setattr(scoring, "gathered", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr(scoring, "check_finite", lambda *_: None)  # which would miss what the next process answers
+    for number in range(processes):
+        monkeypatch.setattr(scoring, "rank", lambda number=number: number)
+        found = scoring.predict(model, "B", rows, params, machine)  # the last one sees all parts
+    expected = expected_scores(model, rows.drop(index=broken), params, machine)
+    assert expected["pixel_auc"].notna().any()
+    pd.testing.assert_frame_equal(found.exact[found.good()][["pixel_auc", "pixel_ap"]], expected, rtol=0, atol=1e-9)
+    assert found.exact.loc[broken].isna().all() and list(found.errors) == [broken]

@@ -4,16 +4,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import TINY
 
 from forensics_lib.model import (
     CheckpointError,
     CombinedModel,
     _widen,
     add_to_checkpoint,
+    build_model,
     load_model,
     read_checkpoint,
     save_checkpoint,
 )
+from forensics_lib.params import Params
 from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
 
@@ -212,3 +215,46 @@ def test_a_mask_of_any_size_gives_evidence(shape):
     model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
     features = torch.zeros(2, model.norm.normalized_shape[0])
     assert torch.isfinite(model.classify(features, torch.rand(2, 1, *shape))).all()
+
+
+def test_pretrained_file_is_looked_for_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    source = timm.create_model("test_convnext", num_classes=0)
+    for place in (tmp_path / "user" / "w.pth", tmp_path / "weights" / "w.pth"):  # tmp_path is the project's home
+        place.parent.mkdir()
+        torch.save(source.state_dict(), place)
+    for name in ("~/w.pth", "weights/w.pth"):
+        network = model("A", pretrained=True, pretrained_file=name)
+        assert torch.equal(source.stem[0].weight, network.backbone.stem[0].weight)
+    (tmp_path / "gone.pth").symlink_to("/mnt/none/w.pth")
+    with pytest.raises(FileNotFoundError, match="is its disk mounted"):
+        model("A", pretrained=True, pretrained_file="gone.pth")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(OSError, match="git lfs pull"):
+        model("A", pretrained=True, pretrained_file="pointer.safetensors")
+
+
+@pytest.mark.parametrize("frontend", ["rgb", "npr"])
+def test_a_run_starts_from_the_backbone_of_another_one(tmp_path, frontend):
+    source = model("B")
+    with torch.no_grad():
+        source.backbone.stem[0].weight.fill_(0.25)
+    save_checkpoint(tmp_path / "run.pth", source)
+    network = model("A", pretrained=True, pretrained_file="run.pth", frontend=frontend)
+    found, wanted = network.backbone.state_dict(), source.backbone.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted if name != network.first_conv)
+    assert torch.equal(found["stem.0.weight"][:, :3], wanted["stem.0.weight"])
+    assert "state_dict" not in network.backbone.pretrained_cfg
+
+
+def test_a_run_does_not_start_from_what_does_not_fit_or_may_not_be_used(tmp_path):
+    save_checkpoint(tmp_path / "srm.pth", model("A", frontend="srm"))
+    with pytest.raises(ValueError, match="checkpoint of test_convnext with frontend srm"):
+        model("A", pretrained=True, pretrained_file="srm.pth")
+    save_checkpoint(tmp_path / "run.pth", model("A"))
+    with pytest.raises(ValueError, match="checkpoint of test_convnext with frontend rgb; a run with resnet18"):
+        CombinedModel("A", "resnet18", pretrained=True, pretrained_file="run.pth")
+    values = TINY | {"pretrained": True, "pretrained_file": "run.pth"}
+    with pytest.raises(ValueError, match="run's checkpoint, which may have been trained on other than official data"):
+        build_model(Params(**values), "A")
+    assert build_model(Params(**values, run_type="open"), "A").config["backbone"] == "test_convnext"

@@ -9,8 +9,16 @@ from conftest import picture, save
 
 from forensics_lib.files import update_json, write_csv
 from forensics_lib.inference import load_mask, save_mask
+from forensics_lib.metrics import best_f1_threshold, bin_threshold, round_probs
 from forensics_lib.runs import Run
-from forensics_lib.submission import SubmissionError, archive_path, build_submission, scores_path, validate_submission
+from forensics_lib.submission import (
+    SubmissionError,
+    _exactly,
+    archive_path,
+    build_submission,
+    scores_path,
+    validate_submission,
+)
 
 SIZES = {"a.jpg": (20, 30), "b.png": (31, 17)}
 
@@ -232,6 +240,42 @@ def test_ids_that_look_like_numbers_or_nothing_stay_text(finished, rng):
     ids = ["007.jpg", "NA.jpg", *SIZES]
     write_csv(finished.test_probs("A"), pd.DataFrame({"image_id": ids, "prob": 0.1}))
     assert build_submission(finished, "A").rows == 4
+
+
+@pytest.mark.parametrize("number", range(1, 256))
+def test_thresholds_are_written_exactly(number):
+    for threshold in (bin_threshold(number), number / 256, number / 256 + 5.1e-7):
+        assert float(_exactly(threshold)) == threshold
+
+
+@pytest.mark.parametrize("loc_threshold", [bin_threshold(137), 137 / 256])
+def test_a_submission_reads_the_same_by_both_rules(finished, loc_threshold):
+    """Also of probabilities next to the threshold, and at both ends."""
+    probs = round_probs(np.array([0.123457, 0.123456]))
+    threshold = best_f1_threshold(np.array([1, 0]), probs)
+    write_csv(finished.test_probs("B"), pd.DataFrame({"image_id": list(SIZES), "prob": probs}))
+    update_json(finished.thresholds, B={"threshold": threshold, "loc_threshold": loc_threshold})
+    result = build_submission(finished, "B")
+    table = pd.read_csv(scores_path(finished))
+    assert result.notes == [] and table["label"].tolist() == [1, 0]
+    for column in (table["prob"] > table["threshold"], table["prob"] >= table["threshold"]):
+        assert column.tolist() == [True, False]
+    assert table["loc_threshold"].unique().tolist() == [loc_threshold]
+
+
+def test_a_probability_at_the_threshold_is_noted(finished, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("image_id,prob,label,threshold\na.jpg,0.5,1,0.50\nb.png,0.2,0,0.50\n")
+    result = validate_submission(path, "A", finished.test_folder("A"))
+    assert result.valid and "1 image(s), such as a.jpg, equals the threshold" in result.notes[0]
+
+
+@pytest.mark.parametrize("value", ["", "nan", "inf", "high"])
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_an_image_without_a_probability_is_named(finished, task, value):
+    finished.test_probs(task).write_text(f"image_id,prob\na.jpg,{value}\nb.png,0.2\n")
+    with pytest.raises(SubmissionError, match=r"no probability of 1 image\(s\).* a\.jpg"):
+        build_submission(finished, task)
 
 
 def test_missing_results_name_the_step_to_run(tiny_run):

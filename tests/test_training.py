@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import picture, save
+from scipy.special import logit
 
 from forensics_lib import epochs, machine, plots, training
 from forensics_lib.attribution import grad_cam
@@ -21,7 +22,7 @@ from forensics_lib.evaluation import (
     mask_examples,
     stored_thresholds,
 )
-from forensics_lib.files import read_json
+from forensics_lib.files import read_json, update_json
 from forensics_lib.images import ImageError
 from forensics_lib.infer import infer, mask_names
 from forensics_lib.inference import load_mask
@@ -198,11 +199,11 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
     assert written.columns[:2].tolist() == ["image_id", "prob"]
     assert len(written) == len(evaluation.table) == 10
     thresholds = stored_thresholds(tiny_run, "B")
-    assert set(thresholds) == {"threshold", "loc_threshold", "temperature"}
+    assert set(thresholds) == {"threshold", "loc_threshold", "temperature", "intercept"}
     assert read_checkpoint(tiny_run.finetuned_model("B"))["thresholds"] == thresholds
     assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
-    assert evaluation.without_overlap["images"] == 6, "four images show photographs that TGIF's training split holds too"
-    assert evaluation.summary().columns.tolist() == ["all images", "95% from", "to", "without overlap"]
+    assert evaluation.without_overlap is None, "the official set's photographs are all TGIF's here"
+    assert evaluation.summary().columns.tolist() == ["deciding images", "95% from", "to", "other validation images"]
     held_out = evaluate_held_out(tiny_run, "B", manifest)
     assert set(held_out.table["split"]) == {"test"}
     assert held_out.thresholds == thresholds
@@ -370,9 +371,12 @@ def test_calibrated_probabilities_are_what_is_written_for_test_images(tiny_run):
     plain = infer(tiny_run, "A")["prob"]
     stored = json.loads(tiny_run.thresholds.read_text())
     assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
-    stored["A"]["temperature"] = 2 * stored["A"]["temperature"]
+    assert stored["A"]["intercept"] == evaluation.thresholds["intercept"]
+    before = {key: stored["A"].pop(key) for key in ("temperature", "intercept")}
+    stored["A"]["temperature"] = 2.0  # alone, as a run of a version that fitted no intercept left it
     tiny_run.thresholds.write_text(json.dumps(stored))
-    assert ((infer(tiny_run, "A")["prob"] - 0.5).abs() <= (plain - 0.5).abs() + 1e-6).all()
+    again = logit(infer(tiny_run, "A")["prob"]) * 2
+    np.testing.assert_allclose(logit(plain), again / before["temperature"] + before["intercept"], atol=1e-4)
 
 
 def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
@@ -390,6 +394,11 @@ def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
     sweep = evaluate_robustness(tiny_run, "A", manifest)
     assert sweep["images"].eq(8).all()
     card = build_card(tiny_run, "A").read_text()
+    assert "chosen on 8 validation images (4 of them positive)" in card and "log(4 / 4)" in card
+    facts = read_json(tiny_run.folder / "run.json")
+    update_json(tiny_run.folder / "run.json", taskA_chosen_on=None)  # as a version that fitted no intercept left it
+    assert "fitted no intercept" in build_card(tiny_run, "A").read_text()
+    update_json(tiny_run.folder / "run.json", **facts)
     for part in ("Intended use", "| AUC |", "Scores by generator", "after common changes", "test_convnext", "Limits"):
         assert part in card
     for figure in (

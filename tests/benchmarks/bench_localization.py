@@ -21,6 +21,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,33 @@ from PIL import Image
 from torch import nn
 
 from forensics_lib.__main__ import parse_settings
-from forensics_lib.calibration import at_temperature
+from forensics_lib.calibration import calibrated
 from forensics_lib.disk import usable_cores
 from forensics_lib.evaluation import evaluate
 from forensics_lib.files import project_root, read_json, write_json, write_text
 from forensics_lib.images import read_image
 from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.manifest import build_manifest, indexed, test_images, usable
-from forensics_lib.metrics import image_metrics, localization_metrics, pixel_histogram, pixel_table
+from forensics_lib.metrics import (
+    binned,
+    image_metrics,
+    localization_metrics,
+    pixel_table,
+    round_probs,
+    threshold_free_scores,
+    value_counts,
+)
 from forensics_lib.model import load_model
 from forensics_lib.params import DataSet, Params, load_params
 from forensics_lib.runs import Run
-from forensics_lib.scoring import predict, truth_mask
+from forensics_lib.scoring import Predictions, predict, truth_mask
 from forensics_lib.training import train
 
 BUILD, DOCS = project_root() / "build" / "localization", project_root() / "docs"
 BACKBONE = "tf_efficientnet_lite0"
 EPOCHS = 22  # of step 2: 8 to 15 minutes on 2 cores
 SETS = {"simulated": "TGIF testing split", "real": "dataset_taskB/validation", "test": "test/taskB"}
-Predict = Callable[[pd.DataFrame], tuple[np.ndarray, np.ndarray]]  # rows to probabilities (N,) and histograms (N, 2, 256)
+Predict = Callable[[pd.DataFrame], Predictions]
 
 
 def params_for(seed: int, name: str, settings: dict[str, Any]) -> Params:
@@ -76,12 +85,18 @@ def sets(manifest: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"simulated": usable(manifest, "test"), "real": usable(real, "val"), "test": test}
 
 
-def scored(rows: pd.DataFrame, probs: np.ndarray, histograms: np.ndarray, thresholds: dict[str, float]) -> dict[str, Any]:
+def predictions(probs: list[float], counts: list[np.ndarray]) -> Predictions:
+    """What a recipe says of images, of their probabilities and ``value_counts``."""
+    exact = pd.DataFrame([threshold_free_scores(of_image) for of_image in counts])
+    return Predictions(np.array(probs), {}, np.stack([binned(of_image) for of_image in counts]), exact)
+
+
+def scored(rows: pd.DataFrame, found: Predictions, thresholds: dict[str, float]) -> dict[str, Any]:
     """The figures of the tables for one set."""
-    labels = rows["label"].to_numpy(int)
+    labels, probs = rows["label"].to_numpy(int), found.probs
     called = probs >= thresholds["threshold"]
-    pixels = localization_metrics(histograms, thresholds["loc_threshold"], called)
-    table = pixel_table(histograms, thresholds["loc_threshold"], called)
+    pixels = localization_metrics(found.histograms, thresholds["loc_threshold"], called, found.exact)
+    table = pixel_table(found.histograms, thresholds["loc_threshold"], called)
     facts = {key: pixels[f"{key}_manipulated"] for key in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc")}
     facts |= {f"{kind}{key}": pixels[f"{kind}{key}"] for kind in ("", "submitted_") for key in ("iou_all", "flagged_authentic")}
     facts |= {key: image_metrics(labels, probs, thresholds["threshold"])[key] for key in ("f1", "auc", "fpr")}
@@ -100,11 +115,11 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     seconds = time.monotonic() - started
     thresholds = evaluate(run, "B", manifest).thresholds
     model, _ = load_model(run.finetuned_model("B"), "B")
-    machine, temperature = choose_machine(run.params), thresholds["temperature"]
+    machine = choose_machine(run.params)
 
-    def predicted(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    def predicted(rows: pd.DataFrame) -> Predictions:
         result = predict(model, "B", rows, run.params, machine)
-        return at_temperature(result.probs, temperature), result.histograms
+        return replace(result, probs=round_probs(calibrated(result.probs, thresholds)))
 
     epochs = metrics[["step", "epoch", "train_loss", "val_auc", "val_iou", "seconds"]].round(4).to_dict("records")
     return results(manifest, predicted, thresholds) | {"seconds": round(seconds, 1), "epochs": epochs}
@@ -165,7 +180,7 @@ def naive(run: Run, manifest: pd.DataFrame, seconds: float) -> dict[str, Any]:
     trained = time.monotonic() - started
     model.eval()
 
-    def predicted(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    def predicted(rows: pd.DataFrame) -> Predictions:
         return _naive_predictions(model, rows, machine)
 
     thresholds = {"threshold": 0.5, "loc_threshold": 0.5}
@@ -178,16 +193,16 @@ def _squeezed_truth(row: pd.Series) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _naive_predictions(model: SmallUNet, rows: pd.DataFrame, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
-    probs, histograms = [], []
+def _naive_predictions(model: SmallUNet, rows: pd.DataFrame, machine: Machine) -> Predictions:
+    probs, counts = [], []
     for _, row in rows.iterrows():
         image = read_image(row["path"])
         with machine.autocast():
             logit, mask = model(machine.to_device(torch.from_numpy(squeezed(image))[None]))
         probs.append(logit.float().sigmoid().item())
         mask = F.interpolate(mask.float().sigmoid()[None], image.shape[:2], mode="bilinear")[0, 0].cpu().numpy()
-        histograms.append(pixel_histogram(mask, truth_mask(row, image.shape[:2])))
-    return np.array(probs), np.stack(histograms)
+        counts.append(value_counts(mask, truth_mask(row, image.shape[:2])))
+    return predictions(probs, counts)
 
 
 def floors(manifest: pd.DataFrame) -> dict[str, Any]:
@@ -195,9 +210,9 @@ def floors(manifest: pd.DataFrame) -> dict[str, Any]:
     found = {}
     for name, fill in (("empty mask", _empty), ("full mask", _full), ("centre box", _box)):
 
-        def predicted(rows: pd.DataFrame, fill: Callable[[np.ndarray], np.ndarray] = fill) -> tuple[np.ndarray, np.ndarray]:
+        def predicted(rows: pd.DataFrame, fill: Callable[[np.ndarray], np.ndarray] = fill) -> Predictions:
             truths = [truth_mask(row, (int(row["height"]), int(row["width"]))) for _, row in rows.iterrows()]
-            return np.ones(len(rows)), np.stack([pixel_histogram(fill(truth), truth) for truth in truths])
+            return predictions([1.0] * len(rows), [value_counts(fill(truth), truth) for truth in truths])
 
         found[name] = results(manifest, predicted, {"threshold": 0.5, "loc_threshold": 0.5})
     return found
@@ -221,7 +236,7 @@ def results(manifest: pd.DataFrame, predicted: Predict, thresholds: dict[str, fl
     facts: dict[str, Any] = {"thresholds": thresholds}
     rows = usable(manifest, "val")
     for name, part in ({"val": rows} | sets(manifest)).items():
-        facts[name] = scored(part, *predicted(part), thresholds)
+        facts[name] = scored(part, predicted(part), thresholds)
     return facts
 
 

@@ -94,10 +94,11 @@ def params_for(data: str, start: str, seed: int, name: str, settings: dict[str, 
     return load_params("params/laptop.yaml", values | settings)
 
 
-def scored(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
+def scored(rows: pd.DataFrame, probs: np.ndarray, threshold: float) -> dict[str, float]:
     """The figures of the table, at the stored threshold, at 0.5 and at the best one in hindsight."""
+    labels = rows["label"].to_numpy(int)
     scores = image_metrics(labels, probs, threshold)
-    low, high = bootstrap_interval(roc_auc, labels, probs)
+    low, high = bootstrap_interval(roc_auc, labels, probs, groups=rows["group"].to_numpy())
     hindsight = image_metrics(labels, probs, best_f1_threshold(labels, probs))
     facts = {key: scores[key] for key in ("auc", "ap", "f1", "fpr", "eer", "balanced_accuracy")}
     facts |= {
@@ -194,7 +195,7 @@ def results(found: dict[str, pd.DataFrame], predict: Any, threshold: float, val:
     for name, rows in found.items():
         labels = rows["label"].to_numpy(int)
         probs = val if name == "val" else predict(rows, None)
-        facts[name] = scored(labels, probs, threshold)
+        facts[name] = scored(rows, probs, threshold)
         facts[name]["auc_social"] = round(roc_auc(labels, predict(rows, SOCIAL)), 4)
         if name == "test":
             real = probs[labels == 0]
