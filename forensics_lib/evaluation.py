@@ -131,7 +131,7 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
         histograms, called = result.histograms[result.good()], probs >= threshold
         evaluation.intervals |= localization_intervals(histograms, thresholds["loc_threshold"], called)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
-    _store(run, task, evaluation, problems(manifest))
+    _store(run, task, evaluation, problems(manifest, repeats=False))
     wait_for_all()
     return evaluation
 

@@ -79,6 +79,8 @@ def _check_set(entry: DataSet) -> tuple[list[dict[str, object]], list[str]]:
         print(error)
         wanted = expected or {("train", 0): None}
         return [_line(entry.root, entry.layout, *key, 0, 0, count) for key, count in wanted.items()], []
+    for note in table.attrs["notes"]:
+        print(note)
     if entry.layout == "tgif":  # the same photograph is stored at several sizes
         photo = table["path"].str.replace(r"_orig(_\w+)?\.png$", "", regex=True)
         table = table[~photo.duplicated() | table["label"].eq(1)]

@@ -25,7 +25,7 @@ class ParamsError(ValueError):
 
 
 LAYOUTS = (
-    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table", "parquet",
+    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "folders", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
 )  # fmt: skip
 
