@@ -39,7 +39,9 @@ class DataSet(BaseModel):
     layout: str | None = Field(
         None, description="how it is laid out, or module:function of a reader; null: recognised by what lies in it"
     )
-    split: Literal["train", "val", "test"] | None = Field(None, description="its split, where the layout tells none")
+    split: Literal["train", "val", "test"] | None = Field(
+        None, description="split of its images; null: as names of folders and files, or a table, tell"
+    )
     coco_root: str | None = Field(None, description="corvi_ldm: the folder of COCO's train2017 images")
     lsun_root: str | None = Field(None, description="corvi_ldm: CNNDetection's train folder")
 
