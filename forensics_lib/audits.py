@@ -23,7 +23,7 @@ from forensics_lib.duplicates import (
 )
 from forensics_lib.files import read_json
 from forensics_lib.images import EMPTY_MASK, ImageError, mask_facts
-from forensics_lib.manifest import data_fingerprint, sampled_places
+from forensics_lib.manifest import data_fingerprint, problems, sampled_places
 from forensics_lib.progress import progress
 from forensics_lib.runs import Run
 
@@ -277,7 +277,7 @@ def _findings(
     counts = pd.crosstab(manifest["split"], manifest["label"]).reindex(index=["train", "val"], columns=[0, 1], fill_value=0)
     uneven = int((counts.max(axis=1) > 5 * counts.min(axis=1)).sum())
     found = [
-        ("files left out", manifest["error"].notna().sum(), "see the list; restore them, or live without"),
+        ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or live without"),
         ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
         ("facts that tell the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "look at the table of facts"),
         ("equal files in both classes", twins["label"], "remove them from one class"),

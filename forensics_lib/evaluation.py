@@ -143,7 +143,7 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     evaluation.intervals = _all_intervals(task, evaluation, result)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None
-    _store(run, task, evaluation, problems(manifest))
+    _store(run, task, evaluation, problems(manifest, repeats=False))
     wait_for_all()
     return evaluation
 

@@ -13,11 +13,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,17 @@ from forensics_lib.images import SUFFIXES, ImageError, has_image_ending, is_imag
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
 NAMED = 20  # files that a message names before it only counts
+# How the field spells splits and classes, of folders and files; ``split_of`` and ``class_of`` look names up
+SPLITS = dict.fromkeys(("train", "training", "trainset", "train_set", "trn", "progan_train"), "train")
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "validate", "valset", "val_set", "validset", "progan_val"), "val")
+SPLITS |= dict.fromkeys(("dev", "devel", "development", "devset", "dev_set", "eval", "evaluation"), "val")
+SPLITS |= dict.fromkeys(("test", "testing", "tests", "testset", "test_set", "cnn_synth_testset"), "test")
+SPLITS |= dict.fromkeys(("heldout", "held_out", "holdout", "hold_out"), "test")
+CLASSES = dict.fromkeys(("0_real", "real", "reals", "real_image", "real_images", "authentic", "genuine", "pristine"), 0)
+CLASSES |= dict.fromkeys(("nature", "natural", "original", "originals", "untampered", "unmanipulated"), 0)
+CLASSES |= dict.fromkeys(("1_fake", "fake", "fakes", "fake_image", "fake_images", "synthetic", "synthetic_images"), 1)
+CLASSES |= dict.fromkeys(("ai", "ai_generated", "ai_images", "generated", "generated_images", "artificial"), 1)
+CLASSES |= dict.fromkeys(("manipulated", "tampered", "forged"), 1)
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 # Per folder of manipulated images: the pattern of an image's name, and the name of its mask
 _SPLICED, _REGENERATED = "{id}_mask_{m}.png_ps_mask.png", "{id}_mask_{m}_%d.png"
@@ -47,6 +59,40 @@ TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_\w+)?\.png")
 
 class LayoutError(ValueError):
     """A folder is not laid out as expected; the message says what was looked for and what was found."""
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder's name tells, in any of the field's spellings: train, val, test or None."""
+    return SPLITS.get(_plain(name))
+
+
+def class_of(name: str) -> int | None:
+    """The label that a folder's name tells, in any of the field's spellings: 0, 1 or None."""
+    return CLASSES.get(_plain(name))
+
+
+def split_in(name: str) -> str | None:
+    """The split that the words of a name tell, as in ``validation-00000-of-00004.parquet``; None where they tell several."""
+    stem = name.partition(".")[0]
+    told = {split for word in (stem, *re.split(r"[-_ ]", stem)) if (split := split_of(word))}
+    return told.pop() if len(told) == 1 else None
+
+
+def check_parts(place: Path, parts: tuple[str, ...], label: int, split: str | None) -> None:
+    """Raise ``LayoutError`` where a folder below a class's, or below a training split's, is named for another one."""
+    for part in parts:
+        if class_of(part) == 1 - label:
+            other = ("authentic", "synthetic")[label]
+            raise LayoutError(f"{place}: {part} is named for a class and lies inside of the {other} one: move it beside")
+        if split == "train" and split_of(part) in ("val", "test"):
+            raise LayoutError(
+                f"{place}: {part} is named for validation or test images and lies inside of a training folder: move it "
+                "out, or rename it if its images are meant for training"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +118,7 @@ class Rows:
         self._no_images: list[str] = []  # by their content
         self._hidden: list[str] = []
         self._unreadable: list[str] = []
+        self._unread: list[str] = []
         self._empty: list[str] = []  # links to folders that hold nothing
         self._left_out: list[str] = []
 
@@ -82,7 +129,7 @@ class Rows:
         self,
         paths: list[str],
         label: int | None,
-        split: str,
+        split: str | None,
         source: str,
         *,
         kind: str | None,
@@ -91,7 +138,10 @@ class Rows:
         groups: list[str | None] | None = None,
         masks: list[str | None] | None = None,
     ) -> None:
-        """Add images; without ``groups`` each is a photo of its own.  Paths that are not UTF-8 stand as ``disk.shown``."""
+        """Add images; without ``groups`` each is a photo of its own, and a split of None waits for ``state_split``.
+
+        Paths that are not UTF-8 stand as ``disk.shown``.
+        """
         paths = [shown(path) for path in paths]
         self.paths += paths
         self._groups += [shown(group or path) for group, path in zip(groups, paths, strict=True)] if groups else paths
@@ -171,6 +221,28 @@ class Rows:
         self._hidden += [shown(path) for path in hidden if is_image(path)]
         return found
 
+    def state_split(self, stated: str | None, root: Path) -> None:
+        """Give every image the split that the entry states, else leave the one that its folder or file tells.
+
+        Raises ``LayoutError`` where neither is known, and where test images were to be trained on.
+        """
+        told = [values[1] for values in self._shared]
+        untold = [start for start, split in zip(np.cumsum([0, *self._lengths]), told, strict=False) if split is None]
+        if untold and not stated:
+            raise LayoutError(
+                f"{root}: no folder or file name tells whether {self.paths[untold[0]]} is for training: set split: train, "
+                f"val or test for this set. Names that tell it: {', '.join(sorted(SPLITS))}"
+            )
+        if stated == "train" and "test" in told:
+            first = self.paths[int(np.cumsum([0, *self._lengths])[told.index("test")])]
+            raise LayoutError(f"{root}: split: train, but {first} is of a test split, which is never trained on")
+        if stated:
+            self._shared = [(label, stated, *others) for label, _, *others in self._shared]
+
+    def leave_unread(self, place: str | Path, reason: str) -> None:
+        """Note a folder that the layout does not read."""
+        self._unread.append(f"not read: {place}: {reason}")
+
     def notes(self) -> list[str]:
         """What was passed over, with the remedy."""
         notes = [f"{place} cannot be read and is left out: allow it with chmod u+rx" for place in self._unreadable]
@@ -182,6 +254,9 @@ class Rows:
         ):
             if paths:
                 notes.append(f"{len(paths)} {what}: {', '.join(paths[:NAMED])}{', ...' * (len(paths) > NAMED)}")
+        notes += self._unread[:NAMED]
+        if len(self._unread) > NAMED:
+            notes.append(f"... and {len(self._unread) - NAMED} more folders that are not read")
         if self._passed_over:
             endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._passed_over)
             counted = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(4))
@@ -240,20 +315,49 @@ def _refuse(links: list[str]) -> None:
         raise LayoutError(f"{'; '.join(links[:NAMED])}{more} Mount it, or take the links out")
 
 
+def named_folders(root: Path, told: Callable[[str], Any]) -> Iterator[tuple[Path, Any]]:
+    """The folders in ``root``, through links, with what ``told`` makes of their names; hidden ones are passed over."""
+    if root.is_dir():
+        for folder in sorted(root.iterdir()):
+            if not folder.name.startswith(".") and folder.name != "__MACOSX" and folder.is_dir():
+                yield folder, told(folder.name)
+
+
+def split_folders(root: Path) -> list[tuple[Path, str]]:
+    """The folders in ``root`` that are named for a split, in any spelling: training first, then validation, then test."""
+    found = [(folder, split) for folder, split in named_folders(root, split_of) if split]
+    return sorted(found, key=lambda item: (("train", "val", "test").index(item[1]), item[0]))
+
+
 def read_task_a(root: Path) -> Rows:
     """``{train,val}/{0_real,1_fake}/**``: the user's own layout, links to other data sets included.
 
-    The source is the first folder below the class, or the data set's name for images that lie in the class itself.
+    Splits and classes may be spelled otherwise (``validation``, ``Real``), and there may be a labelled test split.  The
+    source is the first folder below the class, or the data set's name for images that lie in the class itself.
     """
     rows = Rows()
-    for split in ("train", "val"):
-        for name, label in TASK_A_LABELS.items():
-            for folder in rows.walk(root / split / name):
+    for place, split in split_folders(root):
+        for inside, label in sorted(named_folders(place, class_of), key=lambda item: (item[1] is None, item[1], item[0])):
+            if label is None:
+                rows.leave_unread(inside, _unnamed("class", CLASSES))
+                continue
+            for folder in rows.walk(inside):
+                check_parts(inside.joinpath(*folder.parts), folder.parts, label, split)
                 source = folder.parts[0] if folder.parts else root.name
                 rows.add(folder.paths, label, split, source, kind="full" if label else "orig")
+    for place, split in named_folders(root, split_of):
+        if split is None:
+            rows.leave_unread(place, _unnamed("split", SPLITS))
+    for place in [place for place in (root, *(place for place, _ in split_folders(root))) if place.is_dir()]:
+        if count := sum(path.suffix.lower() in SUFFIXES for path in place.iterdir()):
+            rows.leave_unread(f"{count} image(s) in {place} itself", "they lie in no class's folder")
     if not len(rows):
         raise LayoutError(f"no images in {root}/{{train,val}}/{{0_real,1_fake}}; {contents(root)}")
     return rows
+
+
+def _unnamed(what: str, known: dict[str, Any]) -> str:
+    return f"its name tells no {what} (known: {', '.join(sorted(known))})"
 
 
 def read_tgif(root: Path) -> Rows:
@@ -274,9 +378,18 @@ def read_tgif(root: Path) -> Rows:
                 groups, masks = pair(root, folder, method, tgif_split)
                 names = {"generator": method[:-3], "method": method, "kind": method[-2:]}
                 rows.add(folder.paths, 1, split, "tgif", groups=groups, masks=masks, **names)
+    _note_strangers(rows, root, ("masks", "masks-flux", *TGIF_ORIGINALS, *TGIF_NAMES, *TGIF2_METHODS))
+    for method in (*TGIF_ORIGINALS, *TGIF_NAMES, *TGIF2_METHODS):
+        _note_strangers(rows, root / method, tuple(TGIF_SPLITS))
     if not len(rows):
         raise LayoutError(f"no images in {root}/{{orig,sd2-sp,...}}/{{training,validation,testing}}; {contents(root)}")
     return rows
+
+
+def _note_strangers(rows: Rows, root: Path, known: tuple[str, ...]) -> None:
+    for place, name in named_folders(root, str):
+        if name not in known:
+            rows.leave_unread(place, f"none of {', '.join(known)}")
 
 
 Pairs = tuple[list[str | None], list[str | None]]  # groups and masks, one per image; None: the name tells none

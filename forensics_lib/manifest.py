@@ -15,11 +15,11 @@ from forensics_lib.aligned import make_twins
 from forensics_lib.facts import file_facts
 from forensics_lib.files import from_home, home
 from forensics_lib.forgeries import make_forgeries
-from forensics_lib.identity import refuse_training_on_validation, refuse_unofficial
+from forensics_lib.identity import refuse_misuse, refuse_validation_rows
 from forensics_lib.layouts import LayoutError, Rows, mask_names, masks_alike, read_test
 from forensics_lib.params import DataSet
 from forensics_lib.readers import of_itw_sm, read_data_set, recognised, task_of
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, task_b_training_folders
 
 
 def build_manifest(run: Run, task: str) -> pd.DataFrame:
@@ -31,13 +31,17 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
-    if run.params.aligned and task == "A":
-        tables.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), tables))
-    if run.params.forgeries and task == "B":
-        tables.append(_made(run, "forgeries", lambda photos: make_forgeries(photos, run.params.forgeries), tables))
     table = pd.concat(tables, ignore_index=True)
+    refuse_validation_rows(table)
     table["error"] = table["error"].fillna(_contradictions(table, task))
-    table = table.drop(columns="identity")
+    table["error"] = table["error"].fillna(_repeats(table))
+    notes += _repeat_notes(table)
+    made = []
+    if run.params.aligned and task == "A":
+        made.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), table))
+    if run.params.forgeries and task == "B":
+        made.append(_made(run, "forgeries", lambda photos: make_forgeries(photos, run.params.forgeries), table))
+    table = pd.concat([table, *made], ignore_index=True).drop(columns="identity")
     table.attrs["notes"] = notes
     for note in notes:
         print(note)
@@ -54,10 +58,9 @@ def indexed(entry: DataSet) -> pd.DataFrame:
     return table
 
 
-def _made(run: Run, name: str, make: Callable[[pd.DataFrame], pd.DataFrame], tables: list[pd.DataFrame]) -> pd.DataFrame:
+def _made(run: Run, name: str, make: Callable[[pd.DataFrame], pd.DataFrame], table: pd.DataFrame) -> pd.DataFrame:
     """The images that are made of all usable training photographs, with the facts of their files."""
-    photos = pd.concat(tables, ignore_index=True)
-    photos = photos[photos["split"].eq("train") & photos["label"].eq(0) & photos["error"].isna()]
+    photos = table[table["split"].eq("train") & table["label"].eq(0) & table["error"].isna()].reset_index(drop=True)
     made = make(photos)
     facts = file_facts(made["path"].tolist(), facts_cache(run.folder, name))
     return made.join(facts).assign(data_set=name, layout=name)
@@ -80,20 +83,17 @@ def facts_cache(root: str | Path, what: str) -> Path:
 def data_sets(run: Run, task: str) -> list[DataSet]:
     """The data sets of a task: those of the ``data`` parameter, or the folders of the data root.
 
-    Raises ``LayoutError`` where a constrained run names a set that is not an official one.
+    Raises ``LayoutError`` where a set would train on validation data or, in a constrained run, on data that is not official.
     """
-    entries = _named(run, task) if run.params.data and not run.sample else _of_data_root(run, task)
-    refuse_training_on_validation(entries)
+    named = run.params.data and not run.sample
+    entries = [recognised(entry) for entry in run.params.data or []] if named else _of_data_root(run, task)
+    refuse_misuse(run, task, entries)
     if run.params.run_type == "constrained":
-        refuse_unofficial(entries, run.params.edition)
-    return entries
-
-
-def _named(run: Run, task: str) -> list[DataSet]:
-    entries = [recognised(entry) for entry in run.params.data or []]
-    if run.params.run_type == "constrained":
-        refuse_unofficial(entries, run.params.edition)
         _refuse_other_task(entries)
+    return _serving(task, entries)
+
+
+def _serving(task: str, entries: list[DataSet]) -> list[DataSet]:
     tasks = [task_of(entry) for entry in entries]
     if task not in tasks:
         listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
@@ -133,8 +133,7 @@ def unused(run: Run) -> list[str]:
 
 def _of_data_root(run: Run, task: str) -> list[DataSet]:
     if task == "B":
-        folder = run.data / "dataset_taskB"
-        return [_own(folder / "TGIF", "tgif"), _own(folder / "validation", "task_b_validation")]
+        return [*_task_b_training(run), _own(run.data / "dataset_taskB" / "validation", "task_b_validation")]
     opened = run.data / "dataset_open"
     if run.params.run_type == "open":
         both = [_own(run.data / "dataset", "own"), _own(opened, "own")]
@@ -142,6 +141,17 @@ def _of_data_root(run: Run, task: str) -> list[DataSet]:
     if opened.is_dir():
         print(f"constrained run: {opened} is there and is not used")
     return [_own(run.data / "dataset", "own")]
+
+
+def _task_b_training(run: Run) -> list[DataSet]:
+    """TGIF, and from edition 2026 on SAGI-D, of which either is enough."""
+    layouts = ("tgif", "sagi_d") if run.params.edition >= 2026 else ("tgif",)
+    folders = dict(zip(task_b_training_folders(run.data), layouts, strict=False))
+    there = {folder: layout for folder, layout in folders.items() if folder.exists()}
+    for folder in folders if there else ():
+        if folder not in there:
+            print(f"edition {run.params.edition} trains on TGIF and SAGI-D: {folder} is not there, so the other alone is used")
+    return [_own(folder, layout) for folder, layout in (there or folders).items()]
 
 
 def _own(root: Path, layout: str) -> DataSet:
@@ -283,9 +293,20 @@ def data_fingerprint(manifest: pd.DataFrame) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def problems(manifest: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are left out, with the reason."""
-    return manifest.loc[manifest["error"].notna(), ["split", "path", "error"]].reset_index(drop=True)
+def problems(manifest: pd.DataFrame, repeats: bool = True) -> pd.DataFrame:
+    """The rows that are left out, with the reason; without ``repeats`` those alone that are not used in another place."""
+    repeated = _repeated(manifest)
+    wrong = manifest[manifest["error"].notna() & ~repeated]
+    parts = [wrong, manifest[repeated]] if repeats else [wrong]
+    return pd.concat(parts)[["split", "path", "error"]].reset_index(drop=True)
+
+
+def taken_for(manifest: pd.DataFrame) -> pd.DataFrame:
+    """What every data set was taken for: set, layout, split, class, images, and how many of those are left out."""
+    names = manifest["label"].map({0: "authentic", 1: "synthetic or manipulated"})
+    rows = manifest.assign(**{"class": names, "left out": manifest["error"].notna()})
+    counted = rows.groupby(["data_set", "layout", "split", "class"], sort=False)["left out"].agg(["size", "sum"]).reset_index()
+    return counted.rename(columns={"data_set": "set", "size": "images", "sum": "left out"})
 
 
 def overview(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -325,15 +346,68 @@ def _mask_problems(table: pd.DataFrame, masks: pd.DataFrame) -> pd.Series:
 
 
 def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
-    """Files that are listed under both labels, and manipulated images of which no mask is known."""
+    """Images that are listed under both labels, and manipulated images of which no mask is known."""
     problems = pd.Series(np.nan, table.index, dtype="str")
-    twice = table[table["identity"].duplicated(keep=False) & ~table["path"].str.contains(".parquet#", regex=False)]
-    both = twice.index[twice.groupby("identity")["label"].transform("nunique") > 1]
+    keys = _image_keys(table)
+    twice = table.loc[keys.index[keys.duplicated(keep=False)], "label"]
+    both = twice.index[twice.groupby(keys[twice.index]).transform("nunique") > 1]
     problems[both] = table["path"][both] + ": listed as authentic and as synthetic; take it out of one class"
     manipulated = table["label"].eq(1) if task == "B" else table["kind"].isin(["sp", "fr"])
     unknown = table["mask_path"].isna() & manipulated
     problems[unknown] = table["path"][unknown] + ": its name tells no mask, or none of its size is there, nor does a table"
     return problems
+
+
+def _image_keys(table: pd.DataFrame) -> pd.Series:
+    """A number per image that exists, the same for one file by two paths, and for one member of a parquet file."""
+    keys = table.loc[table["identity"].ne(-1), "identity"]
+    inside = table["path"][keys.index].str.contains(".parquet#", regex=False)
+    if inside.any():
+        rows = keys.index[inside]
+        members = [path.rpartition("#")[2] for path in table["path"][rows]]
+        hashed = pd.util.hash_pandas_object(pd.DataFrame({"file": keys[rows], "member": members}), index=False)
+        keys = keys.copy()
+        keys[rows] = hashed.to_numpy().view(np.int64)
+    return keys
+
+
+REPEATED = ": the same image as "  # in the reason of an image that stands in several places
+_ORDER = {"train": 0, "val": 1, "test": 2}
+
+
+def _repeats(table: pd.DataFrame) -> pd.Series:
+    """Why an image that stands in several places is left out of this one; missing where it is not.
+
+    An image that trains neither validates nor is held out, one that validates is not held out, and each counts once, where
+    it is listed first.
+    """
+    problems = pd.Series(np.nan, table.index, dtype="str")
+    keys = _image_keys(table[table["error"].isna()])
+    keys = keys[keys.duplicated(keep=False)]
+    keys = keys[table["split"][keys.index].map(_ORDER).sort_values(kind="stable").index]
+    again = keys.index[keys.duplicated()]
+    first = pd.Series(keys.index, index=keys.to_numpy()).groupby(level=0).first()[keys[again]].to_numpy()
+    where = table["path"].take(first) + ", which is " + table["split"].take(first).map(_ROLES)
+    problems[again] = table["path"][again] + REPEATED + where.set_axis(again)
+    return problems
+
+
+_ROLES = {"train": "trained on", "val": "in validation", "test": "held out"}
+
+
+def _repeat_notes(table: pd.DataFrame) -> list[str]:
+    """How many images of each set are left out since they stand elsewhere too."""
+    rows = table[_repeated(table)]
+    first = [reason.rpartition(", which is ")[2] for reason in rows["error"]]
+    counts = rows.assign(first=first).groupby(["data_set", "split", "first"]).size()
+    return [
+        f"{count} image(s) of {name} ({split}) are left out: they are listed elsewhere too, where they are {first}"
+        for (name, split, first), count in counts.items()
+    ]
+
+
+def _repeated(table: pd.DataFrame) -> pd.Series:
+    return table["error"].str.contains(REPEATED, regex=False).fillna(False).astype(bool)
 
 
 def _check_classes(table: pd.DataFrame, task: str) -> None:

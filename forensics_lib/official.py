@@ -87,6 +87,8 @@ def _check_set(entry: DataSet) -> tuple[list[dict[str, object]], list[str]]:
     for finding, count, remedy in mask_findings(table, mask_areas(table)):
         if count:
             print(f"{entry.root}: {finding}: {count}. {remedy}")
+    for note in table.attrs["notes"]:
+        print(note)
     if entry.layout == "tgif":  # the same photograph is stored at several sizes
         photo = table["path"].str.replace(r"_orig(_\w+)?\.png$", "", regex=True)
         table = table[~photo.duplicated() | table["label"].eq(1)]

@@ -26,7 +26,7 @@ class ParamsError(ValueError):
 
 
 LAYOUTS = (
-    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "table", "parquet",
+    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "folders", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
 )  # fmt: skip
 
@@ -40,7 +40,9 @@ class DataSet(BaseModel):
     layout: str | None = Field(
         None, description="how it is laid out, or module:function of a reader; null: recognised by what lies in it"
     )
-    split: Literal["train", "val", "test"] | None = Field(None, description="its split, where the layout tells none")
+    split: Literal["train", "val", "test"] | None = Field(
+        None, description="split of its images; null: as names of folders and files, or a table, tell"
+    )
     task: Literal["A", "B"] | None = Field(
         None, description="the task it serves; null: B where it has masks. B without masks: its authentic images alone"
     )

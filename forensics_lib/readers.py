@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ import pyarrow.parquet as pq
 from forensics_lib.disk import broken_link, shown
 from forensics_lib.files import from_home
 from forensics_lib.layouts import (
+    CLASSES,
     NAMED,
+    TASK_A_LABELS,
     TGIF2_METHODS,
     TGIF_NAMES,
     Folder,
     LayoutError,
     Rows,
+    check_parts,
+    class_of,
     contents,
     photo_group,
     read_listing,
@@ -34,6 +40,8 @@ from forensics_lib.layouts import (
     read_tgif,
     refuse_broken_links,
     sagid_path,
+    split_in,
+    split_of,
 )
 from forensics_lib.params import DataSet
 from forensics_lib.parquet import class_names, damage, damaged_by, image_columns, member_path
@@ -41,8 +49,11 @@ from forensics_lib.plugins import named
 
 Reader = Callable[[Path, DataSet], Rows]
 ITW_SM = "ITW-SM"  # the folder that the archive holds
-SPLITS = {"train": "train", "progan_train": "train", "val": "val", "valid": "val", "progan_val": "val"}
-SPLITS |= {"validation": "val", "test": "test", "CNN_synth_testset": "test"}
+# A name of its files is platform, class (not always) and number: Facebook_real_1042.jpg, x_618.jpg
+PLATFORMS = frozenset(("facebook", "instagram", "linkedin", "reddit", "tiktok", "twitter", "x", "youtube", "telegram"))
+_ITW_SM_NAME = re.compile(rf"(?:{'|'.join(sorted(PLATFORMS))})_(?:(?:real|fake)_)?\d+\.\w+", re.IGNORECASE)
+_LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
+CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
 
 
@@ -53,6 +64,8 @@ def read_data_set(entry: DataSet) -> Rows:
     rows = _reader(entry.layout)(root, entry)
     if entry.layout not in READERS:
         _check_own(rows, entry)
+    if entry.layout in READERS and len(rows):
+        rows.state_split(None if entry.layout == "table" else entry.split, root)  # of a table it is the rows' default
     if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
         rows.serve(entry.task)
     if not len(rows):
@@ -88,7 +101,10 @@ def recognised(entry: DataSet) -> DataSet:
     if not root.exists():
         raise LayoutError(f"data: {broken_link(root) or f'no such folder or file {root}'}")
     refuse_broken_links(root)
-    return entry if entry.layout else DataSet(**entry.model_dump() | {"layout": detect_layout(root)})
+    layout = entry.layout or detect_layout(root)
+    if layout in ("itw_sm", "task_b_validation") and entry.split == "train":
+        raise LayoutError(f"{root} is an official validation set ({layout}) and must not be trained on: leave its split out")
+    return entry if entry.layout else DataSet(**entry.model_dump() | {"layout": layout})
 
 
 def task_of(entry: DataSet) -> str:
@@ -104,13 +120,37 @@ def task_of(entry: DataSet) -> str:
     return "B" if entry.layout in TASK_B_LAYOUTS else "A"
 
 
-def _by_class(rows: Rows, root: Path, names: dict[str, int]) -> Iterator[tuple[Folder, int, tuple[str, ...]]]:
-    """Folders of images below one that is named for a class: the folder, its label, and the folders above the class's."""
+@dataclass(frozen=True)
+class ClassFolder:
+    """A folder of images below one that is named for a class."""
+
+    folder: Folder
+    label: int
+    split: str | None  # None: no name tells it
+    above: tuple[str, ...]  # the folders above the class's, without the split's
+
+
+def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[ClassFolder]:
+    """The folders of images below ``root`` with the class and the split that names on their way tell, outermost first.
+
+    ``category_train``: a folder ``train`` is a category.  What names no class is noted.  Raises ``LayoutError`` where a
+    class lies inside of the other, or test images inside of training.
+    """
+    of_root = split_of(root.name) or split_of(root.resolve().name)
     for folder in rows.walk(root):
-        for number, part in enumerate(folder.parts):
-            if part in names:
-                yield folder, names[part], folder.parts[:number]
-                break
+        parts, place = folder.parts, root.joinpath(*folder.parts)
+        number = next((i for i, part in enumerate(parts) if class_of(part) is not None), None)
+        if number is None:
+            rows.leave_unread(place, f"no folder on its path names a class (known: {', '.join(sorted(CLASSES))})")
+            continue
+        category = number - 1 if category_train and parts[number - 1] == "train" else None
+        named = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
+        split = of_root if named is None else split_of(parts[named])
+        label = int(class_of(parts[number]) or 0)
+        check_parts(place, parts[number + 1 :], label, None)
+        if named is not None:
+            check_parts(place, parts[named + 1 :], label, split)
+        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
 
 
 def read_cnndetection(root: Path, entry: DataSet) -> Rows:
@@ -119,14 +159,19 @@ def read_cnndetection(root: Path, entry: DataSet) -> Rows:
     The root may be the whole data set or one split's folder, whose name or the entry's ``split`` then tells which.
     """
     rows = Rows()
-    for folder, label, above in _by_class(rows, root, {"0_real": 0, "1_fake": 1}):
-        named = SPLITS.get(above[0]) if above else None
-        split = entry.split or named or SPLITS.get(root.name, "train")
-        inner = above[1:] if named else above
-        generator = inner[0] if split == "test" and inner else "progan"
+    for found in _by_class(rows, root, category_train=_has_categories(root)):
+        split = entry.split or found.split
+        generator = found.above[0] if split == "test" and found.above else "progan"
         source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
-        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
+        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        rows.add(found.folder.paths, found.label, found.split, source, **names)
     return rows
+
+
+def _has_categories(root: Path) -> bool:
+    """Whether the classes lie in folders of CNNDetection's categories, of which one is named ``train``."""
+    others = {tree[-2] for tree in class_trees(root) if len(tree) > 1} & CNNDETECTION_CATEGORIES - {"train"}
+    return bool(others)
 
 
 def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
@@ -141,6 +186,8 @@ def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
             if folder.parts and folder.parts[0].startswith("latent_diffusion_"):
                 names = {"generator": "latent_diffusion", "method": folder.parts[0].removeprefix("latent_diffusion_")}
                 rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", **names)
+            else:
+                rows.leave_unread((root / name).joinpath(*folder.parts), "its images lie in no latent_diffusion_* folder")
         for source in ("coco", "lsun"):
             listing = root / name / f"real_{source}.txt"
             if listing.is_file():
@@ -168,7 +215,25 @@ def of_itw_sm(path: Path) -> bool:
     return ITW_SM.lower() in map(str.lower, path.parts)
 
 
-def read_itw_sm(root: Path, entry: DataSet) -> Rows:
+def named_as_itw_sm(names: Sequence[str]) -> bool:
+    """Whether images are named as those of ITW-SM are: nine tenths of them for a platform and by number."""
+    fitting = sum(_ITW_SM_NAME.fullmatch(name) is not None for name in names)
+    return fitting > 0 and fitting >= 0.9 * len(names)
+
+
+def _holds_itw_sm(root: Path) -> bool:
+    """Whether the class folders in ``root`` hold files named as ITW-SM's, or folders named for platforms."""
+    names: list[str] = []
+    for place in (path for path in root.iterdir() if class_of(path.name) is not None and path.is_dir()):
+        inside = [path.name for path in islice(place.iterdir(), 2_000) if path.name[0] != "."]
+        if all(name.lower() in PLATFORMS for name in inside) or named_as_itw_sm([n for n in inside if "." in n]):
+            names += inside
+        elif inside:
+            return False
+    return bool(names)
+
+
+def read_itw_sm(root: Path, _: DataSet) -> Rows:
     """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name.
 
     The root may be the folder that the archive's ``ITW-SM/`` was unpacked into.
@@ -176,37 +241,49 @@ def read_itw_sm(root: Path, entry: DataSet) -> Rows:
     rows = Rows()
     inner = root / ITW_SM
     root = inner if inner.is_dir() else root
-    for folder, label, above in _by_class(rows, root, {"0_real": 0, "1_fake": 1}):
-        if above:
+    for folder in rows.walk(root):
+        label = class_of(folder.parts[0]) if folder.parts else None
+        if label is None:
+            rows.leave_unread(root.joinpath(*folder.parts), "it lies in neither 0_real nor 1_fake")
             continue
+        check_parts(root.joinpath(*folder.parts), folder.parts[1:], label, "val")
         inside = len(folder.parts) > 1
         platforms: dict[str, list[str]] = {}
         for name, path in zip(folder.images, folder.paths, strict=True):
             platform = (folder.parts[1] if inside else name.split("_")[0]).lower()
             platforms.setdefault(platform, []).append(path)
         for platform, paths in sorted(platforms.items()):
-            rows.add(paths, label, entry.split or "val", f"itw_sm/{platform}", kind=_kind(label))
+            rows.add(paths, label, "val", f"itw_sm/{platform}", kind=_kind(label))
     return rows
 
 
-def read_genimage(root: Path, entry: DataSet) -> Rows:
+def read_genimage(root: Path, _: DataSet) -> Rows:
     """GenImage: ``{generator}/[...]/{train,val}/{ai,nature}/*``."""
+    return _read_generators(root, "genimage")
+
+
+def read_community_forensics(root: Path, _: DataSet) -> Rows:
+    """Community Forensics in its local form: ``{generator}/{real,fake}/*``."""
+    return _read_generators(root, "community_forensics", whole_path=True)
+
+
+def _read_generators(root: Path, name: str, whole_path: bool = False) -> Rows:
     rows = Rows()
-    for folder, label, above in _by_class(rows, root, {"nature": 0, "ai": 1}):
-        split = entry.split or (SPLITS.get(above[-1], "train") if above else "train")
-        generator = above[0] if above else root.name
-        source = f"genimage/{generator}"
-        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
+    for found in _by_class(rows, root):
+        generator = ("/".join(found.above) if whole_path else found.above[0]) if found.above else root.name
+        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        rows.add(found.folder.paths, found.label, found.split, f"{name}/{generator}", **names)
     return rows
 
 
-def read_community_forensics(root: Path, entry: DataSet) -> Rows:
-    """Community Forensics in its local form: ``{generator}/{real,fake}/*``."""
+def read_folders(root: Path, _: DataSet) -> Rows:
+    """Any folders whose names tell class and split: ``{train,val,test}/{real,fake}``, ``{real,fake}/{train,val,test}``, or
+    one split's ``{real,fake}``.  The source is the folder above the class, else the set's name.
+    """
     rows = Rows()
-    for folder, label, above in _by_class(rows, root, {"real": 0, "fake": 1}):
-        generator = "/".join(above) or root.name
-        source, split = f"community_forensics/{generator}", entry.split or "train"
-        rows.add(folder.paths, label, split, source, kind=_kind(label), generator=generator if label else None)
+    for found in _by_class(rows, root):
+        source = "/".join((root.name, *found.above))
+        rows.add(found.folder.paths, found.label, found.split, source, kind=_kind(found.label))
     return rows
 
 
@@ -218,7 +295,7 @@ def read_sagi_d(root: Path, _: DataSet) -> Rows:
     for item in listing.itertuples(index=False):
         image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
         source = image.relative_to(root).parts[1]
-        split, named = SPLITS.get(item.split, "test"), f"sagi_d/{source}"
+        split, named = split_of(item.split) or "test", f"sagi_d/{source}"
         group = photo_group(source, image.stem)
         if item.src_path:
             original = sagid_path(root, item.src_path, ())
@@ -240,6 +317,10 @@ def read_table(path: Path, entry: DataSet) -> Rows:
         raise LayoutError(
             f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
         )
+    named = split_in(path.name) or split_of(path.parent.name)
+    if entry.split == "train" and named == "test":
+        raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
+    entry = entry.model_copy(update={"split": entry.split or named})
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
@@ -248,8 +329,8 @@ def read_table(path: Path, entry: DataSet) -> Rows:
 
 def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
     values = {name: item.get(name) or None for name in TABLE_COLUMNS}
-    split = SPLITS.get(values["split"] or entry.split or "train")
-    if item["label"] not in ("0", "1") or split is None:
+    split = split_of(values["split"]) if values["split"] else entry.split
+    if item["label"] not in ("0", "1") or (split is None and values["split"]):
         raise LayoutError(
             f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
         )
@@ -266,10 +347,8 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
     rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
 
 
-# Of a hub data set: columns that may hold the label, and the words that name a class
+# Of a hub data set: columns that may hold the label
 LABEL_COLUMNS = ("label", "labels", "is_fake", "fake", "class", "target")
-LABEL_WORDS = dict.fromkeys(("real", "authentic", "0_real", "nature", "original", "genuine", "pristine"), 0)
-LABEL_WORDS |= dict.fromkeys(("fake", "synthetic", "1_fake", "ai", "generated", "ai-generated", "manipulated", "tampered"), 1)
 
 
 def parquet_files(root: Path) -> list[Path]:
@@ -322,9 +401,7 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
         table = _columns(file, [name for name in (label, generator) if name])
         labels = _hub_labels(file, label, table.column(label).to_pylist())
         generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
-        split = entry.split or next(
-            (SPLITS[part] for part in (file.name.split("-")[0], file.parent.name) if part in SPLITS), "train"
-        )
+        split = _split_of_shard(root, file)
         _add_members(rows, file, image, labels, generators, split, root.stem)
     return rows
 
@@ -336,8 +413,14 @@ def _columns(file: Path, names: list[str]) -> pa.Table:
         raise LayoutError(f"{file}: {damaged_by(error)}") from None
 
 
+def _split_of_shard(root: Path, file: Path) -> str | None:
+    """The split that a parquet file's name tells, else the nearest folder's up to the root, or the root's own name."""
+    folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
+    return next((split for name in (file.name, *folders) if (split := split_in(name))), None)
+
+
 def _add_members(
-    rows: Rows, file: Path, image: str, labels: list[int], generators: list[str | None], split: str, source: str
+    rows: Rows, file: Path, image: str, labels: list[int], generators: list[str | None], split: str | None, source: str
 ) -> None:
     places: dict[tuple[int, str | None], list[int]] = {}
     for number, key in enumerate(zip(labels, generators, strict=True)):
@@ -353,12 +436,11 @@ def _add_members(
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
     names = class_names(file, column)
     words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
-    known = {0: 0, 1: 1, **LABEL_WORDS}
-    labels = [known.get(word.lower().strip() if isinstance(word, str) else word) for word in words]
+    labels = [class_of(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
     if None in labels:
         number = labels.index(None)
         raise LayoutError(
-            f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(LABEL_WORDS)}"
+            f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(CLASSES)}"
         )
     return labels
 
@@ -374,6 +456,7 @@ READERS: dict[str, Reader] = {
     "itw_sm": read_itw_sm,
     "genimage": read_genimage,
     "community_forensics": read_community_forensics,
+    "folders": read_folders,
     "table": read_table,
     "parquet": read_parquet,
     "tgif": lambda root, _: read_tgif(root),
@@ -389,12 +472,59 @@ _SIGNS: dict[str, tuple[str, ...]] = {
     "sagi_d": ("sagid.csv",),
     "tgif": tuple(f"{folder}/*" for folder in (*TGIF_NAMES, *TGIF2_METHODS)),
     "corvi_ldm": ("train/latent_diffusion_*", "valid/latent_diffusion_*"),
-    "own": ("train/0_real", "train/1_fake"),
-    "itw_sm": ("0_real", "1_fake", f"{ITW_SM}/0_real", f"{ITW_SM}/1_fake"),
-    "cnndetection": ("*/0_real", "*/1_fake", "*/*/0_real", "*/*/*/0_real"),
-    "genimage": ("*/train/ai", "*/val/ai", "*/*/train/ai", "train/ai"),
-    "community_forensics": ("*/fake", "*/real"),
 }
+# What is looked for after those: where class folders lie, in any spelling
+_TREES = {
+    "own": "{train,val}/{0_real,1_fake}",
+    "itw_sm": "{0_real,1_fake} with files named for platforms",
+    "cnndetection": "[{train,val,test}/]{category}/{0_real,1_fake}",
+    "genimage": "{generator}/[...]/{train,val}/{ai,nature}",
+    "community_forensics": "{generator}/{real,fake}",
+    "folders": "{train,val,test}/{real,fake}, {real,fake}/{train,val,test} or {real,fake}",
+}
+
+
+def class_trees(root: Path, depth: int = 5) -> list[tuple[str, ...]]:
+    """The folders that are named for a class, as their parts below ``root``, at most ``depth`` folders down, sorted."""
+    found: list[tuple[str, ...]] = []
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        if parts and class_of(parts[-1]) is not None:
+            found.append(parts)
+        elif len(parts) < depth:
+            waiting += [(*parts, name) for name in _folders_in(root.joinpath(*parts))]
+    return sorted(found)
+
+
+def _folders_in(place: Path) -> list[str]:
+    try:
+        with os.scandir(place) as entries:
+            return [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _layout_of_trees(root: Path) -> str | None:
+    """The layout that the places of class folders tell."""
+    trees = class_trees(root)
+    if not trees:
+        return None
+    tops, plain = {tree[0] for tree in trees}, all(tree[-1].lower() in TASK_A_LABELS for tree in trees)
+    flat = all(len(tree) == 1 for tree in trees)
+    if (plain and tops == {ITW_SM}) or (flat and _holds_itw_sm(root)):
+        return "itw_sm"
+    if flat:
+        return "folders"
+    if all({tree[-1].lower()} <= {"ai", "nature"} and len(tree) > 1 and split_of(tree[-2]) for tree in trees):
+        return "genimage"
+    if plain and any(split_of(tree[0]) and len(tree) == 2 for tree in trees) and not tops & CNNDETECTION_CATEGORIES - {"train"}:
+        return "own"
+    if plain:
+        return "cnndetection"
+    told = any(split_of(part) for tree in trees for part in tree)
+    real_fake = all(tree[-1].lower() in ("real", "fake") and len(tree) > 1 for tree in trees)
+    return "community_forensics" if real_fake and not told else "folders"
 
 
 def detect_layout(root: Path) -> str:
@@ -409,11 +539,12 @@ def detect_layout(root: Path) -> str:
         return "parquet"
     inner = [(path, layout) for path in sorted(root.glob("*/")) if (layout := _sign_of(path))]
     hint = "".join(f" Did you mean root: {path} ({layout})?" for path, layout in inner[:3])
-    looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items()) + "; parquet: **/*.parquet"
+    looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items())
+    looked += "".join(f"; {layout}: {pattern}" for layout, pattern in _TREES.items()) + "; parquet: **/*.parquet"
     raise LayoutError(f"no known layout in {root}. Looked for {looked}. {contents(root)}.{hint}")
 
 
 def _sign_of(root: Path) -> str | None:
     """The first layout of which something is there below ``root``."""
     found = (name for name, patterns in _SIGNS.items() if any(next(root.glob(pattern), None) for pattern in patterns))
-    return next(found, None)
+    return next(found, None) or _layout_of_trees(root)

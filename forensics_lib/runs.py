@@ -16,6 +16,7 @@ import yaml
 
 from forensics_lib.disk import broken_link, usable_cores
 from forensics_lib.files import from_home, home, is_main, project_root, update_json, write_text
+from forensics_lib.layouts import split_folders
 from forensics_lib.params import Params, load_params, notebook_parameters
 
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
@@ -89,14 +90,18 @@ class Run:
             listed = {f"data set {number}": from_home(entry.root) for number, entry in enumerate(self.params.data, start=1)}
             return listed | {f"Task {task} test images": self.test_folder(task)}
         if task == "B":
-            return {
-                "Task B training (TGIF)": self.data / "dataset_taskB" / "TGIF",
+            tgif, sagi = task_b_training_folders(self.data)
+            training = {"Task B training (TGIF)": tgif}
+            if self.params.edition >= 2026:  # either is enough
+                training["Task B training (SAGI-D)"] = sagi
+            return ({what: path for what, path in training.items() if path.exists()} or training) | {
                 "Task B validation": self.data / "dataset_taskB" / "validation",
                 "Task B test images": self.test_folder("B"),
             }
+        splits = {split: folder for folder, split in reversed(split_folders(self.data / "dataset"))}
         folders = {
-            "Task A training": self.data / "dataset" / "train",
-            "Task A validation": self.data / "dataset" / "val",
+            "Task A training": splits.get("train", self.data / "dataset" / "train"),
+            "Task A validation": splits.get("val", self.data / "dataset" / "val"),
             "Task A test images": self.test_folder("A"),
         }
         if self.params.run_type == "open" and not self.params.aligned:  # twins are open data too
@@ -134,6 +139,13 @@ class Run:
         path = self.folder / "params.yaml"
         write_text(path, yaml.safe_dump(self.params.model_dump(mode="json"), sort_keys=False))
         return path
+
+
+def task_b_training_folders(data: Path) -> tuple[Path, Path]:
+    """Where TGIF and SAGI-D lie in a data root; SAGI-D also under the name that its table's paths have."""
+    folder = data / "dataset_taskB"
+    sagi = next((folder / name for name in ("SAGI-D", "sagid") if (folder / name).is_dir()), folder / "SAGI-D")
+    return folder / "TGIF", sagi
 
 
 SAMPLE_BANNER = """\

@@ -22,6 +22,7 @@ from forensics_lib.manifest import (
     overview,
     problems,
     sampled,
+    taken_for,
     usable,
 )
 from forensics_lib.params import DataSet
@@ -217,7 +218,7 @@ def test_a_table_that_names_a_file_twice_is_read_from_the_cache_too(tiny_run, tm
         table.write_text("\n".join(["path,label,split", *lines, *more]))
         manifest = build_manifest(Run(params, tiny_run.data), "A")
         assert len(manifest) == len(lines) + len(more)
-        assert manifest["error"].isna().all()
+        assert manifest["error"].isna().sum() == len(lines)
 
 
 def reasons_of(run: Run, task: str) -> str:
@@ -427,3 +428,116 @@ def test_epochs_are_judged_on_deciding_images_before_others():
     assert deciding_first(rows, decides, 60, 0)["source"].unique().tolist() == ["b"]
     drawn = deciding_first(rows, decides, 130, 0)["source"].value_counts()
     assert drawn.to_dict() == {"b": 100, "a": 30}
+
+
+def with_sets(run: Run, *entries: dict, **values) -> Run:
+    return Run(run.params.model_copy(update={"data": [DataSet(**entry) for entry in entries]} | values), run.data)
+
+
+def places(run: Run, split: str) -> Path:
+    return run.data / "dataset" / split / "0_real"
+
+
+def hard_link(run: Run) -> None:
+    os.link(places(run, "train") / "src" / "0_real0.png", places(run, "val") / "src" / "again.png")
+
+
+def file_link(run: Run) -> None:
+    (places(run, "val") / "src" / "again.png").symlink_to(places(run, "train") / "src" / "0_real0.png")
+
+
+def folder_link(run: Run) -> None:
+    (places(run, "val") / "again").symlink_to(places(run, "train") / "src")
+
+
+@pytest.mark.parametrize(("link", "count"), [(hard_link, 1), (file_link, 1), (folder_link, 6)])
+def test_an_image_that_trains_does_not_validate(tiny_run, capsys, link, count):
+    link(tiny_run)
+    manifest = build_manifest(tiny_run, "A")
+    found = problems(manifest)
+    assert set(found["split"]) == {"val"} and len(found) == count
+    assert found["error"].str.contains("the same image as .*/train/.*trained on").all()
+    assert len(usable(manifest, "train")) == 12 and len(usable(manifest, "val")) == 8
+    (note,) = manifest.attrs["notes"]
+    assert note.startswith(f"{count} image(s) of {tiny_run.data / 'dataset'} (val)") and note in capsys.readouterr().out
+    assert problems(manifest, repeats=False).empty
+
+
+def test_an_image_that_validates_is_not_held_out(tiny_run):
+    (tiny_run.data / "dataset" / "test").symlink_to(tiny_run.data / "dataset" / "val")
+    manifest = build_manifest(tiny_run, "A")
+    assert set(problems(manifest)["split"]) == {"test"} and len(usable(manifest, "val")) == 8
+    assert usable(manifest, "test").empty
+
+
+def table_of(run: Run, path: Path, split: str, as_split: str) -> dict:
+    images = sorted((run.data / "dataset" / split).rglob("*.png"))
+    lines = [f"{image},{int('1_fake' in str(image))},{as_split}" for image in images]
+    path.write_text("\n".join(["path,label,split", *lines]))
+    return {"root": str(path)}
+
+
+def test_sets_that_share_images(tiny_run, tmp_path):
+    own = {"root": str(tiny_run.data / "dataset")}
+    (tmp_path / "other").symlink_to(tiny_run.data / "dataset")
+    again = table_of(tiny_run, tmp_path / "again.csv", "train", "train")
+    validating = table_of(tiny_run, tmp_path / "validating.csv", "train", "val")
+    for more in ([own], [{"root": str(tmp_path / "other")}], [again], [again, again], [validating]):
+        sets = with_sets(tiny_run, own, *more, run_type="open")
+        manifest = build_manifest(sets, "A")
+        assert len(usable(manifest, "train")) == 12 and len(usable(manifest, "val")) == 8, more
+    manifest = build_manifest(with_sets(tiny_run, validating, own, run_type="open"), "A")
+    assert set(manifest.loc[manifest["error"].notna(), "data_set"]) == {validating["root"]}, "whichever comes first"
+
+
+def test_one_root_under_two_layouts(tiny_run, tmp_path):
+    root = str(tiny_run.data / "dataset")
+    sets = with_sets(tiny_run, {"root": root}, {"root": root, "layout": "folders"}, run_type="open")
+    manifest = build_manifest(sets, "A")
+    assert manifest.loc[manifest["error"].isna(), "layout"].unique().tolist() == ["own"]
+    assert manifest["error"].isna().sum() == 20 and len(manifest) == 40
+
+
+def test_an_image_that_cannot_train_still_validates(tiny_run):
+    """Its mask is wrong where it would train."""
+    folder = tiny_run.data / "dataset_taskB" / "TGIF"
+    image = next((folder / "sd2-fr" / "training").rglob("*.png"))
+    again = folder / "sd2-fr" / "validation" / "cat" / image.name
+    os.link(image, again)
+    mask = next((folder / "masks" / "training").rglob(f"{image.name.split('_')[0]}_mask_bbox_512.png"))
+    os.link(mask, folder / "masks" / "validation" / "cat" / mask.name)
+    mask.unlink()
+    assert problems(build_manifest(tiny_run, "B"))["path"].tolist() == [str(image)]
+
+
+def test_the_example_of_the_readme_does_not_validate_on_what_it_trains_on(tiny_run, tmp_path, rng):
+    for label in ("0_real", "1_fake"):
+        for split, number in (("train", 1), ("val", 2)):
+            save(tmp_path / f"progan_{split}" / "cat" / label / f"{number}.png", picture(rng))
+    for split in ("train", "valid"):
+        save(tmp_path / "ldm" / split / "latent_diffusion_class2image" / "1.png", picture(rng))
+        (tmp_path / "ldm" / split / "real_lsun.txt").write_text("cat_1.png\n")
+    corvi = {"root": str(tmp_path / "ldm"), "lsun_root": str(tmp_path / "progan_train")}
+    sets = {"root": str(tmp_path / "progan_train")}, corvi, {"root": str(tmp_path / "progan_val")}
+    manifest = build_manifest(with_sets(tiny_run, *sets), "A")
+    photo = str(tmp_path / "progan_train" / "cat" / "0_real" / "1.png")
+    assert manifest.loc[manifest["path"].eq(photo) & manifest["error"].isna(), "split"].tolist() == ["train"]
+    assert problems(manifest)[["split", "path"]].to_numpy().tolist() == [["train", photo], ["val", photo]]
+
+
+def test_members_of_parquet_files_are_images_of_their_own(tiny_run, tmp_path, rng):
+    from test_readers import hub_file
+
+    hub_file(tmp_path / "hub" / "train-0.parquet", rng, names=None, labels=[0, 1, 1])
+    os.link(tmp_path / "hub" / "train-0.parquet", tmp_path / "hub" / "validation-0.parquet")
+    own = {"root": str(tiny_run.data / "dataset")}
+    manifest = build_manifest(with_sets(tiny_run, own, {"root": str(tmp_path / "hub")}, run_type="open"), "A")
+    members = manifest[manifest["layout"] == "parquet"]
+    assert members.groupby("split")["error"].count().to_dict() == {"train": 0, "val": 3}
+
+
+def test_what_every_set_was_taken_for(tiny_run):
+    hard_link(tiny_run)
+    found = taken_for(build_manifest(tiny_run, "A")).set_index(["layout", "split", "class"])
+    assert found.loc[("own", "val", "authentic"), ["images", "left out"]].tolist() == [5, 1]
+    assert found["images"].sum() == 21 and set(found["set"]) == {str(tiny_run.data / "dataset")}

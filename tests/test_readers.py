@@ -779,3 +779,198 @@ def test_a_hub_set_of_many_generators_is_read_in_one_pass(tmp_path, rng):
     assert table["generator"].value_counts().eq(4).all() and table["path"].nunique() == count
     row = int(table["path"].iloc[-1].rpartition("=")[2])
     assert table["generator"].iloc[-1] == f"g{row % 5_000}"
+
+
+SPELLINGS = [
+    ("train/real", "train/fake", "val/real", "test/fake"),
+    ("Train/Real", "Train/Fake", "Val/REAL", "Test/FAKE"),
+    ("training/authentic", "training/synthetic", "validation/authentic", "testing/synthetic"),
+    ("real/train", "fake/train", "real/valid", "fake/test"),
+    ("0_real/train", "1_fake/train", "0_real/dev", "1_fake/held-out"),
+    ("train/nature", "train/ai", "eval/nature", "test/ai"),
+    ("train/real_images", "train/AI-generated", "val_set/Real Images", "test_set/ai generated"),
+    ("sd/train/real", "sd/train/fake", "sd/validation/real", "sd/Testing/fake"),
+    ("train/sd/real", "train/sd/fake", "dev/sd/real", "test/sd/fake"),
+    ("train/0_real", "train/1_fake", "validation/0_real", "testing/1_fake"),
+]
+
+
+@pytest.mark.parametrize("folders", SPELLINGS, ids=lambda folders: folders[2])
+def test_split_and_class_in_the_fields_spellings(tmp_path, folders):
+    touch(tmp_path / "mine", *(f"{folder}/{i}.png" for i, folder in enumerate(folders)))
+    expected = {("train", 0): 1, ("train", 1): 1, ("val", 0): 1, ("test", 1): 1}
+    rows = read_data_set(DataSet(root=str(tmp_path / "mine")))
+    assert tally(records(rows), "split", "label") == expected
+    assert rows.notes() == []
+
+
+def test_a_category_named_train_is_no_split(tmp_path):
+    for root in ("progan_train", "progan_val"):
+        touch(tmp_path / root, *(f"{name}/{label}/1.png" for name in ("cat", "train") for label in ("0_real", "1_fake")))
+        assert detect_layout(tmp_path / root) == "cnndetection"
+        assert tally(read(tmp_path / root), "split") == {(root.removeprefix("progan_"),): 4}
+    (tmp_path / "progan_val").rename(tmp_path / "photos")
+    assert tally(read(tmp_path / "photos", split="val"), "split") == {("val",): 4}
+
+
+@pytest.mark.parametrize("layout", ["own", "folders", "cnndetection", "community_forensics", "genimage", "itw_sm"])
+@pytest.mark.parametrize(("outer", "inner"), [("0_real", "fake"), ("1_fake", "authentic"), ("1_fake", "nature")])
+def test_a_class_inside_the_other_is_an_error_that_names_both(tmp_path, layout, outer, inner):
+    above = "train/" if layout == "own" else ""
+    touch(tmp_path / "mine", f"{above}{outer}/deeper/{inner}/1.png", f"{above}{outer}/2.png")
+    with pytest.raises(LayoutError, match=f"{outer}/deeper/{inner}: {inner} is named for a class"):
+        read(tmp_path / "mine", layout=layout, split="val")
+
+
+@pytest.mark.parametrize("folder", ["train/fake/sd/test", "fake/train/validation", "train/sd/val/fake"])
+def test_test_and_validation_images_inside_of_training(tmp_path, folder):
+    touch(tmp_path / "mine", f"{folder}/1.png", "train/real/2.png")
+    with pytest.raises(LayoutError, match="lies inside of a training folder"):
+        read(tmp_path / "mine", layout="folders")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("real", "fake"), ("0_real", "1_fake"), ("sd/real", "sd/fake"), ("sd/ai", "sd/nature"), ("cat/0_real", "cat/1_fake")],
+)
+def test_a_split_that_nothing_tells_must_be_stated(tmp_path, folders):
+    touch(tmp_path / "mine", *(f"{folder}/1.png" for folder in folders))
+    with pytest.raises(LayoutError, match=r"mine: no folder or file name tells .*set split: .*validation"):
+        read(tmp_path / "mine")
+    assert tally(read(tmp_path / "mine", split="test"), "split") == {("test",): 2}
+    (tmp_path / "mine").rename(tmp_path / "Testing")
+    assert tally(read(tmp_path / "Testing"), "split") == {("test",): 2}
+
+
+@pytest.mark.parametrize("folder", ["test/real", "fake/testing", "sd/test/fake"])
+def test_a_test_split_is_never_trained_on(tmp_path, folder):
+    touch(tmp_path / "mine", f"{folder}/1.png", "train/real/1.png")
+    with pytest.raises(LayoutError, match=r"split: train, but .*1\.png is of a test split"):
+        read(tmp_path / "mine", split="train")
+
+
+def test_a_stated_split_holds_for_layouts_that_tell_one(tmp_path):
+    touch(tmp_path, "ldm/train/latent_diffusion_class2image/1.png", "gi/sd5/train/ai/1.png", "gi/sd5/val/nature/2.png")
+    assert tally(read(tmp_path / "ldm", split="test"), "split") == {("test",): 1}
+    assert tally(read(tmp_path / "gi", split="val"), "split") == {("val",): 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "unread"),
+    [
+        (
+            "own",
+            ("train/0_real/1.png", "extra/1_fake/2.png", "train/ood/3.png", "4.png"),
+            ("/extra", "train/ood", "1 image(s)"),
+        ),
+        ("folders", ("train/real/1.png", "train/unknown/2.png"), ("train/unknown",)),
+        ("genimage", ("sd/train/ai/1.png", "sd/train/others/2.png"), ("train/others",)),
+        ("itw_sm", ("0_real/x_1.jpg", "2_other/x_2.jpg"), ("2_other",)),
+        ("corvi_ldm", ("train/latent_diffusion_class2image/1.png", "train/mine/2.png"), ("train/mine",)),
+        (
+            "tgif",
+            ("orig/training/cat/1_orig.png", "orig/train/cat/2_orig.png", "new-fr/training/3.png"),
+            ("orig/train", "new-fr"),
+        ),
+    ],
+)
+def test_what_a_layout_does_not_read_is_said(tmp_path, layout, names, unread):
+    touch(tmp_path / "mine", *names)
+    rows = read_data_set(DataSet(root=str(tmp_path / "mine"), layout=layout))
+    notes = "\n".join(note for note in rows.notes() if note.startswith("not read"))
+    assert len(rows) == 1
+    assert all(place in notes for place in unread), notes
+    assert notes.count("not read") == len(unread)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("validation-00000-of-00004.parquet", "val"),
+        ("test.parquet", "test"),
+        ("default_Train_0.parquet", "train"),
+        ("data/train/0000.parquet", "train"),
+        ("default/partial-validation/0000.parquet", "val"),
+        ("dev/a/0000.parquet", "val"),
+    ],
+)
+def test_the_split_of_a_parquet_shard(tmp_path, rng, name, split):
+    hub_file(tmp_path / "hub" / name, rng, names=None, labels=[0, 1])
+    assert tally(read(tmp_path / "hub"), "split") == {(split,): 2}
+    if split == "test":
+        with pytest.raises(LayoutError, match="never trained on"):
+            read(tmp_path / "hub", split="train")
+
+
+def test_a_parquet_shard_that_tells_no_split(tmp_path, rng):
+    file = hub_file(tmp_path / "hub" / "part-0.parquet", rng, names=None, labels=[0, 1])
+    with pytest.raises(LayoutError, match="set split"):
+        read(tmp_path / "hub")
+    assert tally(read(file, split="train"), "split") == {("train",): 2}
+
+
+def test_the_split_of_a_table(tmp_path):
+    text = "path,label,split\na.png,0,Validation\nb.png,1,\n"
+    for name, split in (("mine.csv", None), ("test_list.csv", "test"), ("my-train.csv", "train")):
+        (tmp_path / name).write_text(text)
+        if split is None:
+            with pytest.raises(LayoutError, match=r"b\.png is for training: set split"):
+                read(tmp_path / name)
+        else:
+            assert tally(read(tmp_path / name), "split") == {("val",): 1, (split,): 1}
+    assert tally(read(tmp_path / "mine.csv", split="train"), "split") == {("val",): 1, ("train",): 1}
+    with pytest.raises(LayoutError, match="never trained on"):
+        read(tmp_path / "test_list.csv", split="train")
+
+
+def test_check_data_says_what_is_not_read(tiny_run, capsys):
+    touch(tiny_run.data / "dataset", "holdout2/0_real/1.png")
+    official.check_data(tiny_run)
+    assert f"not read: {tiny_run.data / 'dataset' / 'holdout2'}" in capsys.readouterr().out
+
+
+def test_the_data_root_in_other_spellings(tiny_run):
+    folder = tiny_run.data / "dataset"
+    (folder / "train").rename(folder / "Training")
+    (folder / "val").rename(folder / "Validation")
+    (folder / "Validation" / "0_real").rename(folder / "Validation" / "Real")
+    assert tiny_run.missing() == {}
+    assert build_manifest(tiny_run, "A").groupby(["split", "label"]).size().to_dict() == {
+        ("train", 0): 6,
+        ("train", 1): 6,
+        ("val", 0): 4,
+        ("val", 1): 4,
+    }
+
+
+SAGID = "img_path,mask_path,src_path,split,inpainting_model,diffusion_model,type\n"
+
+
+def sagi_d(root: Path, rng) -> Path:
+    parts = "sagid\\train\\coco\\brushnet\\{}", "sagid\\train\\coco\\original\\9.jpg"
+    line = ",".join((parts[0].format("image\\9.jpg"), parts[0].format("mask\\9_mask.png"), parts[1], "train,brushnet,sd1,fr"))
+    root.mkdir(parents=True)
+    (root / "sagid.csv").write_text(SAGID + line + "\n")
+    for name in ("brushnet/image/9.jpg", "original/9.jpg"):
+        save(root / "train" / "coco" / name, picture(rng))
+    save(root / "train" / "coco" / "brushnet" / "mask" / "9_mask.png", square_mask(48, 56))
+    return root
+
+
+@pytest.mark.parametrize("name", ["SAGI-D", "sagid"])
+def test_edition_2026_trains_on_tgif_and_sagi_d(tiny_run, rng, capsys, name):
+    run = Run(tiny_run.params.model_copy(update={"edition": 2026}), tiny_run.data)
+    folder = run.data / "dataset_taskB"
+    assert "B" in run.params.tasks and run.missing() == {}
+    assert set(build_manifest(run, "B")["layout"]) == {"tgif", "task_b_validation"}
+    assert f"{folder / 'SAGI-D'} is not there" in capsys.readouterr().out
+    sagi_d(folder / name, rng)
+    assert set(build_manifest(run, "B")["layout"]) == {"tgif", "sagi_d", "task_b_validation"}
+    assert "sagi_d" in set(official.check_data(run).table["layout"])
+    (folder / "TGIF").rename(folder / "gone")
+    assert run.missing() == {}
+    assert set(build_manifest(run, "B")["layout"]) == {"sagi_d", "task_b_validation"}
+    assert f"{folder / 'TGIF'} is not there" in capsys.readouterr().out
+    (folder / name).rename(folder / "gone too")
+    assert sorted(path.name for path in run.missing().values()) == ["SAGI-D", "TGIF"]
+    assert [path.name for path in tiny_run.missing().values()] == ["TGIF"]

@@ -1,0 +1,229 @@
+"""What a run may not train on: refused by where it really lies, with every place named."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import picture, save
+from test_readers import touch, with_data
+
+from forensics_lib.layouts import LayoutError
+from forensics_lib.manifest import build_manifest, data_sets
+from forensics_lib.runs import Run
+
+
+def link(run: Run, name: str, target: Path) -> Path:
+    """A link in the run's Task A folder."""
+    place = run.data / "dataset" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+    return place
+
+
+def opened(run: Run) -> Run:
+    return Run(run.params.model_copy(update={"run_type": "open"}), run.data)
+
+
+FOREIGN = {
+    "open data": ("elsewhere/dataset_open/train/1_fake/sdxl", "open data"),
+    "GenImage": ("genimage/Midjourney/imagenet_midjourney/train/ai", "GenImage"),
+    "GenImage in capitals": ("gi/ADM/Train/Nature", "GenImage"),
+    "Community Forensics": ("cf/kandinsky/fake", "Community Forensics"),
+    "test split": ("whatever/test/progan/car/1_fake", "test split"),
+    "test generator": ("unpacked/crn/1_fake", "CNNDetection's test set"),
+    "test category": ("unpacked/stylegan2/horse/1_fake", "CNNDetection's test set"),
+    "TGIF": ("tgif/sd2-fr/training/cat", "TGIF"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("way", ["folder", "deeper", "file", "chain"])
+def test_a_constrained_run_follows_every_kind_of_link(tiny_run, tmp_path, name, way):
+    target, reason = FOREIGN[name]
+    touch(tmp_path / target, "1.png")
+    if way == "folder":
+        place = link(tiny_run, "train/1_fake/more", tmp_path / target)
+    elif way == "deeper":
+        place = link(tiny_run, "train/1_fake/src/a/b/more", tmp_path / target)
+    elif way == "file":
+        place = link(tiny_run, "train/1_fake/src/more.png", tmp_path / target / "1.png")
+    else:
+        (tmp_path / "middle").symlink_to(tmp_path / target)
+        place = link(tiny_run, "train/1_fake/more", tmp_path / "middle")
+    with pytest.raises(LayoutError, match="official data only") as refused:
+        data_sets(tiny_run, "A")
+    assert str(place) in str(refused.value) and str(tmp_path / target) in str(refused.value) and reason in str(refused.value)
+    assert [entry.layout for entry in data_sets(opened(tiny_run), "A")] == ["own", "own"]
+
+
+def test_a_link_to_the_whole_of_a_foreign_set_is_judged_by_what_lies_below(tiny_run, tmp_path):
+    touch(tmp_path / "sets" / "gi", "sd5/train/ai/1.png", "sd5/train/nature/2.png")
+    link(tiny_run, "train/1_fake/sets", tmp_path / "sets")
+    with pytest.raises(LayoutError, match="GenImage"):
+        data_sets(tiny_run, "A")
+
+
+def test_a_linked_training_folder_is_judged(tiny_run, tmp_path):
+    touch(tmp_path / "gi", "x/train/ai/1.png")
+    (tiny_run.data / "dataset" / "train" / "1_fake").rename(tmp_path / "kept")
+    link(tiny_run, "train/1_fake", tmp_path / "gi")
+    with pytest.raises(LayoutError, match="GenImage"):
+        data_sets(tiny_run, "A")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_what_the_open_folder_links_to_is_open_data(tiny_run, tmp_path, single):
+    touch(tmp_path / "pool" / "deep", "1.png", "2.png")
+    theirs = tiny_run.data / "dataset_open" / "train" / "1_fake" / ("x.png" if single else "pool")
+    theirs.parent.mkdir(parents=True)
+    theirs.symlink_to(tmp_path / "pool" / "deep" / "1.png" if single else tmp_path / "pool")
+    ours = "1.png" if single else "2.png"
+    link(tiny_run, "train/1_fake/src/mine.png", tmp_path / "pool" / "deep" / ours)
+    with pytest.raises(LayoutError, match=r"dataset_open holds it too"):
+        data_sets(tiny_run, "A")
+
+
+@pytest.mark.parametrize("other", ["dataset_taskB/TGIF/orig", "dataset_taskB/validation/coco/original", "test/taskA"])
+def test_folders_that_are_for_something_else_are_not_trained_on(tiny_run, other):
+    link(tiny_run, "train/0_real/more", tiny_run.data / other)
+    with pytest.raises(LayoutError, match=r"leads into"):
+        data_sets(tiny_run, "A")
+
+
+def test_a_place_that_another_set_of_the_run_names(tiny_run, tmp_path):
+    touch(tmp_path / "b", "sd2-sp/training/cat/1.png", "originals/1.png")
+    link(tiny_run, "train/0_real/more", tmp_path / "b" / "originals")
+    entries = {"root": str(tiny_run.data / "dataset"), "layout": "own"}, {"root": str(tmp_path / "b")}
+    with pytest.raises(LayoutError, match=r"it is the set .*b \(tgif\)"):
+        data_sets(with_data(tiny_run, *entries), "A")
+
+
+@pytest.mark.parametrize("place", ["inside", "above"])
+def test_images_that_a_table_or_a_parquet_file_lists(tiny_run, tmp_path, place):
+    touch(tmp_path / "mine", "images/1.png")
+    if place == "above":
+        (tmp_path / "mine" / "t.csv").write_text("path,label\nimages\\1.png,1\n")
+    else:
+        touch(tmp_path / "mine", "images/train-0.parquet")
+    link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
+    with pytest.raises(LayoutError, match=r"the set of the table|parquet set"):
+        data_sets(tiny_run, "A")
+
+
+def test_official_sets_are_linked_in_as_ever(tiny_run, tmp_path):
+    touch(
+        tmp_path / "progan_train", "airplane/0_real/1.png", "airplane/1_fake/1.png", "train/0_real/2.png", "train/1_fake/2.png"
+    )
+    touch(tmp_path / "ldm", "train/latent_diffusion_text2img_set0/1.png")
+    touch(tmp_path / "coco" / "train2017", "000000000009.jpg")
+    touch(tmp_path / "notes", "t.csv")
+    link(tiny_run, "train/0_real/progan_airplane", tmp_path / "progan_train/airplane/0_real")
+    link(tiny_run, "train/1_fake/progan_train", tmp_path / "progan_train/train/1_fake")
+    link(tiny_run, "train/1_fake/ldm", tmp_path / "ldm/train/latent_diffusion_text2img_set0")
+    link(tiny_run, "train/0_real/coco", tmp_path / "coco/train2017")
+    shared = tiny_run.data / "dataset_open" / "train" / "0_real" / "coco"  # which the open run may use as well
+    shared.parent.mkdir(parents=True)
+    shared.symlink_to(tmp_path / "coco/train2017")
+    touch(tmp_path / "social" / "ITW-SM" / "0_real", "x_1.jpg")
+    link(tiny_run, "val/0_real/itw", tmp_path / "social/ITW-SM/0_real")
+    link(tiny_run, "val/1_fake/unseen", tmp_path / "progan_test/stylegan/car/1_fake")
+    touch(tmp_path / "progan_test", "stylegan/car/1_fake/1.png")
+    assert [entry.layout for entry in data_sets(tiny_run, "A")] == ["own"]
+
+
+def test_every_refused_place_is_named(tiny_run, tmp_path):
+    touch(tmp_path, "gi/a/train/ai/1.png", "cf/b/real/2.png")
+    places = [
+        link(tiny_run, "train/1_fake/one", tmp_path / "gi/a/train/ai"),
+        link(tiny_run, "train/0_real/src/deep/two.png", tmp_path / "cf/b/real/2.png"),
+    ]
+    with pytest.raises(LayoutError) as refused:
+        data_sets(tiny_run, "A")
+    assert all(str(place) in str(refused.value) for place in places)
+
+
+@pytest.mark.parametrize("root", ["CNN_synth_testset", "renamed", "all"])
+def test_cnndetections_test_generators_do_not_train(tiny_run, tmp_path, root):
+    names = ("crn/0_real/1.png", "crn/1_fake/1.png", "progan/cat/0_real/1.png", "progan/cat/1_fake/1.png")
+    touch(tmp_path / root / ("test" if root == "all" else ""), *names)
+    entry = {"root": str(tmp_path / root), "layout": "cnndetection", "split": "train"}
+    with pytest.raises(LayoutError, match=r"test split|not among CNNDetection's"):
+        data_sets(with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, entry), "A")
+
+
+@pytest.mark.parametrize("which", ["coco_root", "lsun_root"])
+def test_the_photographs_of_the_latent_diffusion_set_are_official_too(tiny_run, tmp_path, which):
+    touch(tmp_path / "ldm", "train/latent_diffusion_text2img_set0/1.png")
+    touch(tmp_path / "unpacked", "crn/0_real/1.png")
+    with pytest.raises(LayoutError, match="CNNDetection's test set"):
+        entry = {"root": str(tmp_path / "ldm"), which: str(tmp_path / "unpacked/crn/0_real")}
+        data_sets(with_data(tiny_run, entry), "A")
+
+
+ITW_SM = ("0_real/Facebook_real_1042.jpg", "0_real/LinkedIn_real_7.jpg", "1_fake/x_618.jpg", "1_fake/Instagram_fake_3.jpg")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+@pytest.mark.parametrize("way", ["folder", "file", "renamed folder", "renamed file", "copied", "set", "table", "own set"])
+def test_itw_sm_is_known_under_any_name(tiny_run, tmp_path, run_type, way):
+    root = tmp_path / ("ITW-SM" if way in ("folder", "file") else "social")
+    touch(root, *ITW_SM)
+    run = Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data)
+    if "folder" in way:
+        link(run, "train/1_fake/src/deep/more", root / "1_fake")
+    elif "file" in way:
+        link(run, "train/1_fake/src/more.jpg", root / "1_fake" / "x_618.jpg")
+    elif way == "copied":
+        touch(run.data / "dataset" / "train" / "1_fake" / "more", "x_618.jpg", "Instagram_fake_3.jpg")
+    elif way == "set":
+        (tmp_path / "plain").mkdir()
+        (root / "0_real" / "Facebook_real_1042.jpg").rename(tmp_path / "plain" / "1.jpg")
+        (root / "0_real" / "1.jpg").symlink_to(tmp_path / "plain" / "1.jpg")
+        link(run, "train/0_real/more", root / "0_real")
+        run = with_data(run, {"root": str(run.data / "dataset")}, {"root": str(root), "layout": "itw_sm"})
+    elif way == "own set":
+        run = with_data(run, {"root": str(run.data / "dataset")}, {"root": str(root), "split": "train"})
+    else:
+        lines = [f"social/{name},{name[0]},train" for name in ITW_SM]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *lines]))
+        run = with_data(run, {"root": str(run.data / "dataset")}, {"root": str(tmp_path / "t.csv")}, run_type="open")
+    with pytest.raises(LayoutError, match="must not be trained on"):
+        build_manifest(run, "A")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path, rng, run_type):
+    """By its content alone: neither names nor folders tell."""
+    for number in range(2):
+        for label in ("0_real", "1_fake"):
+            save(tmp_path / "social" / label / f"{number}.png", picture(rng))
+    os.link(tmp_path / "social" / "1_fake" / "0.png", tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "again.png")
+    entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "social"), "layout": "itw_sm"}
+    with pytest.raises(LayoutError, match=r"again\.png is a file of the validation set"):
+        build_manifest(with_data(tiny_run, *entries, run_type=run_type), "A")
+
+
+def test_a_training_link_into_the_validation_folder(tiny_run):
+    link(tiny_run, "train/1_fake/more", tiny_run.data / "dataset" / "val" / "1_fake" / "src")
+    with pytest.raises(LayoutError, match="it is in the run's validation set"):
+        data_sets(tiny_run, "A")
+
+
+def test_the_task_b_validation_set_is_never_trained_on(tiny_run):
+    place = tiny_run.data / "dataset_taskB" / "TGIF" / "orig" / "training" / "more"
+    place.symlink_to(tiny_run.data / "dataset_taskB" / "validation" / "coco" / "original")
+    for run in (tiny_run, opened(tiny_run)):
+        with pytest.raises(LayoutError, match="must not be trained on"):
+            data_sets(run, "B")
+
+
+def test_flat_class_folders_are_not_itw_sm_for_that_reason(tiny_run, tmp_path, rng):
+    for label in ("0_real", "1_fake"):
+        save(tmp_path / "flat" / label / "cat_0001.png", picture(rng))
+    own = {"root": str(tiny_run.data / "dataset")}
+    with pytest.raises(LayoutError, match=r"refused: .*flat \(folders\)"):
+        data_sets(with_data(tiny_run, own, {"root": str(tmp_path / "flat"), "split": "val"}), "A")
+    with pytest.raises(LayoutError, match="set split: train, val or test"):
+        build_manifest(with_data(tiny_run, own, {"root": str(tmp_path / "flat")}, run_type="open"), "A")
+    stated = {"root": str(tmp_path / "flat"), "split": "test"}
+    assert build_manifest(with_data(tiny_run, own, stated, run_type="open"), "A")["split"].eq("test").sum() == 2
