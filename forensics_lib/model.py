@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.files import whole
+from forensics_lib.files import locked, whole
 from forensics_lib.params import Params
 from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
@@ -324,8 +324,14 @@ def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
 
 def add_to_checkpoint(path: Path, **facts: Any) -> None:
     """Set plain values in a checkpoint that is already there."""
-    content = read_checkpoint(path) | facts
-    with whole(path) as temporary:
+    with locked(path.parent):
+        derive_checkpoint(path, path, **facts)
+
+
+def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
+    """Write a checkpoint's content with other plain values to ``target``."""
+    content = read_checkpoint(source) | facts
+    with whole(target) as temporary:
         torch.save(content, temporary)
 
 
