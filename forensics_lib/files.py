@@ -129,7 +129,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(path, timeout=LOCK_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(poll_interval=0.02)
     except Timeout:
         raise WriteError(f"{path} is held by another process for over {LOCK_SECONDS} s: is one stopped (Ctrl-Z)?") from None
     except OSError as error:
