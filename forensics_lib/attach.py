@@ -44,6 +44,7 @@ def _acquire(lock: FileLock, what: str, epochs: Callable[[], list[str]]) -> None
     shown = 0
     while not _acquired(lock):
         lines = epochs()
+        shown = 0 if len(lines) < shown else shown  # a new training's first epoch took the place of another's
         for line in lines[shown:]:
             print(line, flush=True)
         shown = len(lines)

@@ -35,6 +35,8 @@ from forensics_lib.runs import Run
 from forensics_lib.scoring import predict
 
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
+STEPS = ("head", "finetune")
+BEGUN = "begun"  # the folder in checkpoints/ of a training that has no epoch yet and will replace another
 
 
 class Stopped(Exception):
@@ -59,6 +61,10 @@ class Fit:
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that is compiled or averages gradients over processes
     stopping: Callable[[], bool] = lambda: False  # whether somebody asks to stop
+    trained_with: dict[str, Any] = field(default_factory=dict)  # parameters and data that the training depends on
+    begun: bool = False  # it has no epoch yet, and another training's files are still there
+    seconds: float = 0.0  # what it took when it was last saved, all its parts together
+    machine_then: str = ""  # where that was
 
     def __post_init__(self) -> None:
         self.trained = self.model
@@ -79,7 +85,8 @@ class Fit:
 
     @property
     def checkpoints(self) -> Path:
-        return self.run.folder / "checkpoints"
+        folder = self.run.folder / "checkpoints"
+        return folder / BEGUN if self.begun else folder
 
     @property
     def state_file(self) -> Path:
@@ -134,25 +141,25 @@ def train_epoch(
     ``part`` is what ``Stopped`` told of an epoch that was begun earlier.  Raises ``Stopped`` between two batches when
     somebody asks to stop, ``FloatingPointError`` where the loss is not finite, ``ImageError`` where nothing can be read.
     """
-    seed = fit.params.seed * 1000 + (500 if step == "finetune" else 0) + epoch
-    torch.manual_seed(seed + 10**6 * rank())  # dropout and stochastic depth
-    np.random.seed(seed + rank())  # noqa: NPY002 (timm's mixup draws from it)
+    seed = fit.params.seed_for(STEPS.index(step), epoch)
+    own = fit.params.seed_for(STEPS.index(step), epoch, rank() + 1)
+    torch.manual_seed(own)  # dropout and stochastic depth
+    np.random.seed(own)  # noqa: NPY002 (timm's mixup draws from it)
     fit.model.to(memory_format=torch.channels_last).train()
     mix = make_mixup(fit.params, fit.task)
     started, first, losses, seen = time.monotonic(), 0, [], 0
     if part:
         started, first, seen = started - part["seconds"], part["batches"], part["seen"]
-        losses = list(part["losses"]) if is_main() else []
+        losses = _losses_of(part)
     bar = progress(_batches(fit, epoch, seed, first), f"Task {fit.task} {step} epoch {epoch + 1}")
     for number, batch in enumerate(bar, start=first):
         if part and number == first:
-            _set_random_state(part["random"])
+            _set_random_state(part["random"], fit.machine.device)
         fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
         share = len(batch["index"])
         everywhere, stops = totals(share, int(fit.stopping()))
         if stops:
-            facts = {"losses": losses, "seen": seen, "seconds": time.monotonic() - started, "random": _random_state()}
-            raise Stopped({"batches": number} | facts)
+            raise Stopped({"batches": number} | _so_far(fit, losses, seen, time.monotonic() - started))
         if not everywhere:
             continue
         update = epoch * fit.updates + number
@@ -198,15 +205,36 @@ def _gathered_line(fit: Fit, step: str, epoch: int, losses: list[float], seen: i
     return line | {"images_per_second": round(seen / seconds, 1), "seconds": round(seconds, 1)}
 
 
-def _random_state() -> list[Any]:
-    """The states of torch's and NumPy's generators, in types that a checkpoint may hold."""
+def _so_far(fit: Fit, losses: list[float], seen: int, seconds: float) -> dict[str, Any]:
+    """What all processes need to go on within an epoch; the first one's file holds it for all of them."""
+    fit.errors = {path: reason for part in gathered(fit.errors) for path, reason in part.items()}
+    facts = {"losses": gathered(losses), "random": gathered(_random_state(fit.machine.device))}
+    return facts | {"seen": seen, "seconds": seconds}
+
+
+def _losses_of(part: dict[str, Any]) -> list[float]:
+    """This process's losses; of another number of processes the first one gets all."""
+    if len(part["losses"]) == world():
+        return list(part["losses"][rank()])
+    return [loss for losses in part["losses"] for loss in losses] if is_main() else []
+
+
+def _random_state(device: torch.device) -> list[Any]:
+    """The states of torch's generators and of NumPy's in this process, in types that a checkpoint may hold."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     name, keys, *others = np.random.get_state()  # noqa: NPY002
-    return [torch.get_rng_state(), name, keys.tolist(), *others]
+    return [torch.get_rng_state(), cuda, name, keys.tolist(), *others]
 
 
-def _set_random_state(state: list[Any]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state((state[1], np.array(state[2], np.uint32), *state[3:]))  # noqa: NPY002
+def _set_random_state(states: list[list[Any]], device: torch.device) -> None:
+    """Take up this process's generators from those of all; a process that there was not keeps its own."""
+    if rank() >= len(states):
+        return
+    cpu, cuda, name, keys, *others = states[rank()]
+    torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+    np.random.set_state((name, np.array(keys, np.uint32), *others))  # noqa: NPY002
 
 
 def _nothing(fit: Fit) -> dict[str, Any]:

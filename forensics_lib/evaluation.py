@@ -256,7 +256,8 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     if task == "B":
         facts["loc_rule"] = "best mean IoU over manipulated validation images"
     update_json(run.thresholds, **{task: facts})
-    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds)
+    how = run.params.of_prediction(task)  # thresholds hold for images that are looked at in the same way
+    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how)
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
@@ -283,7 +284,7 @@ def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataF
     """
     rows = usable(manifest, "val")
     decides, _ = deciding(run, task, rows, usable(manifest, "train"))
-    rows = sampled(rows[decides], run.params.robustness_images, run.params.seed)
+    rows = sampled(rows[decides], run.params.robustness_images, run.params.seed_for())
     model, _ = load_model(run.finetuned_model(task), task)
     table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
     run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
+
+HOST = re.sub(r"[^\w.-]", "", platform.node())[:40]
+TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # the names that ``whole`` gives
+ABANDONED = 24 * 3600  # seconds without a change after which another machine's temporary file has no writer
+LOCK_SECONDS = 600  # longest wait for others that change files in a folder, each for seconds
+_again: dict[Path, float] = {}  # when a folder may be looked through again
 
 
 def project_root() -> Path:
@@ -41,12 +52,11 @@ def whole(path: Path) -> Iterator[Path]:
 
     Raises ``WriteError`` where the disk is full or the folder cannot be written to.
     """
-    temporary = None
+    temporary = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        _remove_abandoned(path.parent)
+        handle, temporary = _held_temporary(path)
         temporary.chmod(0o666 & ~_umask())
         yield temporary
         temporary.replace(path)
@@ -57,6 +67,81 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+        if handle is not None:
+            _release(handle)
+
+
+def _held_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside ``path`` and a handle of it; it is locked, so that others see that its writer lives."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:30]}~{HOST}~", suffix=path.suffix, dir=path.parent)
+        with suppress(OSError):  # a file system without locks: what nobody can lock, nobody removes
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if Path(name).exists():  # else another process took it for abandoned before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed; looking for them takes a hundredth of the time at most.
+
+    The lock of a process ends with it.  Not every file system tells locks to other machines: what one of those wrote goes
+    only when it was not changed for a day.
+    """
+    began = time.monotonic()
+    if began < _again.get(folder, began):
+        return
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        found = [(entry, match) for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
+    for entry, match in found:
+        with suppress(OSError):  # locked, or gone meanwhile
+            if match["host"] == HOST or time.time() - entry.stat().st_mtime > ABANDONED:
+                _remove_unlocked(Path(entry))
+    _again[folder] = time.monotonic() + 100 * (time.monotonic() - began)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove a file; raises ``OSError`` where a process holds its lock."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        _release(handle)
+
+
+def _release(handle: int) -> None:
+    """Unlock and close: processes that were forked meanwhile have the handle too, and closing alone unlocks nothing then."""
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process is in such a block of this folder: for whoever reads a file, changes and writes it.
+
+    Not to be nested.  The lock is the system's and ends with the process that holds it, however that ends.  Raises
+    ``WriteError`` where the folder cannot be written to, or another process keeps the lock.
+    """
+    path = folder / ".lock"
+    lock = FileLock(path, timeout=LOCK_SECONDS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(poll_interval=0.02)
+    except Timeout:
+        raise WriteError(f"{path} is held by another process for over {LOCK_SECONDS} s: is one stopped (Ctrl-Z)?") from None
+    except OSError as error:
+        if cause := _why_not_written(path, None, error):
+            raise WriteError(
+                f"{path} cannot be locked: {cause}. Earlier results are whole; the same command goes on"
+            ) from error
+        raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class WriteError(OSError):
@@ -104,5 +189,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def update_json(path: Path, **values: Any) -> None:
-    """Set some keys of the JSON object in ``path`` and keep the others."""
-    write_json(path, read_json(path) | values)
+    """Set some keys of the JSON object in ``path`` and keep the others, also those that another process sets meanwhile."""
+    with locked(path.parent):
+        write_json(path, read_json(path) | values)

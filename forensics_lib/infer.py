@@ -37,7 +37,6 @@ from forensics_lib.runs import Run
 SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
 SHARDS = 32  # wanted at least, so that several processes get equal shares
 MASK_BYTES = 1.5  # for a pixel of a compressed mask; measured: 1.3 on the sample, where hardly any pixel is exactly 0
-USED = ("crop_size", "crops_per_image", "tile_size", "tile_overlap", "mask_scales", "mask_flips", "precision")
 
 
 class InferenceError(RuntimeError):
@@ -100,7 +99,7 @@ def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(repr([getattr(run.params, name) for name in USED]).encode())
+    digest.update(repr([run.params.of_prediction(model.config["task"]), run.params.precision]).encode())
     digest.update(data_fingerprint(rows).encode())
     return digest.hexdigest()[:16]
 

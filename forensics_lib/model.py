@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from forensics_lib.disk import LFS_POINTER, broken_link, is_lfs_pointer
-from forensics_lib.files import from_home, whole
+from forensics_lib.files import from_home, locked, whole
 from forensics_lib.params import Params
 from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
@@ -366,8 +366,14 @@ def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
 
 def add_to_checkpoint(path: Path, **facts: Any) -> None:
     """Set plain values in a checkpoint that is already there."""
-    content = read_checkpoint(path) | facts
-    with whole(path) as temporary:
+    with locked(path.parent):
+        derive_checkpoint(path, path, **facts)
+
+
+def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
+    """Write a checkpoint's content with other plain values to ``target``."""
+    content = read_checkpoint(source) | facts
+    with whole(target) as temporary:
         torch.save(content, temporary)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
@@ -19,6 +20,9 @@ from forensics_lib.files import project_root
 from forensics_lib.plugins import PATTERN
 
 PROBABILITY = {"ge": 0.0, "le": 1.0}
+ONLY_A: dict[str, Any] = {"json_schema_extra": {"tasks": "A"}}  # a key that only Task A uses
+ONLY_B: dict[str, Any] = {"json_schema_extra": {"tasks": "B"}}
+NOT_PREDICTING: dict[str, Any] = {"json_schema_extra": {"tasks": ""}}  # a key that no prediction depends on
 
 
 class ParamsError(ValueError):
@@ -125,12 +129,22 @@ class Forgeries(BaseModel):
     side: int = Field(512, ge=64, description="forgeries are of squares of at most this side, pixels")
 
 
-class Params(BaseModel):
-    """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
+class Keys(BaseModel):
+    """A group of parameters; what a key is used for follows from its group and its mark."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # The run
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are not allowed here")
+        return value
+
+
+class RunKeys(Keys):
+    """What the run is."""
+
     run_name: str = Field("constrained", description="name of the run; its files in outputs/ begin with it")
     run_type: Literal["constrained", "open"] = Field(
         "constrained", description="constrained: official data only; open: dataset_open as well"
@@ -138,38 +152,55 @@ class Params(BaseModel):
     tasks: list[Literal["A", "B"]] = Field(["A", "B"], description="A: real or synthetic; B: manipulated regions")
     team: str = Field("teamname", description="team name, first part of the archive names")
     edition: Literal[2025, 2026] = Field(2025, description="challenge year: Task A as zip (2025) or plain CSV (2026)")
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=2**64, description="seed of every random choice")
 
-    # Data
+
+class DataKeys(Keys):
+    """Where the images are.  Whether a training's data changed is told by what is found there, not by these."""
+
     data_root: str = Field("data", description="folder with dataset, dataset_open, dataset_taskB and test")
     data: list[DataSet] | None = Field(None, description="data sets where they lie; null: data_root's folders")
     sample: bool = Field(False, description="use the built-in sample instead of data_root")
-    aligned: Aligned | None = Field(None, description="open runs, Task A: synthetic twins of the photographs; null: none")
-    forgeries: Forgeries | None = Field(None, description="open runs, Task B: forgeries of the photographs; null: none")
-    test_folder_a: str | None = Field(None, description="Task A test images; null: <data_root>/test/taskA")
-    test_folder_b: str | None = Field(None, description="Task B test images; null: <data_root>/test/taskB")
+    aligned: Aligned | None = Field(
+        None, **ONLY_A, description="open runs, Task A: synthetic twins of the photographs; null: none"
+    )
+    forgeries: Forgeries | None = Field(
+        None, **ONLY_B, description="open runs, Task B: forgeries of the photographs; null: none"
+    )
+    test_folder_a: str | None = Field(None, **ONLY_A, description="Task A test images; null: <data_root>/test/taskA")
+    test_folder_b: str | None = Field(None, **ONLY_B, description="Task B test images; null: <data_root>/test/taskB")
 
-    # Model
+
+class ModelKeys(Keys):
+    """The network and its loss: a training depends on them."""
+
     backbone: str = Field("convnext_base", description="any timm model name")
     pretrained: bool = Field(True, description="start from pretrained weights")
     pretrained_file: str | None = Field(None, description="local weight file to use instead of timm's download")
     frontend: Literal["rgb", "srm", "npr", "bayar"] = Field(
         "rgb", description="what the network sees: RGB, or RGB and noise residuals of this kind"
     )
-    decoder_channels: int = Field(128, ge=16, multiple_of=16, description="Task B decoder width, channels")
-    residual_branch: bool = Field(True, description="Task B: whether the decoder also sees noise residuals at full resolution")
+    decoder_channels: int = Field(128, ge=16, multiple_of=16, **ONLY_B, description="Task B decoder width, channels")
+    residual_branch: bool = Field(
+        True, **ONLY_B, description="Task B: whether the decoder also sees noise residuals at full resolution"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
-    mask_weight: float = Field(1.0, ge=0, description="Task B loss = cross-entropy + mask_weight x mask loss")
+    mask_weight: float = Field(1.0, ge=0, **ONLY_B, description="Task B loss = cross-entropy + mask_weight x mask loss")
     mask_loss: Literal["bce_dice", "focal_dice", "bce_lovasz"] = Field(
-        "bce_dice", description="mask loss: of each pixel (bce or focal) plus of each region (Dice or Lovász)"
+        "bce_dice", **ONLY_B, description="mask loss: of each pixel (bce or focal) plus of each region (Dice or Lovász)"
     )
-    boundary_weight: float = Field(0.0, ge=0, description="how much more pixels near a region's border weigh in the mask loss")
+    boundary_weight: float = Field(
+        0.0, ge=0, **ONLY_B, description="how much more pixels near a region's border weigh in the mask loss"
+    )
     authentic_weight: float = Field(
-        4.0, ge=0, description="how many times the pixels of authentic images count in the mask loss"
+        4.0, ge=0, **ONLY_B, description="how many times the pixels of authentic images count in the mask loss"
     )
 
-    # Training
+
+class TrainingKeys(Keys):
+    """How it is trained: a training depends on them."""
+
     crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")
     batch_size: int = Field(64, ge=1, description="crops in a batch")
     epochs_head: int = Field(2, ge=0, description="step 1, backbone frozen, epochs")
@@ -182,49 +213,59 @@ class Params(BaseModel):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor of the rate from each backbone layer to the one below")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of each label that goes to the other class")
-    mixup: float = Field(0.0, ge=0, description="Task A: alpha of mixup; 0: none")
-    cutmix: float = Field(0.0, ge=0, description="Task A: alpha of cutmix; 0: none")
+    mixup: float = Field(0.0, ge=0, **ONLY_A, description="Task A: alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, **ONLY_A, description="Task A: alpha of cutmix; 0: none")
     balance: Literal["class", "source"] = Field(
         "class", description="what an epoch draws equally often: the classes, or within each the sources too"
     )
     fr_share: float = Field(
-        0.5, **PROBABILITY, description="Task B: share of fully regenerated images among an epoch's manipulated ones"
+        0.5, **PROBABILITY, **ONLY_B, description="Task B: share of fully regenerated images among an epoch's manipulated ones"
     )
     paste: float = Field(
-        0.4, **PROBABILITY, description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced"
+        0.4,
+        **PROBABILITY,
+        **ONLY_B,
+        description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced",
     )
-    degrade: Degradations = Field(Degradations(), description="Task A: what happens to training crops: JPEG, scaling, ...")
+    degrade: Degradations = Field(
+        Degradations(), **ONLY_A, description="Task A: what happens to training crops: JPEG, scaling, ..."
+    )
     degrade_b: Degradations = Field(
-        Degradations(social=0.0), description="Task B: the same for its crops; keys left out have their defaults"
+        Degradations(social=0.0), **ONLY_B, description="Task B: the same for its crops; keys left out have their defaults"
     )
     equalize: Literal["auto", "always", "never"] = Field(
         "always", description="recompress every training crop alike; auto: where format or quality tell the class"
     )
     val_limit: int = Field(2000, ge=2, description="validation images scored after each epoch (all at the end)")
 
-    # Inference
-    crops_per_image: int = Field(5, ge=1, description="Task A: native crops scored per image: centre, then most textured")
-    robustness_images: int = Field(300, ge=2, description="validation images of the robustness sweep")
-    tile_size: int = Field(512, ge=32, multiple_of=32, description="Task B: side of the tiles, pixels")
-    tile_overlap: int = Field(64, ge=0, description="Task B: overlap of neighbouring tiles, pixels")
-    mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
-        [1.0], min_length=1, description="Task B: scales at which an image is looked at; masks are averaged"
-    )
-    mask_flips: bool = Field(False, description="Task B: whether the mirrored image is looked at too")
 
-    # Machine
+class InferenceKeys(Keys):
+    """How images are looked at: predictions depend on them, what is learned does not."""
+
+    crops_per_image: int = Field(
+        5, ge=1, **ONLY_A, description="Task A: native crops scored per image: centre, then most textured"
+    )
+    robustness_images: int = Field(300, ge=2, **NOT_PREDICTING, description="validation images of the robustness sweep")
+    tile_size: int = Field(512, ge=32, multiple_of=32, **ONLY_B, description="Task B: side of the tiles, pixels")
+    tile_overlap: int = Field(64, ge=0, **ONLY_B, description="Task B: overlap of neighbouring tiles, pixels")
+    mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
+        [1.0], min_length=1, **ONLY_B, description="Task B: scales at which an image is looked at; masks are averaged"
+    )
+    mask_flips: bool = Field(False, **ONLY_B, description="Task B: whether the mirrored image is looked at too")
+
+
+class MachineKeys(Keys):
+    """What computes, which changes no more than rounding."""
+
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine computes it fast")
     deterministic: bool = Field(False, description="GPU: the same results each time, more slowly; a CPU gives them always")
     processes: int = Field(1, ge=1, description="processes on this machine that train and infer together, one for each GPU")
     workers: int | Literal["auto"] = Field("auto", description="processes that load images; auto: one per core, at most 16")
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false are not allowed here")
-        return value
+
+class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunKeys):  # the last one's keys come first
+    """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
     @field_validator("run_name", "team")
     @classmethod
@@ -260,6 +301,25 @@ class Params(BaseModel):
         if self.tile_overlap > self.tile_size // 2:
             raise ValueError(f"tile_overlap {self.tile_overlap} is over half of tile_size {self.tile_size}: lower it")
         return self
+
+    def seed_for(self, *numbers: int) -> int:
+        """A seed in [0, 2**32), which is what NumPy's and pandas' older interfaces take; another one for other ``numbers``."""
+        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1)[0])
+
+    def of_training(self, task: str) -> dict[str, Any]:
+        """The parameters that a training of a task depends on, beside its data, as plain values."""
+        keys = {"seed", "run_type", *keys_of(ModelKeys, task), *keys_of(TrainingKeys, task)}
+        return self.model_dump(mode="json", include=keys)
+
+    def of_prediction(self, task: str) -> dict[str, Any]:
+        """The parameters that the predictions of a trained model depend on, as plain values."""
+        return self.model_dump(mode="json", include={"crop_size", *keys_of(InferenceKeys, task)})
+
+
+def keys_of(group: type[Keys], task: str) -> list[str]:
+    """The keys of a group that a task uses."""
+    marks = {name: field.json_schema_extra or {} for name, field in group.model_fields.items()}
+    return [name for name, mark in marks.items() if task in mark.get("tasks", "AB")]
 
 
 def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Params:

@@ -127,6 +127,51 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate()
 
 
+STOPS_ONCE = """
+import os, signal, sys
+from forensics_lib import epochs
+from forensics_lib.__main__ import main
+real, calls = epochs.batch_loss, []
+def loss(*arguments):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+epochs.batch_loss = loss
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"), [("A", {"mixup": 0.4, "cutmix": 0.4, "batch_size": 4}), ("B", {"batch_size": 3})]
+)
+def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, settings, homes, tmp_path, tiny_data):
+    """Each has its own generators, losses and unreadable images."""
+    spoiled = tiny_data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png"
+    data = spoiled.read_bytes()
+    spoiled.write_bytes(data[:1000] + bytes(200) + data[1200:])
+    values = settings | {"dropout": 0.5, "epochs_head": 1, "epochs_finetune": 1}
+    undisturbed = homes("one", **values)
+    succeeded(torchrun(tmp_path / "one", undisturbed, "train", "--tasks", task))
+    expected = read_metrics(undisturbed, task)
+
+    run = homes("two", **values)
+    script = tmp_path / "stops.py"
+    script.write_text(STOPS_ONCE)
+    words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), "train", "--tasks", task]
+    environment = os.environ | {"FORENSICS_HOME": str(tmp_path / "two"), "PYTHONPATH": str(project_root())}
+    stopped = subprocess.run([*words, "--params", str(run.write_params())], env=environment, capture_output=True, text=True)
+    state = read_checkpoint(run.folder / "checkpoints" / f"task{task}_state.pt")
+    assert state["part"]["batches"] == 2, stopped.stdout + stopped.stderr
+    succeeded(torchrun(tmp_path / "two", run, "train", "--tasks", task))
+    columns = ["train_loss", "val_auc", "lr"]
+    pd.testing.assert_frame_equal(read_metrics(run, task)[columns], expected[columns], rtol=1e-9)
+    weights = [read_checkpoint(r.finetuned_model(task))["model"] for r in (undisturbed, run)]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    facts = [read_json(r.folder / "run.json").get(f"task{task}_unreadable_in_training") for r in (undisturbed, run)]
+    assert facts[0] == facts[1] and len(facts[0]) == (task == "A")
+
+
 def test_a_worker_killed_during_inference_loses_and_doubles_nothing(homes, tmp_path, tiny_data, rng):
     for number in range(120):
         (tiny_data / "test" / "taskA" / f"c{number:03d}.jpg").write_bytes(

@@ -5,7 +5,19 @@ import pytest
 import yaml
 
 from forensics_lib.files import project_root
-from forensics_lib.params import Params, ParamsError, assigned_names, load_params, make_params, parameters_in
+from forensics_lib.params import (
+    InferenceKeys,
+    MachineKeys,
+    ModelKeys,
+    Params,
+    ParamsError,
+    TrainingKeys,
+    assigned_names,
+    keys_of,
+    load_params,
+    make_params,
+    parameters_in,
+)
 
 SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))
@@ -122,3 +134,43 @@ def test_a_data_set_without_a_task_is_recorded_as_before_there_was_one():
     assert list(plain) == ["root", "layout", "split", "coco_root", "lsun_root"]
     assert named == plain | {"task": "B"}
     assert make_params({"data": [named]}, "t").data[0].task == "B"
+
+
+def test_every_parameter_stands_in_one_group_and_in_the_order_of_the_file():
+    groups = [set(group.model_fields) for group in Params.__bases__]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == len(Params.model_fields)
+    assert list(yaml.safe_load((project_root() / "params" / "constrained.yaml").read_text())) == list(Params.model_fields)
+
+
+@pytest.mark.parametrize("group", [ModelKeys, TrainingKeys, InferenceKeys])
+def test_what_is_said_to_be_of_one_task_is_marked_so(group):
+    for name, field in group.model_fields.items():
+        for task, other in ("AB", "BA"):
+            if f"Task {task}" in field.description:
+                assert name not in keys_of(group, other)
+
+
+CHANGES = {
+    "A": {"degrade": {"jpeg": 0.1}, "mixup": 0.1, "cutmix": 0.1, "equalize": "never", "seed": 1, "batch_size": 2},
+    "B": {"degrade_b": {"jpeg": 0.1}, "paste": 0.1, "fr_share": 0.1, "mask_loss": "focal_dice", "seed": 1, "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_a_training_depends_on_its_keys_alone(task):
+    plain = Params().of_training(task)
+    for key, value in CHANGES[task].items():
+        assert make_params({key: value}, "own").of_training(task) != plain, key
+    only_other = {key: value for key, value in CHANGES["AB".replace(task, "")].items() if key not in CHANGES[task]}
+    others = {key: value for key, value in only_other.items() if key not in ("batch_size", "equalize", "dropout")}
+    for key, value in (others | {"device": "cpu", "precision": "fp32", "tile_size": 96, "crops_per_image": 1}).items():
+        assert make_params({key: value, "tile_overlap": 0}, "own").of_training(task) == plain, key
+    assert not set(plain) & set(MachineKeys.model_fields)
+
+
+def test_seeds_have_a_stated_limit():
+    with pytest.raises(ParamsError, match=rf"seed: found {2**64}; input should be less than {2**64}"):
+        make_params({"seed": 2**64}, "own")
+    seeds = [Params(seed=seed).seed_for(*more) for seed in (0, 1, 2**32, 2**63) for more in ((), (1,), (1, 7))]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)

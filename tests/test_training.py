@@ -1,5 +1,9 @@
+import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +32,7 @@ from forensics_lib.infer import infer, mask_names
 from forensics_lib.inference import load_mask
 from forensics_lib.layouts import LayoutError
 from forensics_lib.losses import BORDER, mask_loss, near_border
-from forensics_lib.manifest import build_manifest, build_test_manifest, usable
+from forensics_lib.manifest import build_manifest, build_test_manifest, data_fingerprint, usable
 from forensics_lib.model import Output, build_model, read_checkpoint
 from forensics_lib.runs import Run
 from forensics_lib.scoring import Predictions
@@ -37,6 +41,200 @@ from forensics_lib.training import read_metrics, train
 
 def changed(run: Run, **values) -> Run:
     return Run(run.params.model_copy(update=values), run.data)
+
+
+def contents(run: Run) -> dict[Path, bytes]:
+    """What a training and its results are: everything but what is being made and the record of each call."""
+    files = [path for path in (run.folder.parent).rglob("*") if path.is_file() and "begun" not in path.parts]
+    return {path: path.read_bytes() for path in files if path.suffix != ".lock" and path.name not in (".lock", "run.json")}
+
+
+def trained(run: Run, task: str) -> tuple[pd.DataFrame, dict[Path, bytes]]:
+    """A run that was trained, evaluated and applied: its manifest and its files."""
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    evaluate(run, task, manifest)
+    infer(run, task)
+    return manifest, contents(run)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("A", {"tile_size": 96, "mask_flips": True, "crops_per_image": 3, "workers": 1, "mask_weight": 3.0, "paste": 0.0}),
+        ("B", {"tile_size": 96, "mask_scales": [0.5, 1.0], "crops_per_image": 3, "mixup": 0.5, "precision": "bf16"}),
+    ],
+)
+def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, changes, tiny_run, capsys):
+    manifest, before = trained(tiny_run, task)
+    capsys.readouterr()
+    run = changed(
+        tiny_run, team="other", tasks=[task], robustness_images=5, decoder_channels=32 if task == "A" else 16, **changes
+    )
+    train(run, task, manifest)
+    assert "taking up" in capsys.readouterr().out
+    assert contents(run) == before
+    evaluate(run, task, manifest)
+    content = read_checkpoint(run.finetuned_model(task))
+    assert content["inference"] == run.params.of_prediction(task), "thresholds hold for images that are looked at so"
+    assert len(infer(run, task)) == 4
+
+
+@pytest.mark.parametrize(("task", "changes"), [("A", {"batch_size": 3}), ("B", {"epochs_head": 0, "mask_loss": "bce_lovasz"})])
+def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(task, changes, tiny_run, monkeypatch, capsys):
+    manifest, before = trained(tiny_run, task)
+    probs = pd.read_csv(tiny_run.test_probs(task))
+    run, loss = changed(tiny_run, **changes), epochs.batch_loss
+    monkeypatch.setattr(epochs, "batch_loss", lambda *_: torch.tensor(float("nan")))
+    capsys.readouterr()
+    for _ in range(2):
+        with pytest.raises(FloatingPointError):
+            train(run, task, manifest)
+    assert next(iter(changes)) in capsys.readouterr().out, "what changed is named"
+    assert contents(run) == before
+    assert infer(tiny_run, task)["prob"].round(6).tolist() == probs["prob"].tolist()
+    monkeypatch.setattr(epochs, "batch_loss", loss)
+    train(tiny_run, task, manifest)
+    assert "taking up" in capsys.readouterr().out, "the parameters of before find the training of before"
+    assert contents(tiny_run) == before
+
+    train(run, task, manifest)
+    (place,) = (run.folder / "replaced").iterdir()
+    assert str(place) in capsys.readouterr().out
+    for path in (run.classifier_model(task), run.finetuned_model(task), run.val_probs(task), run.test_probs(task)):
+        assert (place / path.name).read_bytes() == before[path]
+        assert not path.exists() or path.read_bytes() != before[path]
+    assert (place / f"task{task}_state.pt").read_bytes() == before[run.folder / "checkpoints" / f"task{task}_state.pt"]
+    assert (place / "metrics.jsonl").read_bytes() == before[run.metrics]
+    assert json.loads((place / "thresholds.json").read_text()) == json.loads(before[run.thresholds])
+    assert json.loads(run.thresholds.read_text()) == {}
+    assert f"task{task}_validation" in read_json(place / "run.json")
+    assert f"task{task}_validation" not in read_json(run.folder / "run.json")
+    assert read_metrics(run, task)["step"].tolist() == (["head", "finetune"] if run.params.epochs_head else ["finetune"])
+    assert read_checkpoint(run.classifier_model(task))["step"] == "head"
+    assert not list((run.folder / "checkpoints" / "begun").iterdir())
+    evaluate(run, task, manifest)
+    assert len(infer(run, task)) == 4
+
+
+def test_a_training_stopped_in_its_first_epoch_goes_on_and_only_then_replaces_another(tiny_run, monkeypatch, capsys):
+    manifest, before = trained(tiny_run, "A")
+    run, loss, calls = changed(tiny_run, lr_head=0.002), epochs.batch_loss, []
+    alone = changed(run, run_name="alone")
+    expected = train(alone, "A", manifest)
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    monkeypatch.setattr(epochs, "batch_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, "A", manifest)
+    assert {path: data for path, data in contents(run).items() if "alone" not in str(path)} == before
+    capsys.readouterr()
+    metrics = train(run, "A", manifest)
+    assert "taking up" in capsys.readouterr().out
+    assert len(calls) == len(usable(manifest, "train")) // 4 * 2, "no batch was done twice"
+    assert metrics[["train_loss", "val_auc"]].equals(expected[["train_loss", "val_auc"]])
+    assert len(list((run.folder / "replaced").iterdir())) == 1
+
+
+def test_the_other_task_s_results_stay(tiny_run):
+    _, before = trained(tiny_run, "B")
+    manifest = build_manifest(tiny_run, "A")
+    train(tiny_run, "A", manifest)
+    evaluate(tiny_run, "A", manifest)
+    train(changed(tiny_run, lr_head=0.002), "A", manifest)
+    after = contents(tiny_run)
+    kept = [path for path in before if path not in (tiny_run.thresholds, tiny_run.metrics)]
+    assert all(after[path] == before[path] for path in kept)
+    assert set(read_json(tiny_run.thresholds)) == {"B"}
+    assert len(read_metrics(tiny_run, "B")) == 2
+    assert "taskB_validation" in read_json(tiny_run.folder / "run.json")
+
+
+def as_of_an_earlier_version(run: Run, task: str, manifest: pd.DataFrame) -> Path:
+    """Rewrite a training's state as one that held a hash instead of what it was trained with."""
+    others = ("run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root")
+    values = run.params.model_dump(exclude={*others, "robustness_images", "processes"})
+    rows = pd.concat([usable(manifest, "train"), usable(manifest, "val")])
+    text = json.dumps([task, values, data_fingerprint(rows)], sort_keys=True)
+    path = run.folder / "checkpoints" / f"task{task}_state.pt"
+    state = torch.load(path, weights_only=True) | {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    for key in ("trained_with", "errors", "seconds", "machine"):
+        del state[key]
+    torch.save(state, path)
+    return path
+
+
+def test_a_finished_training_of_an_earlier_version_is_taken_up(tiny_run, capsys):
+    manifest, _ = trained(tiny_run, "A")
+    as_of_an_earlier_version(tiny_run, "A", manifest)
+    before, facts = contents(tiny_run), read_json(tiny_run.folder / "run.json")
+    capsys.readouterr()
+    train(tiny_run, "A", manifest)
+    assert "taking up" in capsys.readouterr().out
+    assert contents(tiny_run) == before
+    seconds = "taskA_training_seconds"
+    assert read_json(tiny_run.folder / "run.json")[seconds] == facts[seconds]
+
+
+def test_an_unfinished_training_of_an_earlier_version_is_kept_aside(tiny_run, capsys):
+    manifest, _ = trained(tiny_run, "A")
+    path = as_of_an_earlier_version(tiny_run, "A", manifest)
+    torch.save(torch.load(path, weights_only=True) | {"epoch": 0}, path)
+    capsys.readouterr()
+    train(tiny_run, "A", manifest)
+    assert "earlier version" in capsys.readouterr().out
+    assert len(list((tiny_run.folder / "replaced").iterdir())) == 1
+
+
+@pytest.mark.parametrize("seed", [4_294_968, 20251126, 2**32, 2**63, 2**64 - 1])
+def test_any_seed_trains(seed, tiny_run):
+    run = changed(tiny_run, seed=seed, val_limit=6, robustness_images=6, mixup=0.4)
+    manifest = build_manifest(run, "A")
+    manifest.loc[manifest["label"] == 0, "format"] = "JPEG"  # file facts tell the class: the crops are audited too
+    assert len(train(run, "A", manifest)) == 2
+    evaluate(run, "A", manifest)
+    assert len(evaluate_robustness(run, "A", manifest))
+
+
+def test_another_seed_draws_other_crops(tiny_run):
+    losses = []
+    for seed in (0, 1, 2**32, 2**32 + 1):
+        run = changed(tiny_run, seed=seed, run_name=f"seed{seed}", epochs_finetune=0)
+        losses.append(train(run, "A", build_manifest(run, "A"))["train_loss"].item())
+    assert len(set(losses)) == 4
+
+
+def test_what_a_training_took_and_left_out_is_kept_over_its_parts(tiny_run, monkeypatch):
+    spoil(tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png")
+    manifest, calls, original = build_manifest(tiny_run, "A"), [], training.train_epoch
+
+    def slow(fit, step, *arguments):
+        if step == "finetune" and not calls:
+            calls.append(1)
+            raise KeyboardInterrupt
+        time.sleep(1)
+        return original(fit, step, *arguments)
+
+    monkeypatch.setattr(training, "train_epoch", slow)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run, "A", manifest)
+    (known,) = read_checkpoint(tiny_run.folder / "checkpoints" / "taskA_state.pt")["errors"]
+    assert "1_fake0.png" in known
+    train(tiny_run, "A", manifest)
+    facts = read_json(tiny_run.folder / "run.json")
+    assert facts["taskA_training_seconds"] > 2, "of both parts"
+    monkeypatch.setattr(
+        training, "choose_machine", lambda params: replace(machine.choose_machine(params), workers=0, bf16=True)
+    )
+    train(tiny_run, "A", manifest)
+    again = read_json(tiny_run.folder / "run.json")
+    for name in ("training_seconds", "machine", "unreadable_in_training"):
+        assert again[f"taskA_{name}"] == facts[f"taskA_{name}"]
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
