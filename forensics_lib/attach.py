@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +17,23 @@ from forensics_lib.files import is_main
 from forensics_lib.runs import Run
 
 LOOK = 1.0  # seconds between two looks at the other's epochs
+
+
+@contextmanager
+def one_at_a_time(path: Path, held: str) -> Iterator[None]:
+    """Within the block no other process is in a block of the same lock file ``path``; ``held`` is printed while one is.
+
+    The lock is the system's: it ends with the process that holds it, however that ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    if not _acquired(lock):
+        print(f"{held} (interrupting this wait leaves it alone)", flush=True)
+        lock.acquire(poll_interval=LOOK)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
