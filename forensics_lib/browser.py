@@ -37,7 +37,7 @@ MASK_VIEWS = ("side by side", "overlay", "image", "probability")
 IMAGE_VIEWS = ("side by side", "image", "crops", "attribution")
 ZOOMS = {"1:1": 1, "2:1": 2, "4:1": 4}
 EVERY = "all"
-GALLERIES = "*Executed without anybody to browse: the galleries above stand in. With a running kernel images can be seen one by one.*"
+GALLERIES = "*Executed headlessly: the galleries above stand in. With a running kernel images can be seen one by one.*"
 THUMBNAILS, SIDE = 8, 96  # on a page, and their longer side in pixels
 
 

@@ -184,7 +184,8 @@ def test_nothing_to_browse_says_so(table, tmp_path):
         browser_of(table[:0], tmp_path)
 
 
-def test_browsers_of_a_run(tiny_run):
+def test_browsers_of_a_run(tiny_run, monkeypatch):
+    monkeypatch.delenv("FORENSICS_HEADLESS", raising=False)
     for task in ("A", "B"):
         manifest = build_manifest(tiny_run, task)
         train(tiny_run, task, manifest)
