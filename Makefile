@@ -32,7 +32,7 @@ endif
 
 PY := $(BIN)python
 quoted = '$(subst ','\'',$(1))'# one word to the shell, whatever is in it
-words = $(foreach word,$(1),$(call quoted,$(word)))# each word of a list
+quoted_each = $(foreach word,$(1),$(call quoted,$(word)))# each word of a list
 RUN_OPTIONS = $(if $(strip $(DATA)),--data $(call quoted,$(DATA))) $(if $(strip $(SET)),--set $(call quoted,$(SET)))
 PIPELINE = $(PY) -m forensics_lib run --params $(call quoted,$(1)) $(RUN_OPTIONS) $(if $(strip $(FROM)),--from $(call quoted,$(FROM)))
 
@@ -54,7 +54,7 @@ ifeq ($(strip $(ENV)),venv)
 ifneq ($(strip $(LOCKED)),)
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/requirements.lock
 else
-	$(PY) -m pip install --quiet --disable-pip-version-check $(call words,$(TORCH))
+	$(PY) -m pip install --quiet --disable-pip-version-check $(call quoted_each,$(TORCH))
 endif
 endif
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -94,7 +94,7 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
 
 compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
-	@$(PY) -m forensics_lib compare $(call words,$(RUNS))
+	@$(PY) -m forensics_lib compare $(call quoted_each,$(RUNS))
 
 reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
 	$(PY) -m forensics_lib reproduce $(call quoted,$(RUN))
@@ -112,7 +112,7 @@ docs: setup ## Build the library's reference from its docstrings in build/docs
 	$(PY) -W error::UserWarning:pdoc -m pdoc --docformat restructuredtext --output-directory build/docs forensics_lib
 
 lock: setup ## Write .ci/requirements.lock anew: what pip chooses now, with hashes
-	$(PY) .ci/lock.py $(call words,$(TORCH))
+	$(PY) .ci/lock.py $(call quoted_each,$(TORCH))
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb
