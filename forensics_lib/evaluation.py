@@ -14,7 +14,7 @@ from forensics_lib.distributed import wait_for_all
 from forensics_lib.duplicates import overlapping
 from forensics_lib.files import is_main, read_json, update_json, write_csv
 from forensics_lib.images import read_image
-from forensics_lib.inference import predict_mask
+from forensics_lib.inference import inference_settings, predict_mask
 from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import manipulation, problems, sampled, usable
 from forensics_lib.metrics import (
@@ -217,8 +217,10 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
     if task == "B":
         facts["loc_rule"] = "best mean IoU over manipulated validation images"
-    update_json(run.thresholds, **{task: facts})
-    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds)
+    update_json(run.thresholds, **{task: facts | inference_settings(run.params)})
+    add_to_checkpoint(
+        run.finetuned_model(task), thresholds=evaluation.thresholds, inference=inference_settings(run.params)["inference"]
+    )
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "left_out": unreadable}

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,21 @@ from PIL import Image
 from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
 from forensics_lib.images import pad_to
-from forensics_lib.machine import Machine
+from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.model import CombinedModel, padded_side
 from forensics_lib.params import Params
 from forensics_lib.progress import progress
+from forensics_lib.runs import INFERENCE_KEYS
 
 FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the submission all the same
 MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
+
+
+def inference_settings(params: Params) -> dict[str, Any]:
+    """What predictions are made with, to be kept beside thresholds: parameters of inference, and this machine's precision."""
+    names = [name for task in "AB" for name in INFERENCE_KEYS[task]]
+    precision = "bf16" if choose_machine(params).bf16 else "fp32"
+    return {"inference": {name: getattr(params, name) for name in names}, "precision": precision}
 
 
 @dataclass

@@ -27,7 +27,7 @@ from forensics_lib.machine import choose_machine, learning_view
 from forensics_lib.manifest import data_fingerprint, sampled, sources, usable
 from forensics_lib.model import CheckpointError, build_model, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, record_trained
 from forensics_lib.stopping import stop_requests
 
 GO_ON = "the same command or cell goes on from there"
@@ -82,6 +82,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
             _run_step(fit, step, epochs, state, fingerprint)
         if fit.stopping():
             raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
+    record_trained(run, task, fingerprint, taken_up=state is not None)
     run.record(**{f"task{task}_data_fingerprint": data_fingerprint(manifest)})
     run.record(**{f"task{task}_data": sources(manifest).to_dict("records")})
     run.record(**{f"task{task}_training_seconds": round(time.monotonic() - started, 1), f"task{task}_machine": str(machine)})
