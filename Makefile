@@ -5,12 +5,16 @@ PYTHON ?= python3
 ENV ?= venv# venv: build and use .venv; active: use the active conda or virtual environment
 TORCH ?= torch==2.14.1 torchvision==0.29.1# what a new .venv gets; any pair in pyproject.toml's ranges
 LOCKED ?=# 1: exactly the packages of .ci/requirements.lock, by their hashes (Linux x86-64, Python 3.11)
-PARAMS ?= params/sample.yaml# for 'make run'
+PARAMS ?= params/constrained.yaml# for 'make run' and 'make check-data'
 DATA ?=# data root instead of the parameter file's
-SET ?=# further parameters, such as SET="batch_size=8 epochs_head=1"
+SET ?=# further parameters, such as SET="batch_size=8 tasks=[A, B]"
 RUN ?= constrained_sample# for 'make reproduce': name of a run in outputs/
 RUNS ?=# for 'make compare': names of runs in outputs/
 FROM ?=# notebook to begin with, such as FROM=03
+
+ifeq ($(wildcard forensics_lib/__main__.py),)
+$(error no forensics_lib in $(CURDIR): make works in the project's folder (make -C /path/to/it))
+endif
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -27,14 +31,15 @@ $(error ENV is '$(ENV)'; allowed are venv and active)
 endif
 
 PY := $(BIN)python
-PIPELINE = $(PY) -m forensics_lib run --params $(1) $(if $(strip $(DATA)),--data "$(strip $(DATA))") \
-	$(if $(strip $(FROM)),--from "$(strip $(FROM))") $(if $(strip $(SET)),--set $(SET))
-SCRATCH := $(CURDIR)/outputs/.test
+quoted = '$(subst ','\'',$(1))'# one word to the shell, whatever is in it
+quoted_each = $(foreach word,$(1),$(call quoted,$(word)))# each word of a list
+RUN_OPTIONS = $(if $(strip $(DATA)),--data $(call quoted,$(DATA))) $(if $(strip $(SET)),--set $(call quoted,$(SET)))
+PIPELINE = $(PY) -m forensics_lib run --params $(call quoted,$(1)) $(RUN_OPTIONS) $(if $(strip $(FROM)),--from $(call quoted,$(FROM)))
 
 .PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 	@echo
 	@echo "Settings: DATA=/path/to/data  PARAMS=params/own.yaml  SET=\"key=value ...\"  FROM=03  ENV=active"
 
@@ -42,20 +47,20 @@ setup: $(STAMP) ## Build the environment (done by every other target when needed
 
 $(STAMP): pyproject.toml
 ifeq ($(strip $(ENV)),venv)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3."; exit 1; }
+	@$(call quoted,$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed;" $(call quoted,$(PYTHON)) "is $$($(call quoted,$(PYTHON)) --version 2>&1). Set PYTHON=/path/to/python3."; exit 1; }
 	@echo "Building the environment in .venv (several minutes the first time)"
-	$(PYTHON) -m venv .venv
+	$(call quoted,$(PYTHON)) -m venv .venv
 ifneq ($(strip $(LOCKED)),)
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/requirements.lock
 else
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(call quoted_each,$(TORCH))
 endif
 endif
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-run: setup ## Execute the notebooks with PARAMS (default: the built-in sample)
+run: setup ## Execute the notebooks with PARAMS (default: the constrained run)
 	@$(call PIPELINE,$(PARAMS))
 
 run-constrained: setup ## Constrained run: official data only, Tasks A and B, to archives in submission/
@@ -68,13 +73,12 @@ sample: setup ## Make the built-in sample data in data/sample
 	@$(PY) -m forensics_lib sample
 
 check-data: setup ## Count what a run needs (PARAMS, default the constrained run) against what the official sets hold
-	@$(PY) -m forensics_lib check-data --params $(if $(filter params/sample.yaml,$(PARAMS)),params/constrained.yaml,$(PARAMS)) \
-		$(if $(strip $(DATA)),--data "$(strip $(DATA))")
+	@$(PY) -m forensics_lib check-data --params $(call quoted,$(PARAMS)) $(RUN_OPTIONS)
 
 test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
-	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH)
+	@rm -rf outputs/.test && mkdir -p outputs/.test
 	$(PY) -m pytest tests
-	FORENSICS_HOME=$(SCRATCH) FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
+	FORENSICS_HOME="$$PWD/outputs/.test" FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=1200 --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 bench: setup ## Measure speed and memory: inference, training, decoding (docs/performance.md), and 600,000 files
@@ -90,10 +94,10 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
 
 compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
-	@$(PY) -m forensics_lib compare $(RUNS)
+	@$(PY) -m forensics_lib compare $(call quoted_each,$(RUNS))
 
 reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
-	$(PY) -m forensics_lib reproduce "$(RUN)"
+	$(PY) -m forensics_lib reproduce $(call quoted,$(RUN))
 
 chaos: setup ## Kill a run 50 times at random moments of every notebook; it must end as one that was not (about 30 minutes)
 	$(PY) tests/campaigns/chaos.py
@@ -108,7 +112,7 @@ docs: setup ## Build the library's reference from its docstrings in build/docs
 	$(PY) -W error::UserWarning:pdoc -m pdoc --docformat restructuredtext --output-directory build/docs forensics_lib
 
 lock: setup ## Write .ci/requirements.lock anew: what pip chooses now, with hashes
-	$(PY) .ci/lock.py $(TORCH)
+	$(PY) .ci/lock.py $(call quoted_each,$(TORCH))
 
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from forensics_lib.files import home
+from forensics_lib.files import home, write_text
+from forensics_lib.settings import SettingError, parse_settings
 
 if TYPE_CHECKING:
     from forensics_lib.runs import Run
+
+DEFAULT = "params/constrained.yaml"  # as of make run-constrained and of the notebooks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,9 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(stopped or "stopped: the same command goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
+    except Exception as error:
+        print(_told(error), file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> str:
+    """What to say of an error: its message where it is meant for the reader, else where its traceback was written."""
+    own = type(error).__module__.startswith("forensics_lib.")
+    raised_here = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == Path(__file__).parent
+    if own or isinstance(error, OSError) or (raised_here and isinstance(error, (ValueError, RuntimeError))):
+        return str(error)
+    said = f"{type(error).__name__}: {error}"
+    try:
+        path = home() / "outputs" / "traceback.txt"
+        write_text(path, "".join(traceback.format_exception(error)))
+    except (OSError, ValueError):  # nowhere to write it
+        return f"{''.join(traceback.format_exception(error))}"
+    return f"{said}\nThis was not foreseen; the traceback is in {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,10 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(do=do)
         return added
 
-    def of_run(added: argparse.ArgumentParser, default: str = "params/sample.yaml") -> argparse.ArgumentParser:
-        added.add_argument("--params", default=default, help=f"parameter file (default: {default})")
+    def of_run(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument("--params", default=DEFAULT, help=f"parameter file (default: {DEFAULT})")
         added.add_argument("--data", default="", help="data root instead of the parameter file's")
-        added.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further parameters to change")
+        text = "further parameters to change, each once; several --set add up"
+        added.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=text)
         return added
 
     example = "--params params/constrained.yaml --data /path/to/data --set batch_size=32"
@@ -62,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command("reproduce", _reproduce, text, "constrained").add_argument("run", help="name of a run in outputs/")
     command("sample", _sample, "make the built-in sample data in data/sample")
     text = "count what a run needs against what the official sets hold"
-    of_run(command("check-data", _check_data, text, "--data /path/to/data"), "params/constrained.yaml")
+    of_run(command("check-data", _check_data, text, "--data /path/to/data"))
     text = "check a submission archive against the test images"
     validate = command("validate", _validate, text, "submission/x.zip --task B --images data/test/taskB")
     validate.add_argument("archive", type=Path)
@@ -71,20 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["batch_size=8", "tasks=[A]"]`` to a dict, values read as YAML."""
-    pairs = [setting.partition("=") for setting in settings]
-    for key, sign, _ in pairs:
-        if not sign or not key:
-            raise ValueError(f"a setting is KEY=VALUE, such as batch_size=8; found {key!r}")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
-
-
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that the command line changes.  Raises ``SettingError`` where it sets one of them twice."""
     overrides = parse_settings(options.set)
     if options.data:
-        overrides["data_root"] = str(Path(options.data).resolve())
+        _set_once(overrides, "data_root", str(Path(options.data).expanduser().resolve()), "--data")
+    if getattr(options, "tasks", None):
+        _set_once(overrides, "tasks", options.tasks, "--tasks")
     return overrides
+
+
+def _set_once(overrides: dict[str, Any], key: str, value: Any, option: str) -> None:
+    if overrides.setdefault(key, value) != value:
+        raise SettingError(f"{key} is set twice: {option} says {value}, --set says {overrides[key]}; leave one of them out")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -103,7 +120,7 @@ def _open(options: argparse.Namespace) -> Run:
     from forensics_lib.runs import open_run
 
     join_group()
-    overrides = _overrides(options) | ({"tasks": options.tasks} if options.tasks else {})
+    overrides = _overrides(options)
     run = first_then_others(lambda: open_run(options.params, overrides))
     run.describe()
     return run

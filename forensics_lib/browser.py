@@ -1,13 +1,14 @@
 """Browsers for JupyterLab: one image at a time, chosen from a list that can be filtered and sorted.
 
 ``MaskBrowser`` shows masks with sliders for threshold and opacity, ``ImageBrowser`` what Task A saw of an image.  Images are
-read and predicted when they are chosen, thumbnails when their page is shown.  Where widgets cannot run (papermill, a printed
-notebook) the galleries of ``plots`` stand in.
+read and predicted when they are chosen, thumbnails when their page is shown.  Where nobody can use widgets
+(``FORENSICS_HEADLESS``, a printed notebook) none are made, and the galleries of ``plots`` stand in.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from PIL import Image, ImageDraw
 
 from forensics_lib.attribution import grad_cam
@@ -35,6 +37,7 @@ MASK_VIEWS = ("side by side", "overlay", "image", "probability")
 IMAGE_VIEWS = ("side by side", "image", "crops", "attribution")
 ZOOMS = {"1:1": 1, "2:1": 2, "4:1": 4}
 EVERY = "all"
+GALLERIES = "*Executed headlessly: the galleries above stand in. With a running kernel images can be seen one by one.*"
 THUMBNAILS, SIDE = 8, 96  # on a page, and their longer side in pixels
 
 
@@ -82,6 +85,8 @@ class Browser:
         for control in (self.view, self.zoom):
             control.observe(self._draw, "value")
         self._page_shown: tuple[int, ...] = ()
+        self._filling = False  # while the list changes, its number and its choice do not answer to each other
+        self._loaded: int | None = None  # the image that is shown
         self._list()
 
     def controls(self) -> list[widgets.Widget]:
@@ -119,30 +124,44 @@ class Browser:
         rows = rows.sort_values(column, ascending=upwards, kind="stable")
         self._shown = rows.index.tolist()
         self.said.value = "" if self._shown else "no image fits these filters"
-        self.number.max = max(1, len(self._shown))
-        self.chosen.options = list(zip(rows["name"], self._shown, strict=True))  # which chooses none
-        if self._shown:
-            self.chosen.value = self._shown[0]
+        self._filling = True
+        try:
+            self.chosen.options = list(zip(rows["name"], self._shown, strict=True))
+            self.chosen.value = self._shown[0] if self._shown else None
+            self.number.max = max(1, len(self._shown))
+            self.number.value = 1
+        finally:
+            self._filling = False
+        self._choose()
 
     def _step(self, by: int) -> None:
         if self.chosen.value is not None:
             self.chosen.value = self._shown[(self._shown.index(self.chosen.value) + by) % len(self._shown)]
 
     def _count(self, _: Any = None) -> None:
-        if self.chosen.value is not None:
+        if self.chosen.value is not None and not self._filling:
             self.chosen.value = self._shown[self.number.value - 1]
 
     def _choose(self, _: Any = None) -> None:
+        if self._filling:
+            return
+        self._loaded = None
         if self.chosen.value is None:
+            self._page_shown, self.page.children = (), ()
+            self._show_nothing("")
             return
         self.number.value = self._shown.index(self.chosen.value) + 1
         self._show_page()
         try:
             self.load(self.chosen.value)
-        except ImageError as error:
-            self.text.value = str(error)
+        except (ImageError, OSError) as error:  # also a mask that was removed
+            self._show_nothing(str(error))
             return
+        self._loaded = self.chosen.value
         self._draw()
+
+    def _show_nothing(self, why: str) -> None:
+        self.picture.value, self.text.value = b"", why
 
     def _show_page(self) -> None:
         """The thumbnails around the chosen image, each above a button that chooses it."""
@@ -154,11 +173,17 @@ class Browser:
         boxes = []
         for offset, index in enumerate(members):
             button = widgets.Button(description=str(place + offset + 1), layout=widgets.Layout(width=f"{SIDE}px"))
-            button.on_click(lambda _, index=index: setattr(self.chosen, "value", index))
+            button.on_click(lambda _, index=index: self._pick(index))
             boxes.append(widgets.VBox([widgets.Image(value=self._thumbnail(self._table["path"][index])), button]))
         self.page.children = boxes
 
+    def _pick(self, index: int) -> None:
+        if index in self._shown:  # a click may come from a page that has just gone
+            self.chosen.value = index
+
     def _draw(self, _: Any = None) -> None:
+        if self._loaded is None:
+            return
         panels = self.panels()
         height = max(panel.shape[0] for panel in panels)
         level = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=1.0) for p in panels]
@@ -171,9 +196,9 @@ class Browser:
         self.text.value = self.sentence()
 
     def _export(self, _: Any = None) -> None:
-        if self.chosen.value is None:
+        if self._loaded is None:
             return
-        stem = re.sub(r"[^\w.-]", "_", Path(self._table["path"][self.chosen.value]).stem)
+        stem = re.sub(r"[^\w.-]", "_", Path(self._table["path"][self._loaded]).stem)
         target = self._folder / f"browsed_{stem[:80]}.png"
         with whole(target) as temporary:
             temporary.write_bytes(self.picture.value)
@@ -278,8 +303,10 @@ class ImageBrowser(Browser):
 # ---- What notebooks call -----------------------------------------------------------------------------------------------
 
 
-def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser:
-    """The masks that were written for the readable test images."""
+def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown:
+    """The masks that were written for the readable test images; a note in a headless run."""
+    if _headless():
+        return Markdown(GALLERIES)
     table = results[results["error"].isna()].reset_index(drop=True)
     table = table.assign(name=[f"{prob:.2f}  {name}" for prob, name in zip(table["prob"], table["image_id"], strict=True)])
     table = _called(table, stored_thresholds(run, "B")["threshold"])
@@ -292,8 +319,10 @@ def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser:
     return MaskBrowser(table, ["called"], orders, run.folder / "figures", example, stored_thresholds(run, "B")["loc_threshold"])
 
 
-def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser:
-    """The images of an evaluation with their truth; masks are predicted when an image is chosen."""
+def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Markdown:
+    """The images of an evaluation with their truth, predicted when an image is chosen; a note in a headless run."""
+    if _headless():
+        return Markdown(GALLERIES)
     table = _called(evaluation.table, evaluation.thresholds["threshold"])
     table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
     said = [
@@ -316,8 +345,10 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser:
     return MaskBrowser(table, filters, orders, run.folder / "figures", example, evaluation.thresholds["loc_threshold"])
 
 
-def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser:
-    """Task A: the images of an evaluation."""
+def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | Markdown:
+    """Task A: the images of an evaluation; a note in a headless run."""
+    if _headless():
+        return Markdown(GALLERIES)
     table = _called(evaluation.table, evaluation.thresholds["threshold"])
     wrong = (table["prob"] - evaluation.thresholds["threshold"]) * (1 - 2 * table["label"])
     named = [
@@ -332,6 +363,11 @@ def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser:
     return ImageBrowser(
         run, table.assign(wrong=wrong, name=named), ["source", "generator", "platform", "format", "verdict"], orders
     )
+
+
+def _headless() -> bool:
+    """Whether nobody can use a widget, whose messages could only fail."""
+    return bool(os.environ.get("FORENSICS_HEADLESS"))
 
 
 def _called(table: pd.DataFrame, threshold: float) -> pd.DataFrame:

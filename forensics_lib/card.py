@@ -12,7 +12,7 @@ import pandas as pd
 
 from forensics_lib.files import read_json, write_text
 from forensics_lib.report import METRIC_NAMES, TABLES, chosen_on
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, trained_by
 
 _USE = """Finding AI-generated images (Task A) or AI-manipulated regions (Task B) in research and in the MediaEval *Synthetic
 Images* challenge, as one hint among others. A probability is no proof: it must not decide alone over a person or a
@@ -32,14 +32,15 @@ _NO_INTERCEPT = """Probabilities were calibrated by a version that fitted no int
 def build_card(run: Run, task: str) -> Path:
     """Write ``outputs/<run_name>/task<X>_model_card.md`` from the run's files; returns its path."""
     facts = read_json(run.folder / "run.json")
-    params, validation = run.params, facts[f"task{task}_validation"]
+    trained, validation = trained_by(run, task), facts[f"task{task}_validation"]
+    params = trained["params"]
     data = pd.DataFrame(facts[f"task{task}_data"])
     sample = "**Trained on the built-in sample: it shows that everything works and knows no real generator.**\n\n"
     parts = [
         f"# {run.name}, Task {task}\n\n{sample if run.sample else ''}",
-        f"- Model: `{params.backbone}`, front end {params.frontend}, file `{run.finetuned_model(task).name}`\n",
-        f"- Run: {params.run_type}, seed {params.seed}, {facts.get('updated', '')}, code {facts.get('git') or 'not in git'}\n",
-        f"- Input: native-resolution crops of {params.crop_size} pixels, {params.crops_per_image} an image\n\n",
+        f"- Model: `{params['backbone']}`, front end {params['frontend']}, file `{run.finetuned_model(task).name}`\n",
+        f"- Run: {params['run_type']}, seed {params['seed']}, {trained['updated']}, code {trained['git'] or 'not in git'}\n",
+        f"- Input: native-resolution crops of {params['crop_size']} pixels, {params['crops_per_image']} an image\n\n",
         f"## Intended use\n\n{_USE}\n\n",
         f"## Data\n\n{markdown_table(data)}\n\n",
         f"## Scores on validation\n\n{_scores(validation, facts.get(f'task{task}_validation_intervals') or {})}\n\n",

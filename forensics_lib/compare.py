@@ -15,7 +15,7 @@ from forensics_lib.files import home, read_json
 from forensics_lib.metrics import bootstrap_intervals, f1_score, roc_auc
 from forensics_lib.params import Params
 from forensics_lib.plots import BLUE, ORANGE, new_figure
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, parameters_in_force
 
 SHOWN = {"A": ("auc", "f1", "fpr", "ece"), "B": ("auc", "f1", "fpr", "iou_manipulated", "submitted_iou_all")}
 ROUNDS = 1000
@@ -120,7 +120,7 @@ def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[floa
 
 def _parameters(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """The parameters in which the runs differ."""
-    table = pd.DataFrame({run: fact.get("params", {}) for run, fact in facts.items()}, dtype=object)
+    table = pd.DataFrame({run: pd.Series(parameters_in_force(_paths(run)), dtype=object) for run in facts})
     told = table.drop("run_name", errors="ignore").astype(str)
     return told[told.ne(told.iloc[:, 0], axis=0).any(axis=1)]
 

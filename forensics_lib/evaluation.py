@@ -14,7 +14,7 @@ from forensics_lib.distributed import wait_for_all
 from forensics_lib.duplicates import overlapping
 from forensics_lib.files import is_main, read_json, update_json, write_csv
 from forensics_lib.images import read_image
-from forensics_lib.inference import predict_mask
+from forensics_lib.inference import inference_settings, predict_mask
 from forensics_lib.machine import choose_machine
 from forensics_lib.manifest import deciding, manipulation, problems, sampled, usable
 from forensics_lib.metrics import (
@@ -255,9 +255,9 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
     if task == "B":
         facts["loc_rule"] = "best mean IoU over manipulated validation images"
-    update_json(run.thresholds, **{task: facts})
-    how = run.params.of_prediction(task)  # thresholds hold for images that are looked at in the same way
-    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how)
+    how = inference_settings(run.params, task)  # thresholds hold for images that are looked at in the same way
+    update_json(run.thresholds, **{task: facts | how})
+    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how["inference"])
     unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}

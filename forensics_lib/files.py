@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -32,8 +33,17 @@ def project_root() -> Path:
 
 
 def home() -> Path:
-    """Where ``data``, ``outputs`` and ``submission`` lie: the project, or ``FORENSICS_HOME`` where that is set."""
-    return Path(os.environ.get("FORENSICS_HOME") or project_root()).resolve()
+    """Where ``data``, ``outputs`` and ``submission`` lie: the project, or ``FORENSICS_HOME`` where that is set.
+
+    Raises ``ValueError`` where that is relative: notebooks run in another folder than the command that starts them.
+    """
+    chosen = Path(os.environ.get("FORENSICS_HOME") or project_root()).expanduser()
+    if not chosen.is_absolute():
+        raise ValueError(
+            f"FORENSICS_HOME is {str(chosen)!r}, which is another folder in every working directory, and notebooks have "
+            f"their own: set it absolute, such as FORENSICS_HOME={shlex.quote(str(chosen.resolve()))}"
+        )
+    return chosen.resolve()
 
 
 def from_home(path: str | Path) -> Path:

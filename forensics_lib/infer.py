@@ -13,15 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 
+from forensics_lib.attach import only_inference
 from forensics_lib.calibration import calibrated
 from forensics_lib.distributed import launch, launches, rank, wait_for_all, world
 from forensics_lib.evaluation import stored_thresholds
-from forensics_lib.files import WriteError, is_main, whole, write_csv
+from forensics_lib.files import WriteError, is_main, read_json, whole, write_csv
 from forensics_lib.images import ImageError, read_header
 from forensics_lib.inference import (
     FALLBACK_PROB,
     BrokenModelError,
     check_finite,
+    inference_settings,
     load_mask,
     predict_masks,
     predict_probabilities,
@@ -31,8 +33,9 @@ from forensics_lib.layouts import mask_names
 from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.metrics import round_probs
-from forensics_lib.model import CombinedModel, load_model
-from forensics_lib.runs import Run
+from forensics_lib.model import CombinedModel, load_model, read_checkpoint
+from forensics_lib.runs import Run, require_trained
+from forensics_lib.settings import settings_text
 
 SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
 SHARDS = 32  # wanted at least, so that several processes get equal shares
@@ -49,13 +52,22 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     An image that cannot be read gets ``FALLBACK_PROB`` and, for Task B, an all-zero mask (of its declared size where its
     header can be read, else 1 x 1): no test image may be missing from a submission.  Shards in the run's folder hold what
     is done; those of another model, other parameters or other images are removed.  With ``processes`` above 1 that many
-    processes share the work.  Returns image_id, prob, error and path.
+    processes share the work; another inference of the same task and run waits, then takes up what this one leaves.
+    Returns image_id, prob, error and path.  Raises ``FileNotFoundError`` where the task is not trained, ``InferenceError``
+    where its thresholds were chosen with other parameters of inference.
     """
+    with only_inference(run, task):
+        return _infer(run, task)
+
+
+def _infer(run: Run, task: str) -> pd.DataFrame:
+    require_trained(run, task)
     thresholds = stored_thresholds(run, task)
     if "temperature" not in thresholds:
         raise InferenceError(
             f"{run.thresholds} names no temperature for Task {task}: run the training notebook of this run again"
         )
+    _require_same_settings(run, task)
     if launches(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     rows = build_test_manifest(run, task)
@@ -77,6 +89,7 @@ def infer(run: Run, task: str) -> pd.DataFrame:
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
         print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
+    run.record(**{f"task{task}_inferred": {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}})
     run.record(**{f"task{task}_unreadable_test": [Path(path).name for path in table.loc[failed, "path"]]})
     table["prob"] = round_probs(table["prob"])
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
@@ -84,6 +97,34 @@ def infer(run: Run, task: str) -> pd.DataFrame:
         write_csv(run.test_probs(task), table[["image_id", "prob"]])
     wait_for_all()
     return table[["image_id", "prob", "error", "path"]]
+
+
+def _require_same_settings(run: Run, task: str) -> None:
+    """Raise ``InferenceError`` where thresholds were chosen with other parameters of inference than this run's.
+
+    Precision is of the machine and may differ, since a model may be trained on a GPU and used on a CPU: it is only said.
+    """
+    content, kept = read_checkpoint(run.finetuned_model(task)), read_json(run.thresholds)[task]
+    now = inference_settings(run.params, task)
+    again = f"run {'notebook 02' if task == 'A' else 'notebook 03'} or 'train' of this run again"
+    if "thresholds" not in content:
+        raise InferenceError(
+            f"{run.finetuned_model(task)} was trained after the thresholds in {run.thresholds} were chosen: {again}, which "
+            "chooses them for it"
+        )
+    chosen = kept.get("inference") or content.get("inference") or {}
+    names = [name for name, value in now["inference"].items() if name in chosen and chosen[name] != value]
+    if names:
+        found = "\n".join(f"  {name}: {chosen[name]} there, {now['inference'][name]} here" for name in names)
+        same = settings_text({name: chosen[name] for name in names})
+        raise InferenceError(
+            f"the Task {task} thresholds of run {run.name} were chosen with other parameters of inference:\n{found}\n"
+            f"Give the same ({same}), or {again} with the new ones: what is trained stays, thresholds are chosen anew."
+        )
+    precision = kept.get("precision", now["precision"])
+    if precision != now["precision"]:
+        print(f"note: thresholds were chosen in {precision}, this machine predicts in {now['precision']}: probabilities may")
+        print(f"      differ by a hundredth; to choose thresholds in {now['precision']}, {again}")
 
 
 def _pixels(run: Run, task: str, rows: pd.DataFrame) -> float:

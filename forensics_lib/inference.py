@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from PIL import Image
 from forensics_lib.datasets import InferenceImages, stream
 from forensics_lib.files import whole
 from forensics_lib.images import pad_to
-from forensics_lib.machine import Machine
+from forensics_lib.machine import Machine, choose_machine
 from forensics_lib.metrics import written_mask
 from forensics_lib.model import CombinedModel, padded_side
 from forensics_lib.params import Params
@@ -39,6 +40,11 @@ def check_finite(paths: Sequence[str] | pd.Series, probs: Sequence[float] | pd.S
             f"{', '.join(broken[:SHOWN])}: its weights are damaged or its activations overflow. Try precision: fp32; else "
             "train again at a lower rate"
         )
+
+
+def inference_settings(params: Params, task: str) -> dict[str, Any]:
+    """What predictions are made with, to be kept beside thresholds: parameters of inference, and this machine's precision."""
+    return {"inference": params.of_prediction(task), "precision": "bf16" if choose_machine(params).bf16 else "fp32"}
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from forensics_lib.files import read_json, write_text
-from forensics_lib.runs import Run
+from forensics_lib.runs import OF_TRAINING, Run, parameters_in_force, trained_tasks
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1a1a1a;background:#fff}
@@ -98,11 +98,11 @@ def build_report(run: Run) -> Path:
     if run.sample:
         parts.insert(0, '<p class="sample">BUILT-IN SAMPLE DATA. These results say nothing about real generators.</p>')
     parts += ["<h2>Summary</h2>", *_summary(run, facts)]
-    for task in run.params.tasks:
+    for task in _tasks(run, facts):
         parts += _task_section(run, task, facts)
     again = f"<p><code>make reproduce RUN={escape(run.name)}</code> does this run again and compares every result.</p>"
     parts += ["<h2>Provenance</h2>", again, _table(_provenance(facts))]
-    parts += ["<h2>Parameters</h2>", _table(facts.get("params", {}))]
+    parts += ["<h2>Parameters</h2>", _table(parameters_in_force(run))]
     path = run.folder / "report.html"
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run.name)}</title>'
     view = '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -110,15 +110,22 @@ def build_report(run: Run) -> Path:
     return path
 
 
+def _tasks(run: Run, facts: dict[str, Any]) -> list[str]:
+    """The tasks of the run, and those that it was trained for by another command."""
+    return sorted({*run.params.tasks, *trained_tasks(facts)})
+
+
 def _sentence(run: Run, facts: dict[str, Any]) -> str:
-    tasks = " and ".join(run.params.tasks)
-    return f"A {run.params.run_type} run of Task {tasks} with {run.params.backbone}, {facts.get('updated', '')}."
+    params = run.params.model_dump() | parameters_in_force(run)
+    tasks, backbone = " and ".join(_tasks(run, facts)), params["backbone"]
+    told = " and ".join(f"{name} ({task})" for task, name in backbone.items()) if isinstance(backbone, dict) else backbone
+    return f"A {run.params.run_type} run of Task {tasks} with {told}, {facts.get('updated', '')}."
 
 
 def _summary(run: Run, facts: dict[str, Any]) -> list[str]:
     """The scores that rank, with their intervals, and where the archives are."""
     rows, archives = {}, {}
-    for task in run.params.tasks:
+    for task in _tasks(run, facts):
         scores, held_out = (facts.get(f"task{task}_{name}") or {} for name in ("validation", "held_out"))
         ends = facts.get(f"task{task}_validation_intervals") or {}
         for key in (key for key in _RANKING[task] if key in scores):
@@ -180,11 +187,11 @@ def chosen_on(facts: dict[str, Any], task: str) -> str:
 
 
 def _shortcut_sentence(task: str, facts: dict[str, Any]) -> str:
-    if np.isnan(facts[f"task{task}_shortcut_auc"]):
+    found = {key: facts.get(f"task{task}_{key}") for key in OF_TRAINING} | (facts.get(f"task{task}_trained") or {})
+    if np.isnan(found["shortcut_auc"]):
         return "Too few training images to tell whether file facts alone tell the classes apart."
-    text = f"File facts alone tell the training classes apart with AUC {facts[f'task{task}_shortcut_auc']:.2f}"
-    after = facts.get(f"task{task}_shortcut_auc_of_crops")
-    equalized = "on" if facts.get(f"task{task}_equalized") else "off"
+    text = f"File facts alone tell the training classes apart with AUC {found['shortcut_auc']:.2f}"
+    after, equalized = found["shortcut_auc_of_crops"], "on" if found["equalized"] else "off"
     return text + (f"; of the crops that were trained on, with AUC {after:.2f} (equalize {equalized})." if after else ".")
 
 
@@ -229,4 +236,7 @@ def _wide(table: str) -> str:
 def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
     keys = ("params_file", "data", "git", "python", "versions", "machine", "updated")
     wanted = {key: facts.get(key) for key in keys}
+    for task in trained_tasks(facts):  # where they were not trained alike
+        trained = facts.get(f"task{task}_trained") or {}
+        wanted |= {f"task{task}_{key}": trained[key] for key in keys if key in trained and trained[key] != facts.get(key)}
     return wanted | {key: value for key, value in facts.items() if key.endswith(("_seconds", "_machine", "_submission"))}

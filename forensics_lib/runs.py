@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,12 @@ import pandas as pd
 import yaml
 
 from forensics_lib.disk import broken_link, usable_cores
-from forensics_lib.files import from_home, home, is_main, project_root, update_json, write_text
+from forensics_lib.files import from_home, home, is_main, project_root, read_json, update_json, write_text
 from forensics_lib.layouts import split_folders
-from forensics_lib.params import Params, load_params, notebook_parameters
+from forensics_lib.params import InferenceKeys, Params, keys_of, load_params, notebook_parameters
 
+PROVENANCE = ("params", "params_file", "data", "python", "machine", "versions", "git", "updated")
+OF_TRAINING = ("shortcut_auc", "equalized", "shortcut_auc_of_crops")  # facts that notebook 01 finds anew at any time
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
 
 
@@ -32,6 +34,7 @@ class Run:
 
     params: Params
     data: Path  # the data root in use: the user's, or the sample's
+    params_file: str = ""  # where the parameters come from
 
     @property
     def name(self) -> str:
@@ -174,7 +177,9 @@ def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -
         from forensics_lib.sample import build_sample  # imports torch, which looking at data does not need
 
         run = Run(_named_sample(run.params), build_sample(home() / "data" / "sample"))
-    _record_provenance(run, str(params_file))
+    run = replace(run, params_file=str(params_file))
+    if not trained_tasks(read_json(run.folder / "run.json")):  # else what trained stands there
+        run.record(run=run.name, sample=run.sample, **_provenance(run))
     return run
 
 
@@ -222,19 +227,88 @@ def fallback_message(missing: dict[str, Path], run: Run) -> str:
     )
 
 
-def _record_provenance(run: Run, params_file: str) -> None:
-    run.record(
-        run=run.name,
-        sample=run.sample,
-        params=run.params.model_dump(),
-        params_file=params_file,
-        data=str(run.data),
-        python=sys.version.split()[0],
-        machine=f"{platform.machine()}, {usable_cores()} cores",
-        versions={package: version(package) for package in PACKAGES},
-        git=_git_state(),
-        updated=datetime.now(UTC).isoformat(timespec="seconds"),
+def _provenance(run: Run) -> dict[str, Any]:
+    """What ``PROVENANCE`` names: of this process, with the parameters and data of the run."""
+    return {
+        "params": run.params.model_dump(),
+        "params_file": run.params_file or None,
+        "data": str(run.data),
+        "python": sys.version.split()[0],
+        "machine": f"{platform.machine()}, {usable_cores()} cores",
+        "versions": {package: version(package) for package in PACKAGES},
+        "git": _git_state(),
+        "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# ---- What trained a run ----------------------------------------------------------------------------------------------
+
+
+def record_trained(run: Run, task: str, trained_with: dict[str, Any], taken_up: bool) -> None:
+    """Keep in ``run.json`` what trained a task: parameters, data, versions and machine.
+
+    A training that was ``taken_up`` with the same parameters and data keeps what stands there of it.  Later commands change none
+    of it; they train anew, or they do not.
+    """
+    facts = read_json(run.folder / "run.json")
+    earlier = facts.get(f"task{task}_trained") or {}
+    if taken_up and earlier.get("trained_with") == trained_with:
+        return
+    of_old_version = taken_up and not earlier and task in trained_tasks(facts)
+    provenance = {key: facts.get(key) for key in PROVENANCE} if of_old_version else _provenance(run)
+    found = {key: facts[f"task{task}_{key}"] for key in OF_TRAINING if f"task{task}_{key}" in facts}
+    run.record(**provenance, **{f"task{task}_trained": provenance | found | {"trained_with": trained_with}})
+
+
+def trained_tasks(facts: dict[str, Any]) -> list[str]:
+    """The tasks that were trained, as ``run.json`` says."""
+    return [task for task in "AB" if facts.get(f"task{task}_trained") or f"task{task}_data_fingerprint" in facts]
+
+
+def trained_by(run: Run, task: str) -> dict[str, Any]:
+    """What trained a task, by ``PROVENANCE``; its parameters of inference are those that its thresholds were chosen with."""
+    facts = read_json(run.folder / "run.json")
+    found = {key: facts.get(key) for key in PROVENANCE} | (facts.get(f"task{task}_trained") or {})
+    inference = read_json(run.thresholds).get(task, {}).get("inference", {})
+    chosen = {key: inference[key] for key in run.params.of_prediction(task) if key in inference}
+    return found | {"params": (found["params"] or run.params.model_dump()) | chosen}
+
+
+def parameters_in_force(run: Run) -> dict[str, Any]:
+    """The parameters behind a run's results; ``{"A": ..., "B": ...}`` where its tasks were trained with different ones."""
+    facts = read_json(run.folder / "run.json")
+    tasks = trained_tasks(facts)
+    if not tasks:
+        return facts.get("params") or {}
+    params = {task: trained_by(run, task)["params"] for task in tasks}
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for values in params.values() for key in values):
+        asked = [task for task in tasks if key in keys_of(InferenceKeys, task)]
+        values = {task: params[task].get(key) for task in asked or tasks}
+        same = all(value == next(iter(values.values())) for value in values.values())
+        found[key] = next(iter(values.values())) if same else values
+    return found | ({"tasks": tasks} if "tasks" in found else {})
+
+
+def require_trained(run: Run, task: str) -> None:
+    """Raise ``FileNotFoundError`` where a task has no model with thresholds yet, with what to do and which runs have one."""
+    if task in read_json(run.thresholds) and run.finetuned_model(task).is_file():
+        return
+    missing = run.thresholds if run.finetuned_model(task).is_file() else run.finetuned_model(task)
+    notebook = {"A": "02_train_taskA", "B": "03_train_taskB"}[task]
+    others = [f"  {name} (params_file: {file})" for name, file in _trained_runs(task).items()]
+    listing = "\n".join([f"Trained for Task {task} in {home() / 'outputs'}:", *others]) if others else "No run in outputs/ is."
+    raise FileNotFoundError(
+        f"run {run.name} is not trained for Task {task} (nothing of it in {missing}): run the training notebook of this run "
+        f"first ({notebook}), or set params_file and run_name to those of a run that is trained.\n{listing}"
     )
+
+
+def _trained_runs(task: str) -> dict[str, Any]:
+    """Names of the runs in ``outputs`` that have a model with thresholds for a task, and their parameter files."""
+    runs = [Run(Params(run_name=path.parent.name), home()) for path in sorted((home() / "outputs").glob("*/thresholds.json"))]
+    trained = [run for run in runs if task in read_json(run.thresholds) and run.finetuned_model(task).is_file()]
+    return {run.name: trained_by(run, task)["params_file"] for run in trained}
 
 
 def _git_state() -> dict[str, Any] | None:

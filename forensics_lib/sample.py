@@ -27,6 +27,7 @@ import sklearn
 from PIL import Image
 
 from forensics_lib.aligned import Autoencode, load_autoencode
+from forensics_lib.attach import one_at_a_time
 from forensics_lib.forgeries import composed, enlarged, outlined
 from forensics_lib.progress import progress
 
@@ -92,19 +93,28 @@ def build_sample(root: Path) -> Path:
     """Make the sample under ``root`` unless a finished one of this version is there; returns ``root``.
 
     The data set is made beside its place and moved there whole, so that a stopped build leaves nothing behind that
-    could be taken for a finished one.
+    could be taken for a finished one.  Where several processes want it at once, one makes it and the others wait.
     """
-    marker = root / MARKER
-    if marker.is_file() and json.loads(marker.read_text())["version"] == VERSION:
+    if _finished(root):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
+        if not _finished(root):
+            _build_beside(root)
+    return root
+
+
+def _finished(root: Path) -> bool:
+    marker = root / MARKER
+    return marker.is_file() and json.loads(marker.read_text())["version"] == VERSION
+
+
+def _build_beside(root: Path) -> None:
     building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         _build(building)
         _move_into_place(building, root)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return root
 
 
 def _move_into_place(building: Path, root: Path) -> None:

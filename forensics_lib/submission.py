@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import codecs
 import csv
+import filecmp
 import io
+import itertools
 import math
 import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from forensics_lib.attach import one_at_a_time
 from forensics_lib.evaluation import stored_thresholds
-from forensics_lib.files import whole
+from forensics_lib.files import home, read_json, update_json, whole
 from forensics_lib.images import ImageError, read_header
 from forensics_lib.inference import MASK_KEY, load_mask
 from forensics_lib.layouts import contents, mask_clashes, mask_names, read_test
@@ -107,7 +111,8 @@ def scores_path(run: Run) -> Path:
 def build_submission(run: Run, task: str) -> Validation:
     """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``.
 
-    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.
+    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.  Where
+    another run's archive has the name, that one is kept under a name that says its run.
     """
     target = archive_path(run, task)
     table = submission_table(run, task)
@@ -121,9 +126,11 @@ def build_submission(run: Run, task: str) -> Validation:
         result.path = target
         if not result.valid:
             raise SubmissionError(f"{target.name} was not written:\n{result.report()}")
+        _claim(run, target, temporary)
     if task == "B":
         with whole(scores_path(run)) as temporary:
             temporary.write_text(text, encoding="utf-8")
+            _claim(run, scores_path(run), temporary)
     run.record(**{f"task{task}_submission": str(target)})
     return result
 
@@ -131,6 +138,43 @@ def build_submission(run: Run, task: str) -> Validation:
 def _exactly(value: float) -> str:
     """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
     return np.format_float_positional(value, min_digits=DECIMALS)
+
+
+def _claim(run: Run, path: Path, new: Path) -> None:
+    """Note in ``run.json`` that the file ``path`` is this run's from now on; what another run left there is kept beside it."""
+    lock = home() / "outputs" / ".submission.lock"
+    with one_at_a_time(lock, f"another process writes to {run.submission}: waiting for it"):
+        records = {record.parent.name: read_json(record) for record in (home() / "outputs").glob("*/run.json")}
+        owners = [name for name, facts in records.items() if str(path) in _archives(facts)]
+        same = path.is_file() and not owners and filecmp.cmp(path, new, shallow=False)
+        if path.is_file() and owners != [run.name] and not same:
+            kept = _kept(path, owners[0] if len(owners) == 1 else None)
+            path.replace(kept)
+            for name in set(owners) - {run.name}:
+                _rename_archive(name, records[name], path, kept)
+            said = f"was made by run {', '.join(owners)}" if owners else "was made by no run in outputs/"
+            print(f"{path.name} {said}: it is kept as {kept.name}, and is now of run {run.name}")
+        run.record(archives=sorted({*_archives(records.get(run.name, {})), str(path)}))
+
+
+def _archives(facts: dict[str, Any]) -> set[str]:
+    """The files in ``submission/`` that are a run's, from its ``run.json``."""
+    latest = [facts[key] for key in ("taskA_submission", "taskB_submission") if key in facts]
+    return {*latest, *facts.get("archives", [])}
+
+
+def _kept(path: Path, owner: str | None) -> Path:
+    """Where the earlier file of a name goes: of a known run to the one place of that run, else to a new one."""
+    if owner:
+        return path.with_name(f"{path.stem}_of_run_{owner}{path.suffix}")
+    names = (f"{path.stem}_earlier{number or ''}{path.suffix}" for number in itertools.count())
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+
+
+def _rename_archive(name: str, facts: dict[str, Any], path: Path, kept: Path) -> None:
+    renamed = {key: str(kept) for key in ("taskA_submission", "taskB_submission") if facts.get(key) == str(path)}
+    archives = sorted({*_archives(facts), str(kept)} - {str(path)})
+    update_json(home() / "outputs" / name / "run.json", archives=archives, **renamed)
 
 
 def submission_table(run: Run, task: str) -> pd.DataFrame:
@@ -142,13 +186,20 @@ def submission_table(run: Run, task: str) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
     table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
+    inferred = read_json(run.folder / "run.json").get(f"task{task}_inferred")
+    thresholds = stored_thresholds(run, task)
+    if inferred and inferred["thresholds"] != thresholds:
+        raise SubmissionError(
+            f"the Task {task} thresholds of run {run.name} were chosen anew since its test images were predicted: run 04_infer "
+            "of this run again (shards that still hold are taken up)"
+        )
     probs = pd.to_numeric(table["prob"], errors="coerce")
     if len(missing := table.loc[~np.isfinite(probs), "image_id"]):
         named = ", ".join(missing[:SHOWN_FAULTS])
         raise SubmissionError(
             f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
         )
-    table["prob"], thresholds = probs, stored_thresholds(run, task)
+    table["prob"] = probs
     table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
     for name in HEADERS[task][3:]:
         table[name] = thresholds[name]

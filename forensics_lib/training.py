@@ -40,7 +40,7 @@ from forensics_lib.machine import choose_machine, learning_view
 from forensics_lib.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
 from forensics_lib.model import CheckpointError, build_model, derive_checkpoint, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, record_trained
 from forensics_lib.stopping import stop_requests
 
 GO_ON = "the same command or cell goes on from there"
@@ -87,6 +87,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
             _run_step(fit, step, epochs, state, started)
         if fit.stopping():
             raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
+    record_trained(run, task, trained_with, taken_up=state is not None)
     _record(fit, manifest)
 
 
@@ -103,7 +104,6 @@ def _take_up(fit: Fit, state: dict[str, Any] | None) -> None:
 def _record(fit: Fit, manifest: pd.DataFrame) -> None:
     """What ``run.json`` keeps of a finished training; taking it up again changes nothing of it."""
     facts = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
-    facts |= {"trained_with": fit.trained_with}
     if fit.seconds:  # unknown of trainings of earlier versions, whose facts stay
         facts |= {"training_seconds": round(fit.seconds, 1), "machine": fit.machine_then}
         facts |= {"unreadable_in_training": sorted(fit.errors)}

@@ -1,6 +1,7 @@
 """Execute the notebooks on the sample and keep the outputs that nbval compares, small pictures and tables; strip the rest.
 
-Names of notebooks as arguments execute those alone.
+They run in a folder of their own, ``build/notebooks``, whatever lies in ``data``.  Names of notebooks as arguments execute
+those alone.
 
 nbval takes a cell without an execution count for one that was never run and compares nothing, so counts are kept.
 """
@@ -25,7 +26,8 @@ def refresh(path: Path) -> None:
     """Execute one notebook in place and strip it."""
     print(f"executing {path.name}", flush=True)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}).execute()
+    place = {"metadata": {"path": NOTEBOOKS}}
+    NotebookClient(notebook, timeout=1200, iopub_timeout=60, kernel_name="python3", resources=place).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
@@ -65,6 +67,7 @@ def small(png: bytes) -> tuple[str, bytes]:
 
 if __name__ == "__main__":
     os.environ["FORENSICS_HEADLESS"] = "1"
+    os.environ["FORENSICS_HOME"] = str(NOTEBOOKS.parent / "build" / "notebooks")
     for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
         if not sys.argv[1:] or path.stem in sys.argv[1:]:
             refresh(path)

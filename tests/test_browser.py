@@ -1,6 +1,7 @@
 import io
 import time
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from forensics_lib.browser import (
     IMAGE_VIEWS,
     MASK_VIEWS,
     THUMBNAILS,
+    Browser,
     MaskBrowser,
     browse_evaluated_images,
     browse_evaluated_masks,
@@ -26,12 +28,12 @@ from forensics_lib.training import train
 ORDERS = {"worst": ("score", True), "best": ("score", False)}
 
 
-def browser_of(table: pd.DataFrame, folder) -> MaskBrowser:
+def browser_of(table: pd.DataFrame, folder, filters: list[str] | None = None) -> MaskBrowser:
     def example(index: int) -> MaskExample:
         mask = np.linspace(0, 1, 40 * 60).reshape(40, 60).astype(np.float16)
         return MaskExample("", read_image(table["path"][index]), mask, mask > 0.5 if index else None)
 
-    return MaskBrowser(table, ["kind"], ORDERS, folder, example, 0.5)
+    return MaskBrowser(table, filters or ["kind"], ORDERS, folder, example, 0.5)
 
 
 @pytest.fixture
@@ -107,6 +109,45 @@ def test_thumbnails_follow_the_choice_and_choose(browser):
     assert browser.chosen.value == 18
 
 
+@pytest.mark.parametrize("late", [19, 11, 4])
+def test_filters_hold_whatever_image_is_shown(browser, late):
+    """From each kind to each other while a late image is shown: list, number, thumbnails and picture belong together."""
+    index = {"sp": [0, 3], "fr": [1], "-": [2], EVERY: [0, 1, 2, 3]}
+    for kind in ("fr", "sp", "-", EVERY, "-", "fr", "sp"):
+        browser.number.value = min(late, browser.number.max)
+        browser.filters["kind"].value = kind
+        expected = [number for number in range(20) if number % 4 in index[kind]]
+        assert [number for _, number in browser.chosen.options] == expected
+        assert (browser.chosen.value, browser.number.value, browser.number.max) == (expected[0], 1, len(expected))
+        assert len(browser.page.children) == min(THUMBNAILS, len(expected))
+        assert browser.page.children[0].children[0].value == browser._thumbnail(browser._table["path"][expected[0]])
+        assert shown(browser).shape == (40, 180, 3)
+
+
+@pytest.fixture
+def narrowed(table, tmp_path) -> MaskBrowser:
+    """A browser whose two filters fit no image together, with its last image shown before."""
+    browser = browser_of(table.assign(side=["left"] * 10 + ["right"] * 10), tmp_path / "figures", ["kind", "side"])
+    browser._table.loc[10:, "kind"] = "sp"
+    browser.number.value = 20
+    return browser
+
+
+def test_filters_that_fit_nothing_show_nothing(narrowed, tmp_path):
+    narrowed.filters["side"].value = "right"
+    gone = narrowed.page.children[0].children[1]
+    narrowed.filters["kind"].value = "fr"
+    assert "no image fits" in narrowed.said.value
+    assert (narrowed.chosen.value, narrowed.page.children, narrowed.picture.value, narrowed.text.value) == (None, (), b"", "")
+    for button in (gone, narrowed.forth, narrowed.back, narrowed.export):
+        button.click()
+    narrowed.view.value, narrowed.threshold.value, narrowed.number.value = "overlay", 0.9, 7
+    assert narrowed.picture.value == b"" and not (tmp_path / "figures").exists()
+    narrowed.filters["kind"].value = EVERY
+    assert narrowed.chosen.value == 10
+    assert shown(narrowed).size
+
+
 def test_pictures_are_saved(browser, tmp_path):
     browser.export.click()
     saved = tmp_path / "figures" / "browsed_0.png"
@@ -118,6 +159,10 @@ def test_a_file_that_vanished_is_named(browser, table, tmp_path):
     (tmp_path / "3.png").unlink()
     browser.chosen.value = 3
     assert "3.png: no such file" in browser.text.value
+    browser.view.value = "overlay"
+    browser.export.click()
+    assert browser.picture.value == b"", "not the picture of the image before"
+    assert "3.png: no such file" in browser.text.value and not (tmp_path / "figures").exists()
     browser.forth.click()
     assert "flagged" in browser.text.value
 
@@ -139,7 +184,8 @@ def test_nothing_to_browse_says_so(table, tmp_path):
         browser_of(table[:0], tmp_path)
 
 
-def test_browsers_of_a_run(tiny_run):
+def test_browsers_of_a_run(tiny_run, monkeypatch):
+    monkeypatch.delenv("FORENSICS_HEADLESS", raising=False)
     for task in ("A", "B"):
         manifest = build_manifest(tiny_run, task)
         train(tiny_run, task, manifest)
@@ -159,3 +205,12 @@ def test_browsers_of_a_run(tiny_run):
         assert ("probability" if task == "A" else "flagged") in browser.text.value
     browser = browse_test_masks(tiny_run, results)
     assert len(browser.chosen.options) == 4
+
+
+@pytest.mark.parametrize("browse", [browse_evaluated_images, browse_evaluated_masks, browse_test_masks])
+def test_headless_runs_build_no_widgets(browse, tiny_run, monkeypatch):
+    monkeypatch.setenv("FORENSICS_HEADLESS", "1")
+    monkeypatch.setattr(widgets.Widget, "open", lambda _: pytest.fail("a widget was made"))
+    note = browse(tiny_run, None)
+    assert not isinstance(note, Browser)
+    assert "galleries above" in note.data

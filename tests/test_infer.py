@@ -1,23 +1,33 @@
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from forensics_lib import infer as module
 from forensics_lib import scoring
 from forensics_lib.evaluation import evaluate, evaluate_robustness, stored_thresholds
-from forensics_lib.files import update_json
+from forensics_lib.files import read_json, update_json
 from forensics_lib.infer import InferenceError, Shards, infer
 from forensics_lib.inference import BrokenModelError, load_mask
 from forensics_lib.manifest import build_manifest
 from forensics_lib.metrics import written_mask
-from forensics_lib.model import build_model, save_checkpoint
+from forensics_lib.model import build_model, read_checkpoint, save_checkpoint
 from forensics_lib.predictor import predict
 from forensics_lib.runs import Run
+from forensics_lib.submission import SubmissionError, build_submission
 from forensics_lib.training import train
+
+OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
+    "A": {"crop_size": 64, "crops_per_image": 1},
+    "B": {"tile_size": 96, "tile_overlap": 8, "mask_scales": [1.0, 0.5], "mask_flips": True},
+}
 
 
 @pytest.fixture(params=["A", "B"])
@@ -57,8 +67,103 @@ def test_other_images_or_parameters_begin_anew(trained):
     assert len(infer(run, task)) == 5
     assert not set(shards(run)) & set(before)
     before = shards(run)
-    infer(Run(run.params.model_copy(update={"crops_per_image": 1}), run.data), task)
+    changed = Run(run.params.model_copy(update=OTHERS[task]), run.data)
+    evaluate(changed, task, build_manifest(changed, task))
+    infer(changed, task)
     assert not set(shards(run)) & set(before)
+
+
+def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained, capsys):
+    """In force on the present version's files, and on those that name settings in the checkpoint alone."""
+    run, task = trained
+    expected = infer(run, task)
+    written = run.test_probs(task).read_bytes()
+    for _ in range(2):
+        for key, value in OTHERS[task].items():
+            with pytest.raises(InferenceError) as caught:
+                infer(Run(run.params.model_copy(update={key: value}), run.data), task)
+            said = str(caught.value)
+            assert f"{key}: {getattr(run.params, key)} there, {value} here" in said
+            assert f"{key}=" in said and f"notebook 0{2 if task == 'A' else 3}" in said and "'train'" in said
+        with pytest.raises(InferenceError) as caught:
+            infer(Run(run.params.model_copy(update=OTHERS[task]), run.data), task)
+        assert all(f"{key}: " in str(caught.value) for key in OTHERS[task]), "all of them are named at once"
+        assert run.test_probs(task).read_bytes() == written, "a refused inference changes nothing"
+        elsewhere = Run(run.params.model_copy(update=OTHERS["B" if task == "A" else "A"] | {"batch_size": 2}), run.data)
+        pd.testing.assert_frame_equal(infer(elsewhere, task), expected)
+        facts = read_json(run.thresholds)[task]
+        update_json(run.thresholds, **{task: {key: facts[key] for key in facts if key not in ("inference", "precision")}})
+
+
+def test_another_precision_is_said(trained, capsys):
+    run, task = trained
+    update_json(run.thresholds, **{task: read_json(run.thresholds)[task] | {"precision": "bf16"}})
+    infer(run, task)
+    assert "thresholds were chosen in bf16, this machine predicts in fp32" in capsys.readouterr().out
+
+
+def test_a_model_that_was_trained_since_has_no_thresholds(trained):
+    run, task = trained
+    content = read_checkpoint(run.finetuned_model(task))
+    del content["thresholds"]
+    torch.save(content, run.finetuned_model(task))
+    with pytest.raises(InferenceError, match="trained after the thresholds"):
+        infer(run, task)
+
+
+def test_thresholds_chosen_anew_ask_for_another_inference(trained):
+    run, task = trained
+    infer(run, task)
+    changed = Run(run.params.model_copy(update=OTHERS[task]), run.data)
+    evaluate(changed, task, build_manifest(changed, task))
+    with pytest.raises(SubmissionError, match="run 04_infer"):
+        build_submission(changed, task)
+    infer(changed, task)
+    assert build_submission(changed, task).valid
+
+
+def test_untrained_runs_name_those_that_are_trained(trained):
+    run, task = trained
+    run.record(params_file="params/mine.yaml", taskA_trained=None, taskB_trained=None)
+    with pytest.raises(FileNotFoundError) as caught:
+        infer(Run(run.params.model_copy(update={"run_name": "other"}), run.data), task)
+    said = str(caught.value)
+    assert f"run other is not trained for Task {task}" in said and "run the training notebook of this run first" in said
+    assert "tiny (params_file: params/mine.yaml)" in said
+    run.thresholds.unlink()
+    with pytest.raises(FileNotFoundError, match=r"No run in outputs/ is"):
+        infer(run, task)
+
+
+AT_ONCE = """
+import sys
+from forensics_lib import infer
+from forensics_lib.runs import open_run
+infer.SHARDS = 2
+print(len(infer.infer(open_run(sys.argv[1]), sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+def test_two_inferences_at_once_take_turns(trained, tmp_path):
+    """The second waits and takes up the first one's shards; with other test images it does its own, unmixed."""
+    run, task = trained
+    other = tmp_path / "others"
+    shutil.copytree(run.test_folder(task), other)
+    (other / "extra.jpg").write_bytes(next(other.iterdir()).read_bytes())
+    lock = FileLock(run.folder / "shards" / f"task{task}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    files = [run.write_params().rename(tmp_path / "first.yaml")]
+    values = {f"test_folder_{task.lower()}": str(other)}
+    files.append(Run(run.params.model_copy(update=values), run.data).write_params().rename(tmp_path / "second.yaml"))
+    with lock:
+        command = [sys.executable, "-c", AT_ONCE]
+        both = [subprocess.Popen([*command, str(file), task], stdout=subprocess.PIPE, text=True) for file in files]
+        said = [next(line for line in process.stdout if "is being predicted by another process" in line) for process in both]
+    answers = [process.communicate(timeout=300)[0].splitlines()[-1] for process in both]
+    assert len(said) == 2 and answers == ["4", "5"]
+    assert len({path.parent for path in shards(run)}) == 1
+    assert len(pd.read_csv(run.test_probs(task))) == sum(len(pd.read_parquet(path)) for path in shards(run))
 
 
 def test_shards_that_are_not_the_folders_are_refused(trained):

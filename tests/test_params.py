@@ -3,6 +3,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
 from forensics_lib.files import project_root
 from forensics_lib.params import (
@@ -40,7 +42,7 @@ def test_constrained_file_holds_the_defaults():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_parameters_are_known_and_default_to_the_sample(path):
+def test_notebook_parameters_are_known_and_default_to_the_constrained_run(path):
     cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
     assert cells[0].source.startswith("# Parameters")
@@ -49,7 +51,7 @@ def test_notebook_parameters_are_known_and_default_to_the_sample(path):
     assert set(names[1:]) <= set(Params.model_fields)
     scope: dict = {}
     exec(cells[0].source, scope)  # noqa: S102 (our own cell)
-    assert load_params(scope["params_file"]).sample
+    assert scope["params_file"] == "params/constrained.yaml"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -122,6 +124,43 @@ def test_parameters_are_what_the_parameters_cells_assign():
     cells = ["", "# Parameters\nparams_file = 'a'", "# Parameters\nbatchsize = 8\n", "other = 3"]
     namespace = {"In": cells, "params_file": "a", "batchsize": 8, "other": 3}
     assert parameters_in(namespace) == {"params_file": "a", "batchsize": 8}
+
+
+OWN = '# Parameters\nparams_file: str = "a"  # the run'
+BATCH = OWN + "\nbatch_size = 8"
+INJECTED = '# Parameters\nparams_file = "b"\nepochs_head = 3\n'
+
+
+@pytest.mark.parametrize(
+    ("history", "names"),
+    [
+        ([BATCH, OWN], {"params_file"}),
+        ([BATCH, "x = 1", "run = 2", OWN, "run = 2"], {"params_file"}),
+        ([OWN, BATCH], {"params_file", "batch_size"}),
+        ([BATCH, INJECTED, "x = 1"], {"params_file", "batch_size", "epochs_head"}),
+        ([BATCH, INJECTED, "x = 1", OWN, INJECTED], {"params_file", "epochs_head"}),
+        ([BATCH, INJECTED, "x = 1", OWN], {"params_file", "epochs_head"}),
+        ([BATCH, INJECTED, "x = 1", "# Parameters\nseed = 4"], {"params_file", "batch_size", "seed"}),
+        ([OWN, INJECTED, "x = 1", OWN + "\nseed = 4"], {"params_file", "epochs_head", "seed"}),
+        (["# Parameters\nparams_file = 'a'\nseed = 4", "# Parameters\nparams_file = 'a'"], {"params_file"}),
+        (["# Parameters\nparams_file = 'a'\nseed = 4", "x = 1", "# Parameters\nparams_file = 'b'"], {"params_file"}),
+        ([BATCH, OWN + "\nseed = ("], {"params_file", "batch_size"}),
+        ([OWN + "\nseed = (", BATCH], {"params_file", "batch_size"}),
+        (["  # Parameters\n" + OWN], {"params_file"}),
+    ],
+)
+def test_a_line_taken_out_of_a_parameters_cell_is_no_longer_in_force(history, names):
+    """What a kernel holds: names of every cell that was ever executed."""
+    namespace = {"In": ["", *history], "params_file": "a", "batch_size": 8, "epochs_head": 3, "seed": 4, "x": 1, "run": 2}
+    assert set(parameters_in(namespace)) == names
+
+
+def test_a_notebook_whose_parameters_cell_is_executed_again():
+    """In a real kernel, with what papermill injects."""
+    shell = InteractiveShell(config=Config(HistoryManager={"hist_file": ":memory:"}))
+    for source in (BATCH, INJECTED, "x = 1", OWN, "x = 2"):
+        shell.run_cell(source, store_history=True).raise_error()
+    assert parameters_in(shell.user_ns) == {"params_file": "a", "epochs_head": 3}
 
 
 def test_without_a_history_every_plain_value_counts():

@@ -1,13 +1,22 @@
 """The whole run through papermill on tiny data, with bad files among the good ones."""
 
+import asyncio
+import json
+import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import zmq
 from conftest import TINY, make_tiny_data
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from forensics_lib import pipeline
-from forensics_lib.__main__ import main, parse_settings
+from forensics_lib.__main__ import _overrides, _parser, main, parse_settings
+from forensics_lib.files import project_root
 from forensics_lib.pipeline import PipelineError, run_pipeline
 from forensics_lib.submission import validate_submission
 
@@ -17,6 +26,7 @@ SETTINGS = {key: value for key, value in TINY.items() if key != "run_name"}
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
+    monkeypatch.delenv("FORENSICS_HEADLESS", raising=False)
     return tmp_path
 
 
@@ -71,6 +81,7 @@ def test_a_failed_cell_stops_with_notebook_cell_cause_and_resume_command(home):
     assert "notebook 04_infer, cell [" in block
     assert "run the training notebook of this run first" in block
     assert "make run PARAMS=params/constrained.yaml FROM=04_infer" in block
+    assert f"DATA={data}" in block and "batch_size=4" in block
 
 
 def test_a_killed_kernel_is_recognised(home, monkeypatch):
@@ -92,10 +103,178 @@ def test_a_notebook_that_ends_without_its_files_does_not_count(home, monkeypatch
         run_pipeline("params/constrained.yaml", {"data_root": str(data)})
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        CellTimeoutError("A cell timed out while it was being executed"),
+        CellExecutionError("traceback of the cell", "KeyError", "'gone'"),
+        zmq.ZMQError(11),
+        OSError(28, "No space left on device"),
+        SystemExit(3),
+        asyncio.CancelledError(),
+        KeyError("prob"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["_execute", "_require_files"])
+def test_whatever_ends_a_run_is_told_with_the_command_that_goes_on(home, monkeypatch, capsys, error, where):
+    def fails(*_):
+        raise error
+
+    data = make_tiny_data(home / "my data")
+    monkeypatch.setattr(pipeline, "_execute", lambda *_: None)
+    monkeypatch.setattr(pipeline, where, fails)
+    arguments = ["run", "--params", "params/constrained.yaml", "--data", str(data), "--set", "team=us", "--from", "02"]
+    assert main(arguments) == 1
+    block = capsys.readouterr().err
+    assert "RUN STOPPED\n  notebook 02_train_taskA" in block
+    assert f"{getattr(error, 'ename', type(error).__name__)}: " in block
+    assert " run PARAMS=params/constrained.yaml FROM=02_train_taskA" in block and f"DATA='{data}' SET=team=us" in block
+    if not isinstance(error, CellExecutionError):
+        assert "Traceback" in (home / "outputs" / "constrained" / "traceback.txt").read_text()
+    assert "FORENSICS_HEADLESS" not in os.environ
+
+
+def test_ctrl_c_is_told_with_the_command_that_goes_on(home, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    data = make_tiny_data(home / "elsewhere")
+    monkeypatch.setattr(pipeline, "_execute", interrupted)
+    assert main(["run", "--params", "params/open.yaml", "--set", f"data_root={data}", "aligned={autoencoder: own}"]) == 130
+    said = capsys.readouterr().err
+    assert "make run PARAMS=params/open.yaml FROM=01_explore" in said and f"DATA={data}" in said
+
+
+def test_the_command_that_goes_on_means_the_same_run_to_a_shell_and_make(home, monkeypatch):
+    """It is executed: by a shell, by make with the project's Makefile, down to the settings that the library reads."""
+    overrides = {
+        "data_root": str(home / "it's  my $data"),
+        "team": "007",
+        "run_name": "null",
+        "pretrained_file": None,
+        "test_folder_a": 'with blank and "quotes" and \'',
+        "tasks": ["A", "B"],
+        "mask_flips": True,
+        "lr_head": "1e-3",
+        "data": [{"root": "/a b=c", "layout": "own"}],
+    }
+    params = home / "my $params.yaml"
+    command = pipeline.resume_command(str(params), overrides, "03_train_taskB")
+    seen = told_to_python(command, home)
+    options = _parser().parse_args(seen[2:])
+    assert (options.params, options.start, options.data) == (str(params), "03_train_taskB", overrides["data_root"])
+    assert _overrides(options) == overrides
+    monkeypatch.chdir(home)
+    command = pipeline.resume_command("params/constrained.yaml", {"data_root": "relative"}, "01_explore")
+    assert "DATA=" not in command and "SET=data_root=relative" in command
+    assert _overrides(_parser().parse_args(told_to_python(command, home)[2:])) == {"data_root": "relative"}
+
+
+def told_to_python(command: str, folder: Path) -> list[str]:
+    """The arguments with which a make command ends up starting Python, by a Python that only notes them."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    noted = folder / "noted.json"
+    fake = bin_folder / "python"
+    fake.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({str(noted)!r}, 'w'))\n")
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    command = command.replace(" run ", " run -o .venv-active.stamp -o .venv/.ready BIN= ", 1)
+    subprocess.run(["bash", "-c", command], cwd=project_root(), env=environment, check=True, capture_output=True)
+    return json.loads(noted.read_text())
+
+
+def test_a_parameter_file_is_found_from_the_notebooks_folder_too(home, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "_execute", lambda run, notebook, parameters: seen.append(parameters["params_file"]))
+    monkeypatch.setattr(pipeline, "_require_files", lambda *_: None)
+    data = make_tiny_data(home / "elsewhere")
+    (home / "mine.yaml").write_text(f"data_root: {data}\n")
+    monkeypatch.chdir(home)
+    run_pipeline("mine.yaml", {})
+    run_pipeline("params/constrained.yaml", {"data_root": str(data)})
+    assert set(seen) == {str(home / "mine.yaml"), "params/constrained.yaml"}
+
+
 def test_settings_are_read_as_yaml():
     assert parse_settings(["batch_size=8", "tasks=[A]", "lr_head=1e-3"]) == {"batch_size": 8, "tasks": ["A"], "lr_head": "1e-3"}
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        parse_settings(["batch_size"])
+    for wrong in ("batch_size", "=8", "", "B] x=1"):
+        with pytest.raises(ValueError, match="KEY=VALUE"):
+            parse_settings([wrong])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2025", "2025"), ("007", "007"), ("1e3", "1e3"), ("on", "on"), ("2025-11-26", "2025-11-26"), ("null", "null"),
+     ("'a b'", "a b"), ('"x=1"', "x=1"), ("12:30", "12:30"), ("0x1F", "0x1F"), ("[A]", "[A]"), ("o'brien", "o'brien")],
+)  # fmt: skip
+def test_text_stays_text(text, value):
+    assert parse_settings([f"team={text}", f"run_name={text}"]) == {"team": value, "run_name": value}
+    assert parse_settings([f"team={text} epochs_head=1"]) == {"team": value, "epochs_head": 1}
+
+
+def test_optional_text_can_be_taken_away():
+    assert parse_settings(["pretrained_file=null", "test_folder_a=", "test_folder_b=~/x", "data=null"]) == {
+        "pretrained_file": None, "test_folder_a": None, "test_folder_b": "~/x", "data": None
+    }  # fmt: skip
+    assert parse_settings(["test_folder_a='null'"]) == {"test_folder_a": "null"}
+
+
+def test_values_may_hold_blanks():
+    line = "data_root=/my data  tasks=[A, B] data=[{root: '/x y=1', layout: own}] degrade={jpeg: 0.1, blur: 0} team=us"
+    assert parse_settings([line]) == {
+        "data_root": "/my data",
+        "tasks": ["A", "B"],
+        "data": [{"root": "/x y=1", "layout": "own"}],
+        "degrade": {"jpeg": 0.1, "blur": 0},
+        "team": "us",
+    }
+    assert parse_settings(['tasks="[A, B]"', "lr_head='1e-3'"]) == {"tasks": ["A", "B"], "lr_head": "1e-3"}
+
+
+@pytest.mark.parametrize("broken", ["tasks=[A", "degrade={a: b: c}", "data=[{root: x]", "edition=@", "tasks=*x", "team='a b"])
+def test_broken_values_are_told_with_what_to_write(home, capsys, broken):
+    key = broken.partition("=")[0]
+    for arguments in (["--set", broken], ["--set", "seed=1", broken], ["--set", f"{broken} seed=1"]):
+        assert main(["check-data", *arguments]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"{key}=") and "Traceback" not in said
+
+
+def test_settings_add_up_and_none_is_given_twice(home, capsys):
+    arguments = ["run", "--set", "run_name=mine", "seed=1", "--set", "epochs_head=2", "--set", "team=7 batch_size=3"]
+    overrides = _overrides(_parser().parse_args(arguments))
+    assert overrides == {"run_name": "mine", "seed": 1, "epochs_head": 2, "team": "7", "batch_size": 3}
+    assert _overrides(_parser().parse_args(["run"])) == {}
+    two_roots = ["--set", "data_root=/x", "--data", "/y"]
+    for twice in (["--set", "seed=1", "--set", "seed=2"], ["--set", "seed=1 seed=1"], two_roots):
+        assert main(["check-data", *twice]) == 1
+        assert "is set twice" in capsys.readouterr().err
+    assert main(["infer", "--tasks", "A", "--set", "tasks=[B]"]) == 1
+    assert "tasks is set twice" in capsys.readouterr().err
+
+
+def test_a_relative_home_is_refused(home, monkeypatch, capsys):
+    monkeypatch.setenv("FORENSICS_HOME", "some where")
+    monkeypatch.chdir(home)
+    assert main(["sample"]) == 1
+    assert f"FORENSICS_HOME='{home}/some where'" in capsys.readouterr().err
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyError("prob"), TypeError("no"), ZeroDivisionError(), RecursionError("deep")])
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(home, monkeypatch, capsys, error):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr("forensics_lib.official.check_data", fails)
+    assert main(["check-data"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{type(error).__name__}: ") and "Traceback" not in said
+    kept = (home / "outputs" / "traceback.txt").read_text()
+    assert "Traceback" in kept and "in fails" in kept
 
 
 def test_the_command_line_says_what_is_wrong_without_a_traceback(home, capsys):

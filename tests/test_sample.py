@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,34 @@ def test_a_stopped_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "_build", stops)
     with pytest.raises(KeyboardInterrupt):
         build_sample(tmp_path / "s")
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.name != ".s-lock"] == []
+
+
+AT_ONCE = """
+import json, sys, time
+from pathlib import Path
+from forensics_lib import sample
+
+def slowly(root):
+    time.sleep(3)
+    (root / "by").write_text(sys.argv[2])
+    (root / sample.MARKER).write_text(json.dumps({"version": sample.VERSION}))
+
+sample._build = slowly
+root = Path(sys.argv[1])
+print(sample.build_sample(root).stat().st_ino, (root / "by").read_text(), flush=True)
+"""
+
+
+def test_two_first_runs_at_once_share_one_sample(tmp_path):
+    """The folder that the first one reads is the one that the second one finds, not a second one in its place."""
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path / "s")]
+    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0][-1] == said[1][-1], "one folder, made by one of them"
+    assert sum("another process makes the sample data" in line for lines in said for line in lines) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".s-lock"] == ["s"]
 
 
 def test_files_of_others_are_not_deleted(tmp_path, monkeypatch):

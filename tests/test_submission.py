@@ -1,4 +1,5 @@
 import io
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import picture, save
 
-from forensics_lib.files import update_json, write_csv
+from forensics_lib.files import read_json, update_json, write_csv
 from forensics_lib.inference import load_mask, save_mask
 from forensics_lib.metrics import best_f1_threshold, bin_threshold, round_probs
 from forensics_lib.runs import Run
@@ -71,6 +72,70 @@ def test_constrained_archive(finished):
         "a.jpg,0.900000,1,0.500000",
         "b.png,0.200000,0,0.500000",
     ]
+
+
+def as_run(run: Run, name: str, prob: float) -> Run:
+    """Another run with the results of a first one, but for the probability of its first image."""
+    other = with_params(run, run_name=name)
+    for task in ("A", "B"):
+        write_csv(other.test_probs(task), pd.DataFrame({"image_id": list(SIZES), "prob": [prob, 0.2]}))
+    shutil.copytree(run.masks, other.masks)
+    shutil.copy(run.thresholds, other.thresholds)
+    return other
+
+
+def first_prob(path: Path) -> float:
+    """The probability of the first image in an archive or table."""
+    if path.suffix == ".csv":
+        return pd.read_csv(path)["prob"].iloc[0]
+    with zipfile.ZipFile(path) as archive:
+        return pd.read_csv(archive.open(next(n for n in archive.namelist() if n.endswith(".csv"))))["prob"].iloc[0]
+
+
+@pytest.mark.parametrize("values", [{}, {"edition": 2026}, {"run_type": "open", "team": "x.y"}])
+def test_archives_of_two_runs_with_one_name_are_both_kept(finished, capsys, values):
+    first, second = with_params(finished, **values), with_params(as_run(finished, "second", 0.7), **values)
+    for task in ("A", "B"):
+        names = [archive_path(first, task)] + ([scores_path(first)] if task == "B" else [])
+        capsys.readouterr()
+        build_submission(first, task)
+        build_submission(first, task)  # the run's own is simply built again
+        assert "kept as" not in capsys.readouterr().out
+        build_submission(second, task)
+        said = capsys.readouterr().out
+        for path in names:
+            kept = path.with_name(f"{path.stem}_of_run_tiny{path.suffix}")
+            assert (first_prob(path), first_prob(kept)) == (0.7, 0.9)
+            assert f"{path.name} was made by run tiny: it is kept as {kept.name}" in said
+        record = read_json(first.folder / "run.json")[f"task{task}_submission"]
+        assert record == str(names[0].with_name(f"{names[0].stem}_of_run_tiny{names[0].suffix}"))
+        build_submission(first, task)  # and back
+        for path in names:
+            assert first_prob(path) == 0.9
+            assert first_prob(path.with_name(f"{path.stem}_of_run_second{path.suffix}")) == 0.7
+        assert read_json(first.folder / "run.json")[f"task{task}_submission"] == str(names[0])
+
+
+def test_an_archive_of_nobody_is_kept_unless_it_is_the_same(finished):
+    path = archive_path(finished, "A")
+    for content in (b"mine", b"mine too"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        (finished.folder / "run.json").unlink(missing_ok=True)
+        build_submission(finished, "A")
+    assert path.with_name("team_constrained_earlier.zip").read_bytes() == b"mine"
+    assert path.with_name("team_constrained_earlier1.zip").read_bytes() == b"mine too"
+    (finished.folder / "run.json").unlink()
+    build_submission(finished, "A")
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_probabilities_and_thresholds_of_different_evaluations_do_not_mix(finished):
+    update_json(finished.folder / "run.json", taskA_inferred={"thresholds": {"threshold": 0.5}})
+    assert build_submission(finished, "A").valid
+    update_json(finished.thresholds, A={"threshold": 0.6})
+    with pytest.raises(SubmissionError, match=r"chosen anew.*run 04_infer"):
+        build_submission(finished, "A")
 
 
 def test_localization_archive(finished):
