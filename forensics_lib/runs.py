@@ -247,8 +247,8 @@ def _provenance(run: Run) -> dict[str, Any]:
 def record_trained(run: Run, task: str, trained_with: dict[str, Any], taken_up: bool) -> None:
     """Keep in ``run.json`` what trained a task: parameters, data, versions and machine.
 
-    A training that was ``taken_up`` with the same parameters and data keeps what stands there of it.  Later commands change none
-    of it; they train anew, or they do not.
+    A training that was ``taken_up`` with the same parameters and data keeps what stands there of it.  Later commands change
+    none of it.
     """
     facts = read_json(run.folder / "run.json")
     earlier = facts.get(f"task{task}_trained") or {}
