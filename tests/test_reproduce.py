@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,16 @@ from conftest import TINY, picture, save
 from PIL import Image
 
 from forensics_lib.__main__ import main
+from forensics_lib.card import build_card
 from forensics_lib.evaluation import evaluate
-from forensics_lib.files import read_json, update_json
+from forensics_lib.files import home, read_json, update_json
 from forensics_lib.infer import infer
 from forensics_lib.manifest import build_manifest
 from forensics_lib.model import read_checkpoint
 from forensics_lib.params import Params
+from forensics_lib.report import build_report
 from forensics_lib.reproduce import reproduce
-from forensics_lib.runs import Run, open_run
+from forensics_lib.runs import Run, open_run, parameters_in_force, record_trained, trained_by
 from forensics_lib.training import train
 
 
@@ -124,3 +127,52 @@ def test_the_record_says_what_a_repetition_needs(tiny_run):
     assert facts["params"]["seed"] == 0
     assert {"torch", "timm", "numpy"} <= set(facts["versions"])
     assert {"data", "machine", "python", "git", "taskA_data_fingerprint", "taskA_training_seconds"} <= set(facts)
+
+
+def test_later_commands_do_not_change_what_trained(tiny_run):
+    """Neither opening a run with other parameters nor training its other task changes the record, the report or the card."""
+    file = tiny_run.write_params()
+    run = finished(open_run(file, {"tasks": ["A"]}), "A")
+    build_card(run, "A")
+    record, card = read_json(run.folder / "run.json"), (run.folder / "taskA_model_card.md").read_text()
+    other = open_run(file, {"tasks": ["B"], "seed": 5, "batch_size": 3, "backbone": "test_vit", "data_root": str(run.data)})
+    assert read_json(run.folder / "run.json") == record
+    assert trained_by(other, "A")["params"]["seed"] == 0
+    record_trained(other, "A", record["taskA_trained"]["fingerprint"], taken_up=True)
+    assert read_json(run.folder / "run.json") == record, "a training that is taken up was done by the first command"
+    build_card(other, "A")
+    assert (run.folder / "taskA_model_card.md").read_text() == card
+    record_trained(other, "B", "another", taken_up=False)
+    facts = read_json(run.folder / "run.json")
+    assert facts["taskA_trained"] == record["taskA_trained"]
+    assert (facts["taskA_trained"]["params"]["batch_size"], facts["taskB_trained"]["params"]["batch_size"]) == (4, 3)
+    found = parameters_in_force(run)
+    assert (found["seed"], found["tasks"], found["crop_size"]) == ({"A": 0, "B": 5}, ["A", "B"], 32)
+    report = build_report(open_run(file, {"tasks": ["A"], "seed": 9})).read_text()
+    assert "Task B: manipulated regions" in report and "{&#x27;A&#x27;: 0, &#x27;B&#x27;: 5}" in report
+    assert "test_convnext (A) and test_vit (B)" in report
+
+
+def test_a_run_is_done_again_as_it_was_trained_whatever_was_opened_since(tiny_run, tmp_path):
+    run = finished(open_run(tiny_run.write_params(), {"tasks": ["A"]}), "A")
+    open_run(run.write_params(), {"seed": 7, "epochs_head": 3, "tasks": ["A", "B"]})
+    table = reproduce("tiny")
+    assert len(table) == 2 and table["equal"].all()
+    update_json(home() / "outputs" / "tiny_again" / "run.json", repeats=None)
+    with pytest.raises(FileExistsError, match="not known as a repetition"):
+        reproduce("tiny")
+
+
+def test_the_record_of_an_earlier_version_is_what_it_says_of_the_run(tiny_run):
+    """Without a record of each task, the parameters that stand in run.json count, and stay."""
+    run = open_run(tiny_run.write_params(), {"tasks": ["A"]})
+    run.record(taskA_data_fingerprint="x")
+    open_run(tiny_run.write_params(), {"tasks": ["A"], "seed": 4})
+    assert trained_by(run, "A")["params"]["seed"] == parameters_in_force(run)["seed"] == 0
+    record_trained(replace(run, params=run.params.model_copy(update={"seed": 8})), "A", "f", taken_up=True)
+    assert read_json(run.folder / "run.json")["taskA_trained"]["params"]["seed"] == 0
+    record_trained(replace(run, params=run.params.model_copy(update={"seed": 8})), "A", "g", taken_up=False)
+    assert trained_by(run, "A")["params"]["seed"] == 8
+    update_json(run.thresholds, A={"threshold": 0.5, "inference": {"crops_per_image": 9, "tile_size": 96}})
+    chosen = parameters_in_force(run)
+    assert (chosen["crops_per_image"], chosen["tile_size"]) == (9, 64), "of each task what its thresholds were chosen with"
