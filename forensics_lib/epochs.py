@@ -142,7 +142,7 @@ def train_epoch(
     somebody asks to stop, ``FloatingPointError`` where the loss is not finite, ``ImageError`` where nothing can be read.
     """
     seed = fit.params.seed_for(STEPS.index(step), epoch)
-    own = fit.params.seed_for(STEPS.index(step), epoch, rank() + 1)
+    own = fit.params.seed_for(STEPS.index(step), epoch, rank())
     torch.manual_seed(own)  # dropout and stochastic depth
     np.random.seed(own)  # noqa: NPY002 (timm's mixup draws from it)
     fit.model.to(memory_format=torch.channels_last).train()

@@ -306,7 +306,7 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
 
     def seed_for(self, *numbers: int) -> int:
         """A seed in [0, 2**32), which is what NumPy's and pandas' older interfaces take; another one for other ``numbers``."""
-        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1)[0])
+        return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
 
     def of_training(self, task: str) -> dict[str, Any]:
         """The parameters that a training of a task depends on, beside its data, as plain values."""

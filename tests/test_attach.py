@@ -10,7 +10,7 @@ from filelock import FileLock
 from forensics_lib import attach
 from forensics_lib.attach import only_trainer
 from forensics_lib.manifest import build_manifest
-from forensics_lib.training import read_metrics, train
+from forensics_lib.training import _epoch_lines, read_metrics, train
 
 HOLD = """
 import sys, time
@@ -87,3 +87,30 @@ def test_a_killed_trainer_keeps_nobody_out(tiny_run):
     began = time.monotonic()
     with only_trainer(tiny_run, "A", list):
         assert time.monotonic() - began < 30
+
+
+def test_epochs_of_a_training_that_replaces_another_are_shown_from_its_first_on(tiny_run, monkeypatch, capsys):
+    (tiny_run.folder / "checkpoints").mkdir(parents=True)
+    elsewhere = FileLock(tiny_run.folder / "checkpoints" / "taskA.lock")
+    elsewhere.acquire()
+    looks = iter([["old 1", "old 2"], [], ["new 1"], ["new 1", "new 2"], ["new 1", "new 2"]])
+
+    def epochs() -> list[str]:
+        lines = next(looks)
+        if lines[-1:] == ["new 2"]:
+            elsewhere.release()
+        return lines
+
+    monkeypatch.setattr(attach.time, "sleep", lambda _seconds: None)
+    with only_trainer(tiny_run, "A", epochs):
+        assert capsys.readouterr().out.splitlines()[3:] == ["new 1", "new 2"]
+
+
+def test_epochs_of_the_training_before_are_not_shown_as_those_of_one_without_an_epoch(tiny_run):
+    train(tiny_run, "A", build_manifest(tiny_run, "A"))
+    assert len(_epoch_lines(tiny_run, "A")) == 2
+    (tiny_run.folder / "checkpoints" / "begun").mkdir()
+    (tiny_run.folder / "checkpoints" / "begun" / "taskB_head_best.pth").touch()
+    assert len(_epoch_lines(tiny_run, "A")) == 2
+    (tiny_run.folder / "checkpoints" / "begun" / "taskA_head_best.pth").touch()
+    assert _epoch_lines(tiny_run, "A") == []

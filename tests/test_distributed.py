@@ -143,7 +143,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("task", "settings"), [("A", {"mixup": 0.4, "cutmix": 0.4, "batch_size": 4}), ("B", {"batch_size": 3})]
+    ("task", "settings"), [("A", {"mixup": 0.4, "cutmix": 0.4, "batch_size": 4}), ("B", {"batch_size": 2})]
 )
 def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, settings, homes, tmp_path, tiny_data):
     """Each has its own generators, losses and unreadable images."""
