@@ -21,6 +21,8 @@ from forensics_lib.params import DataSet
 from forensics_lib.readers import of_itw_sm, read_data_set, recognised, task_of
 from forensics_lib.runs import Run, task_b_training_folders
 
+FEWEST = 10  # images of each class with which validation images decide; with fewer others do that have as many
+
 
 def build_manifest(run: Run, task: str) -> pd.DataFrame:
     """The labelled images of a task, one row each: ``layouts.COLUMNS``, ``facts.FILE_COLUMNS`` and ``data_set``.
@@ -241,9 +243,6 @@ def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.
     by_remainder = np.lexsort((rng.random(len(counts)), quotas - shares.round(9)))
     quotas[by_remainder[: limit - quotas.sum()]] += 1
     return quotas
-
-
-FEWEST = 10  # images of each class with which a group of images decides, where another has as many
 
 
 def deciding(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> tuple[np.ndarray, str]:
