@@ -312,7 +312,8 @@ def leave_process_group(_: int) -> None:
 class InferenceImages(Dataset):
     """Images for inference: the index with an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
 
-    ``change`` is done to each image first, for robustness measurements.
+    ``change`` is done to each image first, for robustness measurements.  Where the manifest has a column ``content``, its
+    bytes are read instead of the file at ``path``, if there are any.
     """
 
     def __init__(
@@ -323,7 +324,7 @@ class InferenceImages(Dataset):
         crops: int = 1,
         change: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.rows = Columns(manifest, ["path"])
+        self.rows = Columns(manifest, ["path", "content"] if "content" in manifest else ["path"])
         self.crop_size, self.crops, self.change = crop_size, crops, change
 
     def __len__(self) -> int:
@@ -332,7 +333,9 @@ class InferenceImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)``."""
         try:
-            image = read_image(self.rows.row(index)["path"])
+            row = self.rows.row(index)
+            content = row.get("content")
+            image = read_image(row["path"] if content is None else content)
             image = image if self.change is None else self.change(image)
         except ImageError as error:
             return {"index": index, "error": str(error)}

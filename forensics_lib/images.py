@@ -258,6 +258,22 @@ def read_image(source: str | Path | bytes, region: Region | None = None) -> np.n
         return pixels
 
 
+def as_file(image: Image.Image | np.ndarray) -> bytes:
+    """An open image, or pixels of ``(H, W, 3)`` or ``(H, W)`` uint8, as a file that ``read_image`` reads to the same pixels.
+
+    Raises ``ImageError``.
+    """
+    try:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        image.load()
+        file = io.BytesIO()
+        _to_rgb(image).save(file, "PPM")
+        return file.getvalue()
+    except Exception as error:  # as in open_image
+        told = str(error) if isinstance(error, _Unusable) else f"{type(error).__name__}: {error}"
+        raise ImageError(told) from None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image

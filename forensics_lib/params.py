@@ -318,6 +318,9 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
         return self.model_dump(mode="json", include={"crop_size", *keys_of(InferenceKeys, task)})
 
 
+TEXT = {name for name, field in Params.model_fields.items() if field.annotation in (str, str | None)}
+
+
 def keys_of(group: type[Keys], task: str) -> list[str]:
     """The keys of a group that a task uses."""
     marks = {name: field.json_schema_extra or {} for name, field in group.model_fields.items()}
@@ -332,12 +335,20 @@ def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Pa
     """
     file = find_params(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{file} is not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise ParamsError(f"{file} must hold lines 'key: value'; found {type(values).__name__}")
-    return make_params(values | (overrides or {}), origin=str(path))
+    return make_params(values | _as_written(text) | (overrides or {}), origin=str(path))
+
+
+def _as_written(text: str) -> dict[str, str]:
+    """Values of text parameters that YAML takes for numbers, dates or truth values: ``team: 007`` is a name."""
+    pairs = yaml.compose(text, yaml.SafeLoader).value
+    taken = ("int", "float", "bool", "timestamp")
+    return {key.value: value.value for key, value in pairs if key.value in TEXT and value.tag.rpartition(":")[2] in taken}
 
 
 def find_params(path: str | Path) -> Path:

@@ -9,13 +9,12 @@ from typing import Any
 
 import yaml
 
-from forensics_lib.params import Params
+from forensics_lib.params import TEXT, Params
 
 KEY = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=")
 QUOTED = re.compile(r""""(?:\\.|[^"\\])*"|'(?:''|[^'])*'""")
 PLAIN = re.compile(r"[\w./@%+:,~-]+")
 NOTHING = ("", "null", "~")  # how a text parameter that may be left out is set to nothing
-TEXT = {name for name, field in Params.model_fields.items() if field.annotation in (str, str | None)}
 OPTIONAL = {name for name in TEXT if Params.model_fields[name].annotation is not str}
 
 

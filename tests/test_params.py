@@ -213,3 +213,10 @@ def test_seeds_have_a_stated_limit():
     seeds = [Params(seed=seed).seed_for(*more) for seed in (0, 1, 2**32, 2**63) for more in ((), (1,), (1, 7))]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("team", ["007", "1e3", "on", "2025-11-26", "0x1f", "plain", "'007'"])
+def test_a_name_in_a_file_stays_as_it_is_written(tmp_path, team):
+    (tmp_path / "own.yaml").write_text(f"run_name: 2025\nteam: {team}\npretrained_file: null\nbatch_size: 8\n")
+    params = load_params(tmp_path / "own.yaml")
+    assert (params.run_name, params.team, params.pretrained_file, params.batch_size) == ("2025", team.strip("'"), None, 8)
