@@ -1,0 +1,75 @@
+"""What a changed parameter of each group does to every file that a finished run has left."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from forensics_lib.evaluation import evaluate
+from forensics_lib.files import home
+from forensics_lib.infer import InferenceError, infer
+from forensics_lib.manifest import build_manifest
+from forensics_lib.params import DataKeys, InferenceKeys, MachineKeys, ModelKeys, Params, RunKeys, TrainingKeys
+from forensics_lib.runs import Run
+from forensics_lib.submission import build_submission
+from forensics_lib.training import train
+
+CHANGES = {  # per group: a key that both tasks have, or one for each of them, with another value than the tiny run's
+    RunKeys: {"team": "others"},
+    DataKeys: {"test_folder_a": "elsewhere", "test_folder_b": "elsewhere"},
+    ModelKeys: {"dropout": 0.35},
+    TrainingKeys: {"lr_finetune": 3e-4},
+    InferenceKeys: {"crops_per_image": 3, "mask_flips": True},
+    MachineKeys: {"workers": 1},
+}
+RECORDS = ("run.json", "taskA.lock", "taskB.lock")
+
+
+def files() -> dict[str, str]:
+    """Every file below ``outputs`` and ``submission`` with a hash of its content, but for records of what was done when."""
+    found = [path for folder in ("outputs", "submission") for path in (home() / folder).rglob("*") if path.is_file()]
+    kept = [path for path in found if path.name not in RECORDS and not path.name.startswith(".")]
+    return {str(path.relative_to(home())): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def finished(run: Run, task: str) -> dict[str, str]:
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    evaluate(run, task, manifest)
+    infer(run, task)
+    build_submission(run, task)
+    return files()
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_each_group_of_parameters_changes_the_files_that_depend_on_it(task, tiny_run):
+    before = finished(tiny_run, task)
+    trained = {Path(name).name for name in before if name.endswith((".pth", "_state.pt", "_probs.csv"))}
+    assert len(trained) == 7, "two models, two best epochs, the state and two tables of probabilities"
+    for group, values in CHANGES.items():
+        assert set(values) <= set(group.model_fields)
+        changed = Run(Params(**tiny_run.params.model_dump() | values), tiny_run.data)
+        train(changed, task, build_manifest(changed, task))
+        after = files()
+        if group not in (ModelKeys, TrainingKeys):
+            assert {name: after.get(name) for name in before} == before, group
+            continue
+        moved = {Path(name).name: content for name, content in after.items() if "replaced" in name}
+        assert trained <= set(moved), group
+        assert {moved[Path(name).name] for name in before if Path(name).name in trained} <= set(before.values())
+        others = {name: content for name, content in before.items() if name.startswith("submission") or ".npz" in name}
+        assert others.items() <= after.items(), "archives and masks stay until others are made"
+        return_to = train(tiny_run, task, build_manifest(tiny_run, task))
+        assert len(return_to) == 2
+        before = finished(tiny_run, task)
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_inference_with_other_settings_leaves_every_file(task, tiny_run):
+    before = finished(tiny_run, task)
+    values = {"crops_per_image": 3} if task == "A" else {"mask_flips": True}
+    with pytest.raises(InferenceError, match=next(iter(values))):
+        infer(Run(tiny_run.params.model_copy(update=values), tiny_run.data), task)
+    assert files() == before
