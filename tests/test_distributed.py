@@ -70,7 +70,8 @@ def test_two_processes_learn_what_one_does(task, homes, tmp_path):
     assert "2 processes" in output
     together = read_metrics(two, task)
     columns = ["train_loss", "val_auc"] if task == "A" else ["val_auc", "val_iou"]
-    pd.testing.assert_frame_equal(together[columns], metrics[columns], atol=2e-3, rtol=2e-3)
+    near = 2e-3 if task == "A" else 5e-3  # the IoU is of the two official images, where few pixels count
+    pd.testing.assert_frame_equal(together[columns], metrics[columns], atol=near, rtol=near)
     weights = [read_checkpoint(run.finetuned_model(task))["model"] for run in (one, two)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=2e-2)
