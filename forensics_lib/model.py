@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,18 @@ class SegmentationBranch(nn.Module):
         if self.shallow is not None:
             fine = self.shallow(image)
             merged = torch.cat([_resize_like(merged, fine), fine], 1)
-        return _resize_like(self.refine(merged), image)
+        return _resize_like(_linear_in_fp32(self.refine[-1], self.refine[:-1](merged)), image)
+
+
+def _linear_in_fp32(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution as a matrix product, whose result in fp32 does not depend on the number of threads."""
+    with _in_fp32(x):
+        return F.linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def _in_fp32(x: torch.Tensor) -> AbstractContextManager:
+    """No mixed precision on the device of ``x``."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -163,7 +175,8 @@ class CombinedModel(nn.Module):
 
     def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
         """Both branches on what ``encode`` gave for the same images."""
-        features = self.backbone.forward_head(final, pre_logits=True)
+        with _in_fp32(final):
+            features = self.backbone.forward_head(final.float(), pre_logits=True)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
         mask_logits = self.segmentation(images, stages)
@@ -171,9 +184,13 @@ class CombinedModel(nn.Module):
         return Output(self.classify(features, found), mask_logits, features)
 
     def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``."""
-        features = self.dropout(self.norm(features))
-        return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask)], 1))
+        """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``.
+
+        In fp32 also where the backbone computes in bf16, which alone would move probabilities by up to 0.02.
+        """
+        with _in_fp32(features):
+            features = self.dropout(self.norm(features.float()))
+            return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask.float())], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
         """As usual, but whatever has no trainable parameter left stays in evaluation mode: frozen means frozen."""

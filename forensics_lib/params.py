@@ -314,8 +314,9 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
         return self.model_dump(mode="json", include=keys)
 
     def of_prediction(self, task: str) -> dict[str, Any]:
-        """The parameters that the predictions of a trained model depend on, as plain values."""
-        return self.model_dump(mode="json", include={"crop_size", *keys_of(InferenceKeys, task)})
+        """The parameters that a trained model's predictions of a task depend on, as plain values."""
+        keys = {*keys_of(InferenceKeys, task), *(["crop_size"] if task == "A" else [])}  # Task B looks at tiles
+        return self.model_dump(mode="json", include=keys)
 
 
 TEXT = {name for name, field in Params.model_fields.items() if field.annotation in (str, str | None)}

@@ -1,10 +1,11 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY
+from conftest import TINY, picture
 
 from forensics_lib.model import (
     CheckpointError,
@@ -208,6 +209,100 @@ def test_image_and_mask_agree_from_the_start():
         found[..., 20:40, 20:40] = 0.99
         marked = model.classify(features, found).softmax(1)[0, 1]
     assert empty < 0.3 < 0.7 < marked
+
+
+# ---- Precision -------------------------------------------------------------------------------------------------------
+
+
+def in_bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_kernels_are_whole_and_sum_to_zero():
+    weight = NoiseResidual().weight
+    assert torch.equal(weight, weight.round()) and not weight.sum((1, 2, 3)).any()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 0.4, 0.623, 200 / 255, 1.0])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_image_of_one_colour_has_no_noise(value, mixed):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        assert not NoiseResidual()(torch.full((1, 3, 40, 48), value)).any()
+
+
+@pytest.mark.parametrize("frontend", list(FRONTENDS))
+def test_residuals_are_as_exact_in_bf16_as_in_fp32(frontend):
+    torch.manual_seed(0)
+    residual = FRONTENDS[frontend][0]()
+    dark = torch.randint(0, 9, (2, 3, 40, 48)) / 255  # small differences, which bf16 would round away
+    for images in (dark, dark + 200 / 255):
+        alone = residual(images)
+        with in_bf16():
+            assert torch.equal(residual(images), alone)
+        torch.testing.assert_close(alone.double(), residual.double()(images.double()), atol=1e-3, rtol=0)
+        residual.float()
+
+
+def test_noise_is_what_the_published_kernels_leave():
+    images = torch.randint(0, 256, (1, 3, 24, 24)) / 255
+    kernel = (
+        torch.tensor([[-1, 2, -2, 2, -1], [2, -6, 8, -6, 2], [-2, 8, -12, 8, -2], [2, -6, 8, -6, 2], [-1, 2, -2, 2, -1]]) / 12
+    )
+    green = torch.nn.functional.conv2d(images[:, 1:2], kernel[None, None])
+    expected = (20 * green).clamp(-3, 3)
+    torch.testing.assert_close(NoiseResidual()(images)[:, 4:5, 2:-2, 2:-2], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_the_head_gives_in_bf16_what_it_gives_in_fp32(task):
+    torch.manual_seed(0)
+    network = CombinedModel(task, "test_convnext", decoder_channels=16).eval()
+    torch.nn.init.normal_(network.classifier.weight)
+    features = torch.randn(64, network.norm.normalized_shape[0]) * 5
+    mask = torch.rand(64, 1, 64, 64) ** 8 if task == "B" else None
+    with torch.no_grad():
+        exact = network.classify(features, mask)
+        with in_bf16():
+            mixed = network.classify(features, mask)
+            of_bf16 = network.classify(features.bfloat16(), mask)
+    assert mixed.dtype == of_bf16.dtype == torch.float32
+    assert torch.equal(mixed, exact)
+    assert torch.equal(of_bf16, network.classify(features.bfloat16().float(), mask))
+
+
+def test_masks_in_bf16_have_the_values_of_fp32(rng):
+    torch.manual_seed(0)
+    network = model(backbone="test_convnext").eval()
+    images = torch.from_numpy(np.stack([picture(rng, 96, 96) for _ in range(4)])).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        exact = network(images)
+        with in_bf16():
+            mixed = network(images)
+    probs = [output.mask_logits.sigmoid() for output in (exact, mixed)]
+    assert (probs[0] - probs[1]).abs().max() < 0.02
+    assert len(probs[1].unique()) > 0.5 * probs[1].numel()  # bf16 has some hundred values here
+    assert (exact.logits.softmax(1) - mixed.logits.softmax(1)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("frontend", ["srm", "bayar"])
+def test_a_model_that_learned_from_residuals_in_bf16_keeps_them(frontend, tmp_path):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 64, 64)
+    network = model(frontend=frontend).eval()
+    save_checkpoint(tmp_path / "new.pth", network)
+    content = read_checkpoint(tmp_path / "new.pth")
+    for facts in content["model"]._metadata.values():
+        facts["version"] = 1  # as all modules were saved before
+    torch.save(content, tmp_path / "old.pth")
+    for _ in range(2):
+        old, _ = load_model(tmp_path / "old.pth")
+        with in_bf16():
+            of_old, of_new = old.residual(images), load_model(tmp_path / "new.pth")[0].residual(images)
+            assert of_old.dtype == torch.bfloat16 and of_new.dtype == torch.float32
+            assert 0 < (of_old - of_new).abs().max() < 3
+            assert old.segmentation.shallow[0](images).dtype == torch.bfloat16
+        torch.testing.assert_close(old.residual(images), of_new, atol=5e-2, rtol=0)  # levels between whole ones are rounded
+        save_checkpoint(tmp_path / "old.pth", old)  # and so does what is made of it
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64)])
