@@ -13,7 +13,7 @@ from forensics_lib.card import build_card
 from forensics_lib.compare import compare as compare_runs
 from forensics_lib.files import read_json
 from forensics_lib.manifest import build_manifest, sources
-from forensics_lib.metrics import f1_score, pixel_histogram
+from forensics_lib.metrics import THRESHOLD_FREE, binned, f1_score, threshold_free_scores, value_counts
 from forensics_lib.model import build_model, save_checkpoint
 from forensics_lib.report import build_report
 from forensics_lib.runs import Run
@@ -27,10 +27,13 @@ def answers(monkeypatch):
     def use(prob):
         def predicted(model, task, rows, *_):
             probs = np.asarray(prob(rows), float)
+            if task == "A":
+                return Predictions(probs, {})
             truth = np.stack([square_mask(40, 40) > 0, np.zeros((40, 40), bool)])
             marks = [truth[0 if label else 1] for label in rows["label"]]
-            histograms = [pixel_histogram(np.where(mark, value, 0.1), mark) for mark, value in zip(marks, probs, strict=True)]
-            return Predictions(probs, {}, np.stack(histograms) if task == "B" else None)
+            counts = [value_counts(np.where(mark, value, 0.1), mark) for mark, value in zip(marks, probs, strict=True)]
+            exact = pd.DataFrame([threshold_free_scores(found) for found in counts], columns=THRESHOLD_FREE)
+            return Predictions(probs, {}, np.stack([binned(found) for found in counts]), exact)
 
         for module in (evaluation, robustness):
             monkeypatch.setattr(module, "predict", predicted)
@@ -147,3 +150,15 @@ def test_the_f1_of_a_calibrated_threshold_is_that_of_the_raw_probabilities(opene
     labels, decides = found.table["label"].to_numpy(int), found.table["deciding"].to_numpy()
     best = max(f1_score(labels[decides], raw["probs"][decides] >= value) for value in raw["probs"][decides])
     assert found.metrics["f1"] == pytest.approx(best)
+
+
+def test_photographs_that_stand_elsewhere_are_left_out_beside_all(tiny_run, answers):
+    run, manifest = prepared(tiny_run, "B")
+    answers(lambda rows: np.linspace(0.2, 0.9, len(rows)))
+    assert evaluation.evaluate(run, "B", manifest).without_overlap is None, "both official photographs are TGIF's"
+    official = manifest["layout"].eq("task_b_validation")
+    alone = [manifest.index[official & manifest["label"].eq(label)][0] for label in (0, 1)]
+    manifest.loc[alone, "group"] = "coco:900"
+    found = evaluation.evaluate(run, "B", manifest)
+    assert found.without_overlap["images"] == 2 < found.metrics["images"]
+    assert "without overlap" in found.summary().columns

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -57,13 +58,13 @@ def test_from_data_to_valid_archives(home, capsys):
     report = (outputs / "constrained" / "report.html").read_text()
     assert "bad.png" in report
     assert "SAMPLE DATA" not in report
-    assert "Data that went in" in report and "without overlap" in report and "File facts alone" in report
+    assert "Data that went in" in report and "Too few training images" in report
 
 
 @pytest.mark.slow
 def test_open_run_and_a_notebook_whose_task_is_not_in_it(home):
     data = make_tiny_data(home / "elsewhere")
-    (data / "dataset_open").symlink_to(data / "dataset")
+    shutil.copytree(data / "dataset", data / "dataset_open")
     run_pipeline("params/open.yaml", {"data_root": str(data), **SETTINGS, "epochs_finetune": 0})
     assert [path.name for path in (home / "submission").iterdir()] == ["team_open.zip"]
     skipped = (home / "outputs" / "open" / "notebooks" / "03_train_taskB.ipynb").read_text()

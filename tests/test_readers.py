@@ -201,7 +201,7 @@ def test_hub_parquet_goes_through_the_manifest_and_the_crops(tiny_run, tmp_path,
     assert manifest["error"].isna().all()
     assert set(manifest["format"]) == {"PNG"} and (manifest["bytes"] > 100).all()
     crops = TrainingCrops(usable(manifest, "train"), 32, masks=True, degradations=Degradations())
-    assert all("error" not in crops[0, i] for i in range(4))
+    assert all("error" not in crops[0, i, 0] for i in range(4))
 
 
 @pytest.mark.parametrize(("labels", "fault"), [(["cat", "dog"], "row 0: label is 'cat'"), ([3, 1], "label is 3")])
@@ -527,7 +527,7 @@ def test_tables_as_programs_write_them(tmp_path, change):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_masks_are_found_however_the_table_is_written(tmp_path, change):
-    content = [["path", "label", "mask_path"], ["a.png", "0", ""], ["b.png", "1", "b mask.png"]]
+    content = [["path", "label", "mask_path", "split"], ["a.png", "0", "", "train"], ["b.png", "1", "b mask.png", "train"]]
     (tmp_path / "t.csv").write_bytes(in_bytes(content, change))
     assert task_of(DataSet(root=str(tmp_path / "t.csv"), layout="table")) == "B"
     assert [row["mask_path"] for row in read(tmp_path / "t.csv")] == [None, str(tmp_path / "b mask.png")]

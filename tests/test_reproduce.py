@@ -138,11 +138,11 @@ def test_later_commands_do_not_change_what_trained(tiny_run):
     other = open_run(file, {"tasks": ["B"], "seed": 5, "batch_size": 3, "backbone": "test_vit", "data_root": str(run.data)})
     assert read_json(run.folder / "run.json") == record
     assert trained_by(other, "A")["params"]["seed"] == 0
-    record_trained(other, "A", record["taskA_trained"]["fingerprint"], taken_up=True)
+    record_trained(other, "A", record["taskA_trained"]["trained_with"], taken_up=True)
     assert read_json(run.folder / "run.json") == record, "a training that is taken up was done by the first command"
     build_card(other, "A")
     assert (run.folder / "taskA_model_card.md").read_text() == card
-    record_trained(other, "B", "another", taken_up=False)
+    record_trained(other, "B", {"data": "others"}, taken_up=False)
     facts = read_json(run.folder / "run.json")
     assert facts["taskA_trained"] == record["taskA_trained"]
     assert (facts["taskA_trained"]["params"]["batch_size"], facts["taskB_trained"]["params"]["batch_size"]) == (4, 3)
