@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from forensics_lib.degradations import BLOCK
 from forensics_lib.files import home, whole
 from forensics_lib.images import ImageError, open_image, random_square, read_image
 from forensics_lib.layouts import COLUMNS
@@ -31,7 +32,7 @@ from forensics_lib.plugins import named, source_of
 from forensics_lib.progress import progress
 
 Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
-RULE = 2  # how twins are made and stored: a new number makes those in the cache anew
+RULE = 3  # how twins are made and stored: a new number makes those in the cache anew
 SUFFIXES = {"JPEG": ".jpg", "WEBP": ".webp"}  # by a photograph's format; twins of all others are PNG
 
 
@@ -90,7 +91,7 @@ def kept_in(name: str, settings: Aligned | Forgeries, rule: int) -> Path:
 
 def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencode, rng: np.random.Generator) -> None:
     whole_photo = read_image(photo)
-    image = random_square(whole_photo, settings.side, rng)
+    image = random_square(whole_photo, settings.side, rng, BLOCK)  # so that both files' blocks begin in the same places
     twin = autoencode(image)
     if twin.shape != image.shape or twin.dtype != np.uint8:
         raise ValueError(

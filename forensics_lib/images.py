@@ -380,9 +380,9 @@ def _listed(values: np.ndarray, count: int = 5) -> str:
     return ", ".join(found if len(found) <= count else [*found[: count - 1], "...", found[-1]])
 
 
-def random_square(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of at most ``side`` of ``(H, W, 3)``: all of a smaller image."""
-    top, left = (int(rng.integers(max(0, length - side) + 1)) for length in image.shape[:2])
+def random_square(image: np.ndarray, side: int, rng: np.random.Generator, step: int = 1) -> np.ndarray:
+    """A random square of at most ``side`` of ``(H, W, 3)``, that begins at multiples of ``step``: all of a smaller image."""
+    top, left = (step * int(rng.integers(max(0, length - side) // step + 1)) for length in image.shape[:2])
     return image[top : top + side, left : left + side]
 
 

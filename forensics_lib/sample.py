@@ -99,6 +99,8 @@ def build_sample(root: Path) -> Path:
         return root
     with one_at_a_time(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
         if not _finished(root):
+            for left in root.parent.glob(f".{root.name}-*/"):  # by a build that was killed: none goes on while this one may
+                shutil.rmtree(left)
             _build_beside(root)
     return root
 

@@ -179,6 +179,18 @@ def test_large_photographs_give_a_square(tmp_path, photos, rng):
     assert (header.width, header.height) == (64, 64)
 
 
+def test_a_twin_s_blocks_begin_where_its_photograph_s_do(tmp_path, photos, monkeypatch):
+    """So that the share of the photograph that is mixed in brings no second grid of blocks."""
+    places = np.stack(np.broadcast_arrays(np.arange(180)[:, None], np.arange(250), 0), 2).astype(np.uint8)
+    Image.fromarray(places).save(photos["path"][0], format="PNG")
+    seen = []
+    monkeypatch.setattr("forensics_lib.aligned.read_image", lambda _: places)
+    for index in range(len(photos)):
+        make_twins(photos.iloc[index : index + 1], Aligned(side=64), lambda image: (seen.append(image[0, 0]), image)[1])
+    assert len(seen) == len(photos) and len({tuple(corner) for corner in seen}) > 1
+    assert all(corner[0] % 16 == corner[1] % 16 == 0 for corner in seen)
+
+
 def test_an_unreadable_photograph_has_no_twin(photos, capsys):
     Path(photos["path"][0]).write_bytes(b"")
     assert len(make_twins(photos, Aligned(), smear)) == len(photos) - 1

@@ -97,6 +97,16 @@ def test_two_first_runs_at_once_share_one_sample(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".s-lock"] == ["s"]
 
 
+def test_what_a_killed_build_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sample, "_build", lambda root: (root / sample.MARKER).write_text(json.dumps({"version": sample.VERSION}))
+    )
+    (tmp_path / ".sample-x1y2").mkdir()
+    (tmp_path / ".sample-x1y2" / "half.jpg").write_bytes(b"half")
+    build_sample(tmp_path / "sample")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["sample"]
+
+
 def test_files_of_others_are_not_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "_build", lambda root: None)
     (tmp_path / "s").mkdir()
