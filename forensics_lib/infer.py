@@ -34,7 +34,7 @@ from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.metrics import round_probs
 from forensics_lib.model import CombinedModel, load_model, read_checkpoint
-from forensics_lib.runs import Run, require_trained
+from forensics_lib.runs import Run, require_same_kind, require_trained
 from forensics_lib.settings import settings_text
 
 SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
@@ -62,6 +62,7 @@ def infer(run: Run, task: str) -> pd.DataFrame:
 
 def _infer(run: Run, task: str) -> pd.DataFrame:
     require_trained(run, task)
+    require_same_kind(run, task)
     thresholds = stored_thresholds(run, task)
     if "temperature" not in thresholds:
         raise InferenceError(
@@ -89,7 +90,8 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
         print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
-    run.record(**{f"task{task}_inferred": {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}})
+    facts = {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}
+    run.record(**{f"task{task}_inferred": facts | inference_settings(run.params, task)})
     run.record(**{f"task{task}_unreadable_test": [Path(path).name for path in table.loc[failed, "path"]]})
     table["prob"] = round_probs(table["prob"])
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])

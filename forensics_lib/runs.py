@@ -290,6 +290,21 @@ def parameters_in_force(run: Run) -> dict[str, Any]:
     return found | ({"tasks": tasks} if "tasks" in found else {})
 
 
+def require_same_kind(run: Run, task: str) -> None:
+    """Raise ``ValueError`` where a task was trained as another type of run, or with other data, than this command says.
+
+    An archive's name would tell of another training than the one behind it.
+    """
+    trained = trained_by(run, task)["params"]
+    for key in ("run_type", "sample"):
+        then, now = trained.get(key, getattr(run.params, key)), getattr(run.params, key)
+        if then != now:
+            raise ValueError(
+                f"Task {task} of run {run.name} was trained with {key}: {then}, and this command says {key}: {now}. Give the "
+                f"parameters that it was trained with ({key}={str(then).lower()}), or another run_name"
+            )
+
+
 def require_trained(run: Run, task: str) -> None:
     """Raise ``FileNotFoundError`` where a task has no model with thresholds yet, with what to do and which runs have one."""
     if task in read_json(run.thresholds) and run.finetuned_model(task).is_file():

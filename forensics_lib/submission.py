@@ -30,7 +30,7 @@ from forensics_lib.inference import MASK_KEY, load_mask
 from forensics_lib.layouts import contents, mask_clashes, mask_names, read_test
 from forensics_lib.metrics import DECIMALS
 from forensics_lib.progress import progress
-from forensics_lib.runs import Run
+from forensics_lib.runs import Run, require_same_kind
 
 HEADERS = {
     "A": ["image_id", "prob", "label", "threshold"],
@@ -186,9 +186,10 @@ def submission_table(run: Run, task: str) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
     table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
+    require_same_kind(run, task)
     inferred = read_json(run.folder / "run.json").get(f"task{task}_inferred")
-    thresholds = stored_thresholds(run, task)
-    if inferred and inferred["thresholds"] != thresholds:
+    thresholds, chosen_with = stored_thresholds(run, task), read_json(run.thresholds)[task].get("inference")
+    if inferred and (inferred["thresholds"] != thresholds or inferred.get("inference", chosen_with) != chosen_with):
         raise SubmissionError(
             f"the Task {task} thresholds of run {run.name} were chosen anew since its test images were predicted: run 04_infer "
             "of this run again (shards that still hold are taken up)"

@@ -122,6 +122,26 @@ def test_thresholds_chosen_anew_ask_for_another_inference(trained):
     assert build_submission(changed, task).valid
 
 
+def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(trained):
+    run, task = trained
+    infer(run, task)
+    kept = read_json(run.thresholds)[task]
+    update_json(run.thresholds, **{task: kept | {"inference": kept["inference"] | {"new": 1}}})
+    with pytest.raises(SubmissionError, match="chosen anew"):
+        build_submission(run, task)
+
+
+@pytest.mark.parametrize("values", [{"run_type": "open"}, {"sample": True}])
+def test_a_run_is_submitted_as_what_it_was_trained_as(values, trained):
+    run, task = trained
+    infer(run, task)
+    other = Run(run.params.model_copy(update=values), run.data)
+    for step in (infer, build_submission):
+        with pytest.raises(ValueError, match=f"was trained with {next(iter(values))}"):
+            step(other, task)
+    assert build_submission(run, task).valid
+
+
 def test_untrained_runs_name_those_that_are_trained(trained):
     run, task = trained
     run.record(params_file="params/mine.yaml", taskA_trained=None, taskB_trained=None)
