@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -87,7 +87,7 @@ def _items(images: Source | Iterable[Source]) -> list[_Item]:
     of_names = isinstance(images, np.ndarray) and images.dtype.kind in "OUT"  # NumPy's arrays of objects and of texts
     if not of_names and (isinstance(images, ONE) or hasattr(images, "read")):
         images = [images]
-    elif not isinstance(images, Iterable):
+    elif not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise TypeError(f"images is of type {type(images).__name__}; wanted {WANTED}, or any number of these")
     items: list[_Item] = []
     for image in images:
@@ -102,6 +102,8 @@ def _of_path(path: str | PathLike, name: str) -> list[_Item]:
     """The file, or the images below the folder."""
     if not fspath(path):
         raise ValueError(f"{name}: its path is empty")
+    if re.match(r"https?://", fspath(path)):
+        raise ValueError(f"{name}: {fspath(path)} is an address; download it first, images are read from files")
     place = Path(path).expanduser()
     if not place.is_dir():
         return [_Item(shown(place))]

@@ -252,7 +252,9 @@ def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises nearly anything on damaged directories
         with path.open("rb") as file:
-            found = _looks_like(file.read(4096))
+            start = file.read(4096)
+        cut = f"it begins as one, but is truncated, damaged or of an unknown kind ({error}); build or download it again"
+        found = cut if start.startswith(b"PK\x03\x04") else _looks_like(start)
         result.faults.append(f"not a zip archive: {found or error}")
         return result
     with archive:

@@ -166,6 +166,7 @@ def test_what_cannot_be_read_keeps_its_row_and_is_named(checkpoint, tmp_path, rn
         (7, TypeError, "image 1: of type int"),
         (["a.jpg"], TypeError, "image 1: of type list"),
         ("", ValueError, "image 1: its path is empty"),
+        ("https://example.org/a.jpg", ValueError, "image 1: https://example.org/a.jpg is an address; download it first"),
         (io.StringIO("text"), TypeError, 'image 1: a file opened as text; open it with "rb"'),
     ],
 )
@@ -184,6 +185,8 @@ def test_nothing_to_predict_is_told(tmp_path):
         predict(tmp_path / "empty", tmp_path / "x.pth")
     with pytest.raises(TypeError, match="images is of type int"):
         predict(3, tmp_path / "x.pth")
+    with pytest.raises(TypeError, match="images is of type dict"):
+        predict({"a": "a.jpg"}, tmp_path / "x.pth")
 
 
 def test_home_is_found_in_paths(checkpoint, tmp_path, rng, monkeypatch):

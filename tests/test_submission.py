@@ -348,6 +348,13 @@ def test_missing_results_name_the_step_to_run(tiny_run):
         build_submission(tiny_run, "A")
 
 
+def test_a_truncated_archive_is_told_as_such(finished, tmp_path):
+    build_submission(finished, "B")
+    (tmp_path / "cut.zip").write_bytes(archive_path(finished, "B").read_bytes()[:300])
+    (fault,) = validate_submission(tmp_path / "cut.zip", "B", finished.test_folder("B")).faults
+    assert fault.startswith("not a zip archive: it begins as one, but is truncated") and "download it again" in fault
+
+
 def test_an_archive_of_an_unknown_zip_version(finished):
     path = build_submission(finished, "A").path
     content = bytearray(path.read_bytes())
