@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from forensics_lib.disk import look
 from forensics_lib.files import from_home
 from forensics_lib.images import SUFFIXES
 from forensics_lib.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, split_of
@@ -52,20 +53,21 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
         _refuse_unofficial(entries, run.params.edition)
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
-    roots = [from_home(entry.root).resolve() for entry in entries if entry.layout in VALIDATION_LAYOUTS]
-    roots.append((run.data / "dataset_taskB" / "validation").resolve())
-    _refuse_validation(places, roots)
+    _refuse_validation(places, _never_trained_on(run, entries))
     if constrained:
         _refuse_foreign(run, task, entries, places)
 
 
-def refuse_validation_rows(table: pd.DataFrame) -> None:
-    """Raise ``LayoutError`` where a training row is a file of an official validation set, by identity or by name."""
-    train = table["split"].eq("train")
-    official = table["layout"].isin(VALIDATION_LAYOUTS) & table["identity"].ne(-1)
-    same = table[train & table["identity"].isin(table.loc[official, "identity"])]
-    found = [f"{path} is a file of the validation set" for path in same["path"].head(NAMED)]
-    listed = table[train & (table["layout"].eq("table") | table["layout"].str.contains(":", regex=False))]
+def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
+    name; ``entries`` are the run's sets of both tasks.
+    """
+    train = table[table["split"].eq("train")]
+    kept = _never_trained_on(run, entries).items()
+    known = {identity: what for root, what in kept for identity in _identities(root)}
+    same = train[train["identity"].isin(list(known))]
+    found = [f"{path} is a file of {known[identity]}" for path, identity in zip(same["path"], same["identity"], strict=True)]
+    listed = train[train["layout"].eq("table") | train["layout"].str.contains(":", regex=False)]
     names: dict[str, list[str]] = {}
     for path in listed["path"]:
         target = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 (speed)
@@ -80,8 +82,26 @@ def refuse_validation_rows(table: pd.DataFrame) -> None:
 def _raise_validation(found: list[str]) -> None:
     if found:
         raise LayoutError(
-            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained on"
+            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained "
+            "on, nor must the test images"
         )
+
+
+def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
+    """The real folders of the official validation sets and of the test images, with what they are."""
+    listed = [from_home(entry.root) for entry in entries if entry.layout in VALIDATION_LAYOUTS]
+    roots = [root.resolve() for root in (run.data / "dataset_taskB" / "validation", *listed)]
+    tests = {run.test_folder(task).resolve(): f"the Task {task} test images" for task in "AB"}
+    return {root: f"the validation set {root}" for root in roots} | tests
+
+
+def _identities(root: Path) -> list[int]:
+    """The identities of all files below a folder, also through links."""
+    paths = []
+    for folder in {place.target for place in _walk(root) if not place.file}:
+        with os.scandir(folder) as entries:
+            paths += [entry.path for entry in entries if entry.is_file()]
+    return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
 
 
 def _first(found: list[str]) -> str:
@@ -156,7 +176,7 @@ def _trains(entry: DataSet, place: Place) -> bool:
     return entry.split == "train" or next((split for split in named if split), "train") == "train"
 
 
-def _refuse_validation(places: dict[DataSet, list[Place]], roots: list[Path]) -> None:
+def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str]) -> None:
     found, known = [], {}
     for entry, inside in places.items():
         for place in (place for place in inside if _trains(entry, place)):
@@ -167,10 +187,10 @@ def _refuse_validation(places: dict[DataSet, list[Place]], roots: list[Path]) ->
     _raise_validation(found)
 
 
-def _validates(target: Path, names: tuple[str, ...], roots: list[Path]) -> str | None:
+def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> str | None:
     if of_itw_sm(target) or named_as_itw_sm(names):
         return "ITW-SM, by its name or its files' names"
-    return next((f"the validation set {root}" for root in roots if target.is_relative_to(root)), None)
+    return next((what for root, what in roots.items() if target.is_relative_to(root)), None)
 
 
 @lru_cache(maxsize=10_000)

@@ -227,3 +227,56 @@ def test_flat_class_folders_are_not_itw_sm_for_that_reason(tiny_run, tmp_path, r
         build_manifest(with_data(tiny_run, own, {"root": str(tmp_path / "flat")}, run_type="open"), "A")
     stated = {"root": str(tmp_path / "flat"), "split": "test"}
     assert build_manifest(with_data(tiny_run, own, stated, run_type="open"), "A")["split"].eq("test").sum() == 2
+
+
+def tabled(run: Run, folder: Path, listed: Path, *others: Path, mask: Path | None = None) -> Run:
+    """An open run on some sets, and on a table that lists one image for training."""
+    (folder / "t.csv").write_text(
+        f"path,label,split{',mask_path' * bool(mask)}\n{listed},1,train{f',{mask}' if mask else ''}\n"
+    )
+    return with_data(run, *({"root": str(root)} for root in (*others, folder / "t.csv")), run_type="open")
+
+
+@pytest.mark.parametrize("way", ["table", "hard link"])
+def test_the_task_b_validation_set_does_not_train_task_a(tiny_run, tmp_path, way):
+    dataset = tiny_run.data / "dataset"
+    image = next((tiny_run.data / "dataset_taskB" / "validation" / "coco" / "brushnet" / "image").iterdir())
+    if way == "table":
+        run = tabled(tiny_run, tmp_path, image, dataset)
+    else:
+        os.link(image, dataset / "train" / "1_fake" / "src" / "again.jpg")
+        run = with_data(tiny_run, {"root": str(dataset)}, run_type="open")
+    with pytest.raises(LayoutError, match=r"is a file of the validation set .*must not be trained on"):
+        build_manifest(run, "A")
+
+
+def test_an_unlisted_task_b_validation_set_does_not_train_task_b(tiny_run, tmp_path):
+    folder = tiny_run.data / "dataset_taskB"
+    image = next((folder / "validation" / "coco" / "brushnet" / "image").iterdir())
+    mask = image.parents[1] / "mask" / f"{image.stem}_mask.png"
+    with pytest.raises(LayoutError, match=r"is a file of the validation set"):
+        build_manifest(tabled(tiny_run, tmp_path, image, folder / "TGIF", mask=mask), "B")
+
+
+def test_a_validation_set_that_is_listed_for_the_other_task(tiny_run, tmp_path):
+    (tiny_run.data / "dataset_taskB" / "validation").rename(tmp_path / "apart")
+    image = next((tmp_path / "apart" / "coco" / "original").iterdir())
+    with pytest.raises(LayoutError, match=r"is a file of the validation set"):
+        build_manifest(tabled(tiny_run, tmp_path, image, tiny_run.data / "dataset", tmp_path / "apart"), "A")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+@pytest.mark.parametrize("way", ["folder", "file", "hard link", "table"])
+def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
+    run = Run(tiny_run.params.model_copy(update={"run_type": run_type, "aligned": None}), tiny_run.data)
+    tests = run.data / "test" / "taskA"
+    if way == "folder":
+        link(run, "train/0_real/t", tests)
+    elif way == "file":
+        link(run, "train/0_real/src/t.jpg", tests / "a1.jpg")
+    elif way == "hard link":
+        os.link(tests / "a1.jpg", run.data / "dataset" / "train" / "0_real" / "src" / "t.jpg")
+    else:
+        run = tabled(run, tmp_path, tests / "a1.jpg", run.data / "dataset")
+    with pytest.raises(LayoutError, match=r"Task A test images.* nor must the test images"):
+        build_manifest(with_data(run, {"root": str(run.data / "dataset")}) if way != "table" else run, "A")
