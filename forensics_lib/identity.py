@@ -160,7 +160,7 @@ def _real_file(link: str) -> str:
             link = os.path.join(_real_folder(os.path.dirname(link)), os.readlink(link))  # noqa: PTH115, PTH118, PTH120 (speed)
         except OSError:
             break
-    return os.path.normpath(link)
+    return os.path.join(_real_folder(os.path.dirname(link)), os.path.basename(link))  # noqa: PTH118, PTH119, PTH120 (speed)
 
 
 @lru_cache(maxsize=10_000)
@@ -169,11 +169,15 @@ def _real_folder(folder: str) -> Path:
 
 
 def _trains(entry: DataSet, place: Place) -> bool:
-    """Whether images at ``place`` are for training, by the entry and the names on the way."""
-    if entry.layout in VALIDATION_LAYOUTS or entry.split in ("val", "test"):
-        return False
+    return _split(entry, place) == "train"
+
+
+def _split(entry: DataSet, place: Place) -> str:
+    """What images at ``place`` are for, by the entry and the names on the way."""
+    if entry.layout in VALIDATION_LAYOUTS:
+        return "val"
     named = (split_of(part) for part in (*place.parts, from_home(entry.root).name))
-    return entry.split == "train" or next((split for split in named if split), "train") == "train"
+    return entry.split or next((split for split in named if split), "train")
 
 
 def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str]) -> None:
@@ -251,9 +255,11 @@ def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
 
 def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[DataSet, list[Place]]) -> None:
     """Raise ``LayoutError`` that names every place of a constrained run's sets that leads to data which is not official."""
-    validated = {
-        place.file or place.target for entry, inside in places.items() for place in inside if not _trains(entry, place)
-    }
+    roles = {"val": "it is in the run's validation set", "test": "it is in a test split of the run's sets"}
+    kept_apart: dict[Path | str, str] = {}  # real folders and files that do not train
+    for entry, inside in places.items():
+        splits = ((place.file or place.target, _split(entry, place)) for place in inside)
+        kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
     opened = _Opened(run.data / "dataset_open")
     found: list[str] = []
     for entry, inside in places.items():
@@ -267,8 +273,8 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
             if key not in known:
                 known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
             why = known[key] or opened.holds(place)
-            if not why and key[2] and (place.file or place.target) in validated:
-                why = "it is in the run's validation set"
+            if not why and key[2]:
+                why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
                 found.append(f"{place.path} leads into {place.file or place.target}: {why}")
     _raise_unofficial(found, CONSTRAINED_LAYOUTS)

@@ -203,8 +203,9 @@ def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path
         build_manifest(with_data(tiny_run, *entries, run_type=run_type), "A")
 
 
-def test_a_training_link_into_the_validation_folder(tiny_run):
-    link(tiny_run, "train/1_fake/more", tiny_run.data / "dataset" / "val" / "1_fake" / "src")
+@pytest.mark.parametrize("file", ["", "1_fake0.png"])
+def test_a_training_link_into_the_validation_folder(tiny_run, file):
+    link(tiny_run, f"train/1_fake/more{file}", tiny_run.data / "dataset" / "val" / "1_fake" / "src" / file)
     with pytest.raises(LayoutError, match="it is in the run's validation set"):
         data_sets(tiny_run, "A")
 
@@ -280,3 +281,33 @@ def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
         run = tabled(run, tmp_path, tests / "a1.jpg", run.data / "dataset")
     with pytest.raises(LayoutError, match=r"Task A test images.* nor must the test images"):
         build_manifest(with_data(run, {"root": str(run.data / "dataset")}) if way != "table" else run, "A")
+
+
+@pytest.mark.parametrize(("split", "role"), [("testing", "in a test split"), ("validation", "run's validation set")])
+def test_single_files_of_tgifs_other_splits_do_not_train(tiny_run, split, role):
+    root = tiny_run.data / "dataset_taskB" / "TGIF"
+    target = next((root / "sd2-sp" / split / "cat").iterdir())
+    (root / "sd2-sp" / "training" / "cat" / target.name).symlink_to(target)
+    with pytest.raises(LayoutError, match=role) as refused:
+        data_sets(tiny_run, "B")
+    assert ("validation" in str(refused.value).partition("Official layouts")[0]) == (split == "validation")
+
+
+def test_a_chain_of_links_through_a_linked_folder(tiny_run, tmp_path):
+    touch(tiny_run.data / "dataset_open" / "train" / "1_fake" / "flux", "1.png")
+    (tmp_path / "first").symlink_to(tiny_run.data / "dataset_open" / "train" / "1_fake" / "flux")
+    (tmp_path / "single.png").symlink_to(tmp_path / "first" / "1.png")
+    link(tiny_run, "train/1_fake/src/z.png", tmp_path / "single.png")
+    with pytest.raises(LayoutError, match="it is open data"):
+        data_sets(tiny_run, "A")
+
+
+def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path):
+    touch(tmp_path / "pool", "1.png")
+    (tmp_path / "first").symlink_to(tmp_path / "pool")
+    theirs = tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "a.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.symlink_to(tmp_path / "first" / "1.png")
+    link(tiny_run, "train/1_fake/src/z.png", tmp_path / "pool" / "1.png")
+    with pytest.raises(LayoutError, match="dataset_open holds it too"):
+        data_sets(tiny_run, "A")
