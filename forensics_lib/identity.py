@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,18 @@ import pandas as pd
 from forensics_lib.disk import look
 from forensics_lib.files import from_home
 from forensics_lib.images import SUFFIXES
-from forensics_lib.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, split_of
+from forensics_lib.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, read_text_table, split_of
 from forensics_lib.params import DataSet
-from forensics_lib.readers import CNNDETECTION_CATEGORIES, CONSTRAINED_LAYOUTS, class_trees, named_as_itw_sm, of_itw_sm, task_of
+from forensics_lib.readers import (
+    CNNDETECTION_CATEGORIES,
+    CONSTRAINED_LAYOUTS,
+    PLATFORMS,
+    class_trees,
+    holds_itw_sm,
+    named_as_itw_sm,
+    of_itw_sm,
+    task_of,
+)
 from forensics_lib.runs import Run
 
 LDM_SETS = ("class2image", "noise2image_FFHQ", "noise2image_bedrooms", "noise2image_churches")
@@ -27,7 +35,7 @@ _GANS = "progan biggan crn cyclegan deepfake gaugan imle san seeingdark stargan 
 TEST_GENERATORS = frozenset(_GANS.split())
 VALIDATION_LAYOUTS = frozenset({"itw_sm", "task_b_validation"})
 LISTED = frozenset({"table", "parquet"})  # layouts that name images by other means than folders
-_SOME = 200  # names in a folder, and rows of a table, that are looked at
+_SOME = 200  # names in a folder that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     """Raise ``LayoutError`` where a set of ``task`` would train on validation data or, in a constrained run, on data that is
     not official, also through links; the message names each place, where it leads, and why it is refused.
     """
-    for cached in (_real_folder, _names_in, _foreign, _listed_folders):
+    for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
         cached.cache_clear()  # the last call may have been before the user mended something
     constrained = run.params.run_type == "constrained"
     if constrained:
@@ -74,7 +82,7 @@ def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame
         names.setdefault(target.rpartition(os.sep)[0], []).append(target.rpartition(os.sep)[2])
     for folder, images in names.items():
         target = Path(folder).resolve()
-        if of_itw_sm(target) or named_as_itw_sm(images):
+        if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
             found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
     _raise_validation(found)
 
@@ -192,9 +200,29 @@ def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str
 
 
 def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> str | None:
-    if of_itw_sm(target) or named_as_itw_sm(names):
-        return "ITW-SM, by its name or its files' names"
+    if of_itw_sm(target) or named_as_itw_sm(names) or _by_platforms(target):
+        return "ITW-SM, by its name, its folders' or its files' names"
     return next((what for root, what in roots.items() if target.is_relative_to(root)), None)
+
+
+def _by_platforms(target: Path) -> bool:
+    """Whether ``target`` lies in a platform's folder in a class folder, beside nothing but such ones.
+
+    Class folders of a training folder are passed over: what lies in those are sources, which may be named for platforms.
+    """
+    parts = target.parts
+    number = next((i for i in reversed(range(len(parts) - 1)) if class_of(parts[i]) is not None), None)
+    if number is None or parts[number + 1].lower() not in PLATFORMS or split_of(parts[number - 1]) == "train":
+        return False
+    return _has_platforms(Path(*parts[:number]))
+
+
+@lru_cache(maxsize=1_000)
+def _has_platforms(root: Path) -> bool:
+    try:
+        return holds_itw_sm(root)
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=10_000)
@@ -386,25 +414,29 @@ def _listed_in(target: Path) -> str | None:
         return None
     if next(target.glob("*.parquet"), None):
         return "it is a parquet set"
-    for table in (*target.parent.glob("*.csv"), *target.glob("*.csv")):
+    for table in (*_tables_in(target.parent), *_tables_in(target)):
         if _lists(table, target):
             return f"it is the set of the table {table}"
     return None
 
 
+def _tables_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+
+
 @lru_cache(maxsize=1_000)
 def _listed_folders(table: Path) -> frozenset[Path]:
-    """The real folders of the first images that a table with ``path`` and ``label`` lists."""
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if not {"path", "label"} <= set(rows.fieldnames or ()):
-            return frozenset()
-        paths = [str(row["path"]).replace("\\", "/") for row in islice(rows, _SOME)]
-    return frozenset((table.parent / path).parent.resolve() for path in paths)
+    """The real folders of the images that a table with ``path`` and ``label`` lists, as ``readers.read_table`` reads it."""
+    rows = read_text_table(table)
+    if not {"path", "label"} <= set(rows.columns):
+        return frozenset()
+    folders = {path.replace("\\", "/").rpartition("/")[0] for path in rows["path"].unique()}
+    return frozenset((table.parent / folder).resolve() for folder in folders)
 
 
 def _lists(table: Path, target: Path) -> bool:
     try:
         return any(folder.is_relative_to(target) for folder in _listed_folders(table))
-    except (OSError, csv.Error):
+    except LayoutError:  # no table of images
         return False

@@ -311,3 +311,42 @@ def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path)
     link(tiny_run, "train/1_fake/src/z.png", tmp_path / "pool" / "1.png")
     with pytest.raises(LayoutError, match="dataset_open holds it too"):
         data_sets(tiny_run, "A")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+@pytest.mark.parametrize("way", ["class folder", "platform folder", "file", "table"])
+def test_itw_sm_is_known_by_its_platforms_folders(tiny_run, tmp_path, run_type, way):
+    root = tmp_path / "social"
+    touch(root, "0_real/facebook/0.jpg", "0_real/x/0.jpg", "1_fake/Reddit/0.jpg")
+    run = Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data)
+    if way == "class folder":
+        link(run, "train/1_fake/more", root / "1_fake")
+    elif way == "platform folder":
+        link(run, "train/0_real/src/deep/more", root / "0_real" / "facebook")
+    elif way == "file":
+        link(run, "train/0_real/src/more.jpg", root / "0_real" / "x" / "0.jpg")
+    else:
+        run = tabled(run, tmp_path, root / "1_fake" / "Reddit" / "0.jpg", run.data / "dataset")
+    with pytest.raises(LayoutError, match=r"ITW-SM.*must not be trained on"):
+        build_manifest(run, "A")
+
+
+def test_sources_may_be_named_for_platforms(tiny_run):
+    for label in ("0_real", "1_fake"):
+        folder = tiny_run.data / "dataset" / "train" / label
+        (folder / "src").rename(folder / "reddit")
+    assert build_manifest(tiny_run, "A")["source"].eq("reddit").sum() == 12
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "UTF-16", "capitals", "ending", "long"])
+def test_images_that_a_table_of_any_form_lists(tiny_run, tmp_path, form):
+    touch(tmp_path / "mine", "images/1.png")
+    mark = {"semicolons": ";", "tabs": "\t"}.get(form, ",")
+    rows = [["path", "label"], *([["others/0.png", "0"]] * 300 if form == "long" else []), ["images/1.png", "1"]]
+    text = "\n".join(mark.join(row) for row in rows)
+    text = text.replace("path,label", "Path,Label") if form == "capitals" else text
+    name = "t.CSV" if form == "ending" else "t.csv"
+    (tmp_path / "mine" / name).write_text(text, encoding="utf-16" if form == "UTF-16" else "utf-8")
+    link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
+    with pytest.raises(LayoutError, match="the set of the table"):
+        data_sets(tiny_run, "A")
