@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +11,21 @@ from pathlib import Path
 
 import pandas as pd
 
+from forensics_lib.disk import look
 from forensics_lib.files import from_home
 from forensics_lib.images import SUFFIXES
-from forensics_lib.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, split_of
+from forensics_lib.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, read_text_table, split_of
 from forensics_lib.params import DataSet
-from forensics_lib.readers import CNNDETECTION_CATEGORIES, CONSTRAINED_LAYOUTS, class_trees, named_as_itw_sm, of_itw_sm, task_of
+from forensics_lib.readers import (
+    CNNDETECTION_CATEGORIES,
+    CONSTRAINED_LAYOUTS,
+    PLATFORMS,
+    class_trees,
+    holds_itw_sm,
+    named_as_itw_sm,
+    of_itw_sm,
+    task_of,
+)
 from forensics_lib.runs import Run
 
 LDM_SETS = ("class2image", "noise2image_FFHQ", "noise2image_bedrooms", "noise2image_churches")
@@ -26,7 +35,7 @@ _GANS = "progan biggan crn cyclegan deepfake gaugan imle san seeingdark stargan 
 TEST_GENERATORS = frozenset(_GANS.split())
 VALIDATION_LAYOUTS = frozenset({"itw_sm", "task_b_validation"})
 LISTED = frozenset({"table", "parquet"})  # layouts that name images by other means than folders
-_SOME = 200  # names in a folder, and rows of a table, that are looked at
+_SOME = 200  # names in a folder that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,34 +54,35 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     """Raise ``LayoutError`` where a set of ``task`` would train on validation data or, in a constrained run, on data that is
     not official, also through links; the message names each place, where it leads, and why it is refused.
     """
-    for cached in (_real_folder, _names_in, _foreign, _listed_folders):
+    for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
         cached.cache_clear()  # the last call may have been before the user mended something
     constrained = run.params.run_type == "constrained"
     if constrained:
         _refuse_unofficial(entries, run.params.edition)
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
-    roots = [from_home(entry.root).resolve() for entry in entries if entry.layout in VALIDATION_LAYOUTS]
-    roots.append((run.data / "dataset_taskB" / "validation").resolve())
-    _refuse_validation(places, roots)
+    _refuse_validation(places, _never_trained_on(run, entries))
     if constrained:
         _refuse_foreign(run, task, entries, places)
 
 
-def refuse_validation_rows(table: pd.DataFrame) -> None:
-    """Raise ``LayoutError`` where a training row is a file of an official validation set, by identity or by name."""
-    train = table["split"].eq("train")
-    official = table["layout"].isin(VALIDATION_LAYOUTS) & table["identity"].ne(-1)
-    same = table[train & table["identity"].isin(table.loc[official, "identity"])]
-    found = [f"{path} is a file of the validation set" for path in same["path"].head(NAMED)]
-    listed = table[train & (table["layout"].eq("table") | table["layout"].str.contains(":", regex=False))]
+def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
+    name; ``entries`` are the run's sets of both tasks.
+    """
+    train = table[table["split"].eq("train")]
+    kept = _never_trained_on(run, entries).items()
+    known = {identity: what for root, what in kept for identity in _identities(root)}
+    same = train[train["identity"].isin(list(known))]
+    found = [f"{path} is a file of {known[identity]}" for path, identity in zip(same["path"], same["identity"], strict=True)]
+    listed = train[train["layout"].eq("table") | train["layout"].str.contains(":", regex=False)]
     names: dict[str, list[str]] = {}
     for path in listed["path"]:
         target = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 (speed)
         names.setdefault(target.rpartition(os.sep)[0], []).append(target.rpartition(os.sep)[2])
     for folder, images in names.items():
         target = Path(folder).resolve()
-        if of_itw_sm(target) or named_as_itw_sm(images):
+        if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
             found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
     _raise_validation(found)
 
@@ -80,8 +90,26 @@ def refuse_validation_rows(table: pd.DataFrame) -> None:
 def _raise_validation(found: list[str]) -> None:
     if found:
         raise LayoutError(
-            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained on"
+            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained "
+            "on, nor must the test images"
         )
+
+
+def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
+    """The real folders of the official validation sets and of the test images, with what they are."""
+    listed = [from_home(entry.root) for entry in entries if entry.layout in VALIDATION_LAYOUTS]
+    roots = [root.resolve() for root in (run.data / "dataset_taskB" / "validation", *listed)]
+    tests = {run.test_folder(task).resolve(): f"the Task {task} test images" for task in "AB"}
+    return {root: f"the validation set {root}" for root in roots} | tests
+
+
+def _identities(root: Path) -> list[int]:
+    """The identities of all files below a folder, also through links."""
+    paths = []
+    for folder in {place.target for place in _walk(root) if not place.file}:
+        with os.scandir(folder) as entries:
+            paths += [entry.path for entry in entries if entry.is_file()]
+    return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
 
 
 def _first(found: list[str]) -> str:
@@ -140,7 +168,7 @@ def _real_file(link: str) -> str:
             link = os.path.join(_real_folder(os.path.dirname(link)), os.readlink(link))  # noqa: PTH115, PTH118, PTH120 (speed)
         except OSError:
             break
-    return os.path.normpath(link)
+    return os.path.join(_real_folder(os.path.dirname(link)), os.path.basename(link))  # noqa: PTH118, PTH119, PTH120 (speed)
 
 
 @lru_cache(maxsize=10_000)
@@ -149,14 +177,18 @@ def _real_folder(folder: str) -> Path:
 
 
 def _trains(entry: DataSet, place: Place) -> bool:
-    """Whether images at ``place`` are for training, by the entry and the names on the way."""
-    if entry.layout in VALIDATION_LAYOUTS or entry.split in ("val", "test"):
-        return False
+    return _split(entry, place) == "train"
+
+
+def _split(entry: DataSet, place: Place) -> str:
+    """What images at ``place`` are for, by the entry and the names on the way."""
+    if entry.layout in VALIDATION_LAYOUTS:
+        return "val"
     named = (split_of(part) for part in (*place.parts, from_home(entry.root).name))
-    return entry.split == "train" or next((split for split in named if split), "train") == "train"
+    return entry.split or next((split for split in named if split), "train")
 
 
-def _refuse_validation(places: dict[DataSet, list[Place]], roots: list[Path]) -> None:
+def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str]) -> None:
     found, known = [], {}
     for entry, inside in places.items():
         for place in (place for place in inside if _trains(entry, place)):
@@ -167,10 +199,30 @@ def _refuse_validation(places: dict[DataSet, list[Place]], roots: list[Path]) ->
     _raise_validation(found)
 
 
-def _validates(target: Path, names: tuple[str, ...], roots: list[Path]) -> str | None:
-    if of_itw_sm(target) or named_as_itw_sm(names):
-        return "ITW-SM, by its name or its files' names"
-    return next((f"the validation set {root}" for root in roots if target.is_relative_to(root)), None)
+def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> str | None:
+    if of_itw_sm(target) or named_as_itw_sm(names) or _by_platforms(target):
+        return "ITW-SM, by its name, its folders' or its files' names"
+    return next((what for root, what in roots.items() if target.is_relative_to(root)), None)
+
+
+def _by_platforms(target: Path) -> bool:
+    """Whether ``target`` lies in a platform's folder in a class folder, beside nothing but such ones.
+
+    Class folders of a training folder are passed over: what lies in those are sources, which may be named for platforms.
+    """
+    parts = target.parts
+    number = next((i for i in reversed(range(len(parts) - 1)) if class_of(parts[i]) is not None), None)
+    if number is None or parts[number + 1].lower() not in PLATFORMS or split_of(parts[number - 1]) == "train":
+        return False
+    return _has_platforms(Path(*parts[:number]))
+
+
+@lru_cache(maxsize=1_000)
+def _has_platforms(root: Path) -> bool:
+    try:
+        return holds_itw_sm(root)
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=10_000)
@@ -231,9 +283,11 @@ def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
 
 def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[DataSet, list[Place]]) -> None:
     """Raise ``LayoutError`` that names every place of a constrained run's sets that leads to data which is not official."""
-    validated = {
-        place.file or place.target for entry, inside in places.items() for place in inside if not _trains(entry, place)
-    }
+    roles = {"val": "it is in the run's validation set", "test": "it is in a test split of the run's sets"}
+    kept_apart: dict[Path | str, str] = {}  # real folders and files that do not train
+    for entry, inside in places.items():
+        splits = ((place.file or place.target, _split(entry, place)) for place in inside)
+        kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
     opened = _Opened(run.data / "dataset_open")
     found: list[str] = []
     for entry, inside in places.items():
@@ -247,8 +301,8 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
             if key not in known:
                 known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
             why = known[key] or opened.holds(place)
-            if not why and key[2] and (place.file or place.target) in validated:
-                why = "it is in the run's validation set"
+            if not why and key[2]:
+                why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
                 found.append(f"{place.path} leads into {place.file or place.target}: {why}")
     _raise_unofficial(found, CONSTRAINED_LAYOUTS)
@@ -360,25 +414,29 @@ def _listed_in(target: Path) -> str | None:
         return None
     if next(target.glob("*.parquet"), None):
         return "it is a parquet set"
-    for table in (*target.parent.glob("*.csv"), *target.glob("*.csv")):
+    for table in (*_tables_in(target.parent), *_tables_in(target)):
         if _lists(table, target):
             return f"it is the set of the table {table}"
     return None
 
 
+def _tables_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+
+
 @lru_cache(maxsize=1_000)
 def _listed_folders(table: Path) -> frozenset[Path]:
-    """The real folders of the first images that a table with ``path`` and ``label`` lists."""
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if not {"path", "label"} <= set(rows.fieldnames or ()):
-            return frozenset()
-        paths = [str(row["path"]).replace("\\", "/") for row in islice(rows, _SOME)]
-    return frozenset((table.parent / path).parent.resolve() for path in paths)
+    """The real folders of the images that a table with ``path`` and ``label`` lists, as ``readers.read_table`` reads it."""
+    rows = read_text_table(table)
+    if not {"path", "label"} <= set(rows.columns):
+        return frozenset()
+    folders = {path.replace("\\", "/").rpartition("/")[0] for path in rows["path"].unique()}
+    return frozenset((table.parent / folder).resolve() for folder in folders)
 
 
 def _lists(table: Path, target: Path) -> bool:
     try:
         return any(folder.is_relative_to(target) for folder in _listed_folders(table))
-    except (OSError, csv.Error):
+    except LayoutError:  # no table of images
         return False

@@ -34,7 +34,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
     table = pd.concat(tables, ignore_index=True)
-    refuse_validation_rows(table)
+    refuse_validation_rows(run, _named(run), table)
     table["error"] = table["error"].fillna(_contradictions(table, task))
     table["error"] = table["error"].fillna(_repeats(table))
     notes += _repeat_notes(table)
@@ -87,12 +87,16 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
 
     Raises ``LayoutError`` where a set would train on validation data or, in a constrained run, on data that is not official.
     """
-    named = run.params.data and not run.sample
-    entries = [recognised(entry) for entry in run.params.data or []] if named else _of_data_root(run, task)
+    entries = _named(run) or _of_data_root(run, task)
     refuse_misuse(run, task, entries)
     if run.params.run_type == "constrained":
         _refuse_other_task(entries)
     return _serving(task, entries)
+
+
+def _named(run: Run) -> list[DataSet]:
+    """The sets of the ``data`` parameter with their layouts; none where the run takes the folders of its data root."""
+    return [] if run.sample else [recognised(entry) for entry in run.params.data or []]
 
 
 def _serving(task: str, entries: list[DataSet]) -> list[DataSet]:

@@ -221,7 +221,7 @@ def named_as_itw_sm(names: Sequence[str]) -> bool:
     return fitting > 0 and fitting >= 0.9 * len(names)
 
 
-def _holds_itw_sm(root: Path) -> bool:
+def holds_itw_sm(root: Path) -> bool:
     """Whether the class folders in ``root`` hold files named as ITW-SM's, or folders named for platforms."""
     names: list[str] = []
     for place in (path for path in root.iterdir() if class_of(path.name) is not None and path.is_dir()):
@@ -512,7 +512,7 @@ def _layout_of_trees(root: Path) -> str | None:
         return None
     tops, plain = {tree[0] for tree in trees}, all(tree[-1].lower() in TASK_A_LABELS for tree in trees)
     flat = all(len(tree) == 1 for tree in trees)
-    if (plain and tops == {ITW_SM}) or (flat and _holds_itw_sm(root)):
+    if (plain and tops == {ITW_SM}) or (flat and holds_itw_sm(root)):
         return "itw_sm"
     if flat:
         return "folders"

@@ -203,8 +203,9 @@ def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path
         build_manifest(with_data(tiny_run, *entries, run_type=run_type), "A")
 
 
-def test_a_training_link_into_the_validation_folder(tiny_run):
-    link(tiny_run, "train/1_fake/more", tiny_run.data / "dataset" / "val" / "1_fake" / "src")
+@pytest.mark.parametrize("file", ["", "1_fake0.png"])
+def test_a_training_link_into_the_validation_folder(tiny_run, file):
+    link(tiny_run, f"train/1_fake/more{file}", tiny_run.data / "dataset" / "val" / "1_fake" / "src" / file)
     with pytest.raises(LayoutError, match="it is in the run's validation set"):
         data_sets(tiny_run, "A")
 
@@ -227,3 +228,125 @@ def test_flat_class_folders_are_not_itw_sm_for_that_reason(tiny_run, tmp_path, r
         build_manifest(with_data(tiny_run, own, {"root": str(tmp_path / "flat")}, run_type="open"), "A")
     stated = {"root": str(tmp_path / "flat"), "split": "test"}
     assert build_manifest(with_data(tiny_run, own, stated, run_type="open"), "A")["split"].eq("test").sum() == 2
+
+
+def tabled(run: Run, folder: Path, listed: Path, *others: Path, mask: Path | None = None) -> Run:
+    """An open run on some sets, and on a table that lists one image for training."""
+    (folder / "t.csv").write_text(
+        f"path,label,split{',mask_path' * bool(mask)}\n{listed},1,train{f',{mask}' if mask else ''}\n"
+    )
+    return with_data(run, *({"root": str(root)} for root in (*others, folder / "t.csv")), run_type="open")
+
+
+@pytest.mark.parametrize("way", ["table", "hard link"])
+def test_the_task_b_validation_set_does_not_train_task_a(tiny_run, tmp_path, way):
+    dataset = tiny_run.data / "dataset"
+    image = next((tiny_run.data / "dataset_taskB" / "validation" / "coco" / "brushnet" / "image").iterdir())
+    if way == "table":
+        run = tabled(tiny_run, tmp_path, image, dataset)
+    else:
+        os.link(image, dataset / "train" / "1_fake" / "src" / "again.jpg")
+        run = with_data(tiny_run, {"root": str(dataset)}, run_type="open")
+    with pytest.raises(LayoutError, match=r"is a file of the validation set .*must not be trained on"):
+        build_manifest(run, "A")
+
+
+def test_an_unlisted_task_b_validation_set_does_not_train_task_b(tiny_run, tmp_path):
+    folder = tiny_run.data / "dataset_taskB"
+    image = next((folder / "validation" / "coco" / "brushnet" / "image").iterdir())
+    mask = image.parents[1] / "mask" / f"{image.stem}_mask.png"
+    with pytest.raises(LayoutError, match=r"is a file of the validation set"):
+        build_manifest(tabled(tiny_run, tmp_path, image, folder / "TGIF", mask=mask), "B")
+
+
+def test_a_validation_set_that_is_listed_for_the_other_task(tiny_run, tmp_path):
+    (tiny_run.data / "dataset_taskB" / "validation").rename(tmp_path / "apart")
+    image = next((tmp_path / "apart" / "coco" / "original").iterdir())
+    with pytest.raises(LayoutError, match=r"is a file of the validation set"):
+        build_manifest(tabled(tiny_run, tmp_path, image, tiny_run.data / "dataset", tmp_path / "apart"), "A")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+@pytest.mark.parametrize("way", ["folder", "file", "hard link", "table"])
+def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
+    run = Run(tiny_run.params.model_copy(update={"run_type": run_type, "aligned": None}), tiny_run.data)
+    tests = run.data / "test" / "taskA"
+    if way == "folder":
+        link(run, "train/0_real/t", tests)
+    elif way == "file":
+        link(run, "train/0_real/src/t.jpg", tests / "a1.jpg")
+    elif way == "hard link":
+        os.link(tests / "a1.jpg", run.data / "dataset" / "train" / "0_real" / "src" / "t.jpg")
+    else:
+        run = tabled(run, tmp_path, tests / "a1.jpg", run.data / "dataset")
+    with pytest.raises(LayoutError, match=r"Task A test images.* nor must the test images"):
+        build_manifest(with_data(run, {"root": str(run.data / "dataset")}) if way != "table" else run, "A")
+
+
+@pytest.mark.parametrize(("split", "role"), [("testing", "in a test split"), ("validation", "run's validation set")])
+def test_single_files_of_tgifs_other_splits_do_not_train(tiny_run, split, role):
+    root = tiny_run.data / "dataset_taskB" / "TGIF"
+    target = next((root / "sd2-sp" / split / "cat").iterdir())
+    (root / "sd2-sp" / "training" / "cat" / target.name).symlink_to(target)
+    with pytest.raises(LayoutError, match=role) as refused:
+        data_sets(tiny_run, "B")
+    assert ("validation" in str(refused.value).partition("Official layouts")[0]) == (split == "validation")
+
+
+def test_a_chain_of_links_through_a_linked_folder(tiny_run, tmp_path):
+    touch(tiny_run.data / "dataset_open" / "train" / "1_fake" / "flux", "1.png")
+    (tmp_path / "first").symlink_to(tiny_run.data / "dataset_open" / "train" / "1_fake" / "flux")
+    (tmp_path / "single.png").symlink_to(tmp_path / "first" / "1.png")
+    link(tiny_run, "train/1_fake/src/z.png", tmp_path / "single.png")
+    with pytest.raises(LayoutError, match="it is open data"):
+        data_sets(tiny_run, "A")
+
+
+def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path):
+    touch(tmp_path / "pool", "1.png")
+    (tmp_path / "first").symlink_to(tmp_path / "pool")
+    theirs = tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "a.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.symlink_to(tmp_path / "first" / "1.png")
+    link(tiny_run, "train/1_fake/src/z.png", tmp_path / "pool" / "1.png")
+    with pytest.raises(LayoutError, match="dataset_open holds it too"):
+        data_sets(tiny_run, "A")
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+@pytest.mark.parametrize("way", ["class folder", "platform folder", "file", "table"])
+def test_itw_sm_is_known_by_its_platforms_folders(tiny_run, tmp_path, run_type, way):
+    root = tmp_path / "social"
+    touch(root, "0_real/facebook/0.jpg", "0_real/x/0.jpg", "1_fake/Reddit/0.jpg")
+    run = Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data)
+    if way == "class folder":
+        link(run, "train/1_fake/more", root / "1_fake")
+    elif way == "platform folder":
+        link(run, "train/0_real/src/deep/more", root / "0_real" / "facebook")
+    elif way == "file":
+        link(run, "train/0_real/src/more.jpg", root / "0_real" / "x" / "0.jpg")
+    else:
+        run = tabled(run, tmp_path, root / "1_fake" / "Reddit" / "0.jpg", run.data / "dataset")
+    with pytest.raises(LayoutError, match=r"ITW-SM.*must not be trained on"):
+        build_manifest(run, "A")
+
+
+def test_sources_may_be_named_for_platforms(tiny_run):
+    for label in ("0_real", "1_fake"):
+        folder = tiny_run.data / "dataset" / "train" / label
+        (folder / "src").rename(folder / "reddit")
+    assert build_manifest(tiny_run, "A")["source"].eq("reddit").sum() == 12
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "UTF-16", "capitals", "ending", "long"])
+def test_images_that_a_table_of_any_form_lists(tiny_run, tmp_path, form):
+    touch(tmp_path / "mine", "images/1.png")
+    mark = {"semicolons": ";", "tabs": "\t"}.get(form, ",")
+    rows = [["path", "label"], *([["others/0.png", "0"]] * 300 if form == "long" else []), ["images/1.png", "1"]]
+    text = "\n".join(mark.join(row) for row in rows)
+    text = text.replace("path,label", "Path,Label") if form == "capitals" else text
+    name = "t.CSV" if form == "ending" else "t.csv"
+    (tmp_path / "mine" / name).write_text(text, encoding="utf-16" if form == "UTF-16" else "utf-8")
+    link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
+    with pytest.raises(LayoutError, match="the set of the table"):
+        data_sets(tiny_run, "A")
