@@ -375,7 +375,7 @@ def _has_deep_colours(image: Image.Image) -> bool:
     if image.mode.startswith("I") or image.mode == "F":
         return False
     if image.format == "PPM":
-        return any(isinstance(part, int) and part > 255 for tile in image.tile for part in np.atleast_1d(tile[3]).tolist())
+        return any(isinstance(tile[3], tuple) and tile[3][1] > 255 for tile in image.tile)  # its mode and its white
     return any(";16" in str(tile[3]) for tile in image.tile)
 
 
