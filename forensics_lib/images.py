@@ -33,6 +33,7 @@ MAX_PIXELS = 250_000_000
 STRIP = 128  # rows that are copied at a time
 EMPTY_MASK = "the mask marks nothing"
 GREY_SPREAD = 16  # between the channels of a pixel that counts as grey in a mask, as lossy codecs leave it
+MAX_IDS = 32  # distinct values that may be numbers of objects; masks with more have soft edges
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
@@ -82,6 +83,8 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
                 if image.format == "TIFF":
                     _prepare_tiff(image)
+                if image.format == "BMP":
+                    _refuse_packed_greys(image)
                 yield image
     except ImageError:
         raise
@@ -121,6 +124,18 @@ def _prepare_tiff(image: Image.Image) -> None:
         raise _Unusable(f"{kind}, compressed and big-endian, is not read; save it little-endian")
     image.getexif()[0x0112] = 1
     image._size = tags[256], tags[257]  # width and height; Pillow tells those of the turned picture
+
+
+def _refuse_packed_greys(image: Image.Image) -> None:
+    """Raise ``_Unusable`` of a BMP whose palette makes Pillow unpack its pixels at another depth than they have."""
+    place = image.fp.tell()
+    image.fp.seek(14)
+    header = image.fp.read(16)
+    image.fp.seek(place)
+    at = 10 if header[:4] == b"\x0c\0\0\0" else 14  # OS/2's header has shorter sizes
+    bits = int.from_bytes(header[at : at + 2], "little")
+    if {"1": 1, "L": 8}.get(image.mode, bits) != bits:
+        raise _Unusable(f"a BMP of {bits} bits with a short grey palette is not read; save it as PNG, or with all 256 greys")
 
 
 @lru_cache(maxsize=1)
@@ -315,8 +330,10 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
 
     - the sizes differ, or nothing is marked;
     - nothing reaches half of white (0 and 2, 0 and 100, 0 and 255 of 16 bits);
-    - there are more than two values and none is near white (numbers of objects or classes);
+    - there are more than two values and none is near white, or few that cover areas of their own (numbers of objects or
+      classes, a value that is to be ignored); soft edges and what a lossy codec leaves beside them are no areas;
     - colours are told apart (red on black, an overlay);
+    - colours of 16 bits do not reach half of white, since their lower bytes are not decoded;
     - an alpha channel marks other pixels than the colours do (a mask in the alpha channel).
     """
     return _mask_and_values(path, size)[0]
@@ -331,6 +348,7 @@ def mask_facts(path: str | Path, size: tuple[int, int]) -> tuple[float, int]:
 def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The mask ``(H, W)`` bool and the grey values that it was made of."""
     with open_image(path) as image:
+        deep_colours = _has_deep_colours(image)
         image.load()
         if (image.height, image.width) != size:
             raise _Unusable(f"mask of {image.width} x {image.height} for an image of {size[1]} x {size[0]} pixels")
@@ -338,14 +356,43 @@ def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarra
         high = values.max(initial=0)
         mask = values >= (white / 2 if high > 1 or image.mode == "F" else 1)
         _refuse_alpha(image, mask)
+        if deep_colours and high < white / 2:
+            raise _Unusable("the mask has colours of 16 bits that do not reach half of white; save it in grey of 8 bits")
         if not high:
             raise _Unusable(f"{EMPTY_MASK}, but its image is listed as manipulated")
-        if not mask.any() or (high < 0.9 * white and high > 1 and len(np.unique(values)) > 2):
+        distinct = np.unique(values)
+        unclear = high < 0.9 * white and high > 1 and len(distinct) > 2
+        if not mask.any() or unclear or _are_ids(values, distinct):
             raise _Unusable(
-                f"the mask has the values {_listed(values)} of 0 to {white}: it is not clear what is manipulated; "
+                f"the mask has the values {_listed(distinct)} of 0 to {white}: it is not clear what is manipulated; "
                 f"save it with 0 where nothing was changed and {white} where the image was manipulated"
             )
         return mask, values
+
+
+def _has_deep_colours(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has colours of more than 8 bits, of which Pillow keeps the upper ones."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return False
+    if image.format == "PPM":
+        return any(isinstance(tile[3], tuple) and tile[3][1] > 255 for tile in image.tile)  # its mode and its white
+    return any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def _are_ids(values: np.ndarray, distinct: np.ndarray) -> bool:
+    """Whether few values between black and white cover areas of 3 x 3 pixels or more, as numbers of objects do.
+
+    At least half of those between must: of a soft edge, and beside an edge in a lossy file, most cover none.
+    """
+    between = distinct[1:-1]
+    if not len(between) or len(distinct) > MAX_IDS:
+        return False
+    flat = np.ones((max(0, values.shape[0] - 2), max(0, values.shape[1] - 2)), bool)
+    centre = values[1:-1, 1:-1]
+    for top in range(3):
+        for left in range(3):
+            flat &= centre == values[top : top + flat.shape[0], left : left + flat.shape[1]]
+    return 2 * np.isin(between, centre[flat]).sum() >= len(between)
 
 
 def _mask_values(image: Image.Image) -> tuple[np.ndarray, int]:
@@ -366,7 +413,7 @@ def _refuse_alpha(image: Image.Image, mask: np.ndarray) -> None:
     if image.mode != "La" and not image.has_transparency_data:
         return
     alpha = np.asarray(image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A"))
-    opaque = alpha >= 128
+    opaque = alpha > (int(alpha.min()) + int(alpha.max())) / 2
     if alpha.min() < alpha.max() and not (np.array_equal(opaque, mask) or np.array_equal(opaque, ~mask)):
         raise _Unusable(
             "the mask's alpha channel marks other pixels than its colours do; save it in grey without alpha, "

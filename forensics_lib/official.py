@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from forensics_lib.audits import mask_areas, mask_findings
+from forensics_lib.files import from_home
 from forensics_lib.layouts import LayoutError, mask_clashes
 from forensics_lib.manifest import data_sets, indexed, test_images, unused
 from forensics_lib.params import DataSet
+from forensics_lib.readers import TASK_B_LAYOUTS
 from forensics_lib.runs import Run
 
 # Images expected per layout, split and label.  CNNDetection: Wang et al. 2020, section 3 (20 categories, 36,000 training
@@ -67,7 +69,7 @@ def check_data(run: Run) -> Check:
         print(note)
     for task in run.params.tasks:
         for entry in data_sets(run, task):
-            lines, reasons = _check_set(entry)
+            lines, reasons = _check_set(entry, _published(run, entry))
             rows += lines
             unusable += reasons
         line, reasons = _check_test(run, task)
@@ -76,8 +78,15 @@ def check_data(run: Run) -> Check:
     return Check(pd.DataFrame(rows).astype({"expected": "Int64"}), unusable)
 
 
-def _check_set(entry: DataSet) -> tuple[list[dict[str, object]], list[str]]:
-    expected = EXPECTED.get(entry.layout, {})
+def _published(run: Run, entry: DataSet) -> dict[tuple[str, int], int]:
+    """How many images are published per split and label; of a set of one's own, or of a part of a set, none are."""
+    part = entry.task == "B" and entry.layout not in TASK_B_LAYOUTS
+    other = entry.layout == "own" and from_home(entry.root).resolve() != (run.data / "dataset").resolve()
+    return {} if part or other else EXPECTED.get(entry.layout, {})
+
+
+def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[list[dict[str, object]], list[str]]:
+    """The lines of a set of which ``expected`` images are published per split and label, and why files cannot be used."""
     try:
         table = indexed(entry)
     except (LayoutError, OSError) as error:

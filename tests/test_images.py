@@ -1,12 +1,13 @@
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from conftest import picture, save
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from forensics_lib import images
 from forensics_lib.images import ImageError, hashes_of, mask_facts, pad_to, read_header, read_image, read_mask
@@ -326,6 +327,71 @@ def test_a_mask_in_the_alpha_channel_is_refused(grey, mode, inverted, tmp_path: 
         image.save(tmp_path / "m.png")
     with pytest.raises(ImageError, match=r"m\.png: the mask's alpha channel"):
         read_mask(tmp_path / "m.png", MARKED.shape)
+
+
+@pytest.mark.parametrize("grey", [0, 255])
+@pytest.mark.parametrize(("low", "high"), [(0, 100), (200, 255), (0, 1)])
+def test_a_mask_in_a_weak_alpha_channel_is_refused(grey, low, high, tmp_path: Path):
+    save(
+        tmp_path / "m.png",
+        np.dstack([np.full((*MARKED.shape, 3), grey, np.uint8), np.where(MARKED, high, low)]).astype(np.uint8),
+    )
+    with pytest.raises(ImageError, match=r"m\.png: the mask's alpha channel"):
+        read_mask(tmp_path / "m.png", MARKED.shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [((0, 1, 255), "0, 1, 255 of"), ((0, 128, 255), "0, 128, 255 of"), ((0, 20, 180, 240), "0, 20, 180, 240 of")],
+)
+def test_numbers_of_objects_are_refused_though_one_is_near_white(values, named, tmp_path: Path):
+    with pytest.raises(ImageError, match=f"the mask has the values {named}"):
+        read_mask(save(tmp_path / "m.png", np.repeat(np.array(values, np.uint8), 80).reshape(-1, 8)), (10 * len(values), 8))
+
+
+@pytest.mark.parametrize("radius", [1, 2, 4])
+@pytest.mark.parametrize("blur", [ImageFilter.BoxBlur, ImageFilter.GaussianBlur])
+def test_feathered_masks_and_those_that_were_jpegs_are_read(blur, radius, tmp_path: Path):
+    large = Image.fromarray(MARKED.repeat(9, 0).repeat(9, 1).astype(np.uint8) * 255)
+    large.filter(blur(radius)).save(tmp_path / "soft.png")
+    large.save(tmp_path / "m.jpg", quality=100 - 15 * radius)
+    Image.open(tmp_path / "m.jpg").save(tmp_path / "jpeg.png")
+    for name in ("soft.png", "jpeg.png"):
+        assert abs(read_mask(tmp_path / name, (144, 216)).mean() - MARKED.mean()) < 0.01
+
+
+@pytest.mark.parametrize("read", [read_image, lambda path: read_mask(path, MARKED.shape)])
+def test_a_bmp_that_pillow_unpacks_wrongly_is_refused(read, tmp_path: Path):
+    image = Image.fromarray(MARKED.astype(np.uint8), mode="P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(tmp_path / "m.bmp")
+    with pytest.raises(ImageError, match="BMP of 8 bits with a short grey palette"):
+        read(tmp_path / "m.bmp")
+    Image.fromarray(MARKED).save(tmp_path / "one.bmp")
+    assert read_image(tmp_path / "one.bmp")[MARKED].min() == 255
+
+
+def deep_png(path: Path, high: int, kind: int, channels: int) -> Path:
+    """A PNG of 16-bit colours, which Pillow does not write: ``kind`` is 2 for RGB, 4 for grey with alpha."""
+    pixels = np.repeat((MARKED * high)[..., None], channels, axis=2)
+    pixels[..., 1:] = pixels[..., 1:] if kind == 2 else 65535
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    size = struct.pack(">IIBBBBB", *MARKED.shape[::-1], 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2)])
+def test_deep_colours_of_a_mask_must_reach_half_of_white(kind, channels, tmp_path: Path):
+    assert np.array_equal(read_mask(deep_png(tmp_path / "m.png", 65535, kind, channels), MARKED.shape), MARKED)
+    for high in (1, 255, 256, 300):
+        with pytest.raises(ImageError, match="colours of 16 bits that do not reach half of white"):
+            read_mask(deep_png(tmp_path / "m.png", high, kind, channels), MARKED.shape)
+    (tmp_path / "m.ppm").write_bytes(b"P6 24 16 65535\n" + np.repeat(MARKED * 255, 3).astype(">u2").tobytes())
+    with pytest.raises(ImageError, match="colours of 16 bits that do not reach half of white"):
+        read_mask(tmp_path / "m.ppm", MARKED.shape)
 
 
 @pytest.mark.parametrize("inverted", [False, True])

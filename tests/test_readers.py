@@ -359,6 +359,23 @@ def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
     assert "INCOMPLETE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task", [None, "B"])
+def test_published_counts_hold_for_the_official_set_alone(task, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(official.EXPECTED, "own", {("val", 0): 4, ("val", 1): 4})
+    for number, split, name in ((0, "train", "0_real"), (1, "train", "1_fake"), (2, "val", "0_real")):
+        folder = tmp_path / "second" / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 40), (number, 90, 9)).save(folder / "a.png")
+    entries = [{"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "second")}]
+    entries = [entry | {"task": task, "layout": "own"} for entry in entries]
+    run = with_data(tiny_run, *entries, run_type="open", tasks=[task or "A"])
+    table = official.check_data(run).table
+    own = table[table["layout"] == "own"].set_index("set")
+    assert own.loc[str(tmp_path / "second"), "expected"].isna().all()
+    assert own["missing"].eq(0).all()
+    assert own.loc[str(tiny_run.data / "dataset"), "expected"].notna().any() == (task is None)
+
+
 def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
     assert main(["check-data", "--data", str(tmp_path)]) == 1
     said = capsys.readouterr().out
@@ -368,10 +385,11 @@ def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
 
 def test_official_tgif_and_validation_are_complete_by_count(official_tree, tmp_path):
     expected = dict.fromkeys(official.EXPECTED["tgif"], 0)
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"))
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"), official.EXPECTED["tgif"])
     assert {line["found"] for line in lines} == set(official.EXPECTED["tgif"].values())
     assert [line["missing"] for line in lines] == [0] * len(expected)
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"))
+    published = official.EXPECTED["task_b_validation"]
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"), published)
     assert [(line["found"], line["missing"]) for line in lines] == [(3_227, 0), (6_212, 0)]
 
 
