@@ -51,9 +51,8 @@ class TrainingCrops(Dataset):
     ``crops[seed, index, draw]`` is a sample of an image; every random choice follows from these three, so results do not
     depend on workers or order, another epoch is another seed, and an image that an epoch draws several times gives another
     crop each time.  With ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed
-    as one of the JPEG files were, its blocks anywhere as a JPEG's are, and every crop ends in one distribution of
-    compressions.  Scaling leaves at least ``crop_size`` pixels a side where an image has them, so that only smaller images
-    are padded.  With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
+    as one of the JPEG files were, and every crop ends in one distribution of compressions, whose blocks begin anywhere.
+    With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
     counts as authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from
     another authentic one, and count as spliced.
     """
@@ -127,7 +126,7 @@ class TrainingCrops(Dataset):
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
-        return degrade(image, mask, self.degradations, rng, equalize=self.equalize, smallest=self.crop_size)
+        return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
     def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """A random square of an image, and of its mask where samples carry masks."""
@@ -160,7 +159,7 @@ def _window(manifest: pd.DataFrame, crop_size: int) -> int:
     """The side of the squares that are taken before degradation, the same for all images.
 
     It is what nearly every image has, and at most what the crop needs when shrunk to a half: if large images gave more
-    than small ones, how far they can be shrunk would tell which images are small, and so often the class.
+    than small ones, padding after shrinking would tell which images are small, and so often the class.
     """
     shorter = np.minimum(manifest["width"], manifest["height"]).dropna()
     common = int(np.quantile(shorter, SMALL)) if len(shorter) else 0

@@ -107,20 +107,18 @@ def degrade(
     rng: np.random.Generator,
     *,
     equalize: bool = False,
-    smallest: int = 1,
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
     """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
 
-    Nothing is shrunk below ``smallest`` pixels a side, and blocks of compressions begin anywhere.  With ``equalize`` an image
-    that nothing has compressed is compressed all the same, so that all leave here by one distribution of codecs and
-    qualities, whatever their files were.
+    Blocks of compressions begin anywhere.  With ``equalize`` an image that nothing has compressed is compressed all the same,
+    so that all leave here by one distribution of codecs and qualities, whatever their files were.
     """
     encoding = None
     if settings.own:
         wanted = "its function gets image, mask and generator, and returns image and mask"
         image, mask = named(settings.own, "degrade: own", wanted)(image, mask, rng)
     if rng.random() < settings.resize:
-        scale = _drawn_scale(settings.resize_scale, image, smallest, rng)
+        scale = float(rng.uniform(*settings.resize_scale))
         image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:
         image = blur(image, float(rng.uniform(*settings.blur_sigma)))
@@ -134,7 +132,7 @@ def degrade(
         image, encoding = _randomly_compressed(image, "WEBP", settings, rng)
     if rng.random() < settings.social:
         quality = _drawn_quality(settings.social_quality, rng)
-        scale = _drawn_scale(settings.social_scale, image, smallest, rng)
+        scale = float(rng.uniform(*settings.social_scale))
         image, mask, encoding = upload(image, mask, scale, quality, rng)
     if equalize and encoding is None:
         image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
@@ -146,12 +144,6 @@ def _randomly_compressed(
 ) -> tuple[np.ndarray, Encoding]:
     quality = _drawn_quality(settings.jpeg_quality if codec == "JPEG" else settings.webp_quality, rng)
     return _recompressed(image, codec, quality, int(rng.choice(SUBSAMPLINGS)), rng)
-
-
-def _drawn_scale(limits: tuple[float, float], image: np.ndarray, smallest: int, rng: np.random.Generator) -> float:
-    """A scale within ``limits`` that leaves ``smallest`` pixels a side, or 1 where there are no more."""
-    least = max(limits[0], min(1.0, smallest / min(image.shape[:2])))
-    return float(rng.uniform(least, max(limits[1], least)))
 
 
 def _drawn_quality(limits: tuple[int, int], rng: np.random.Generator) -> int:

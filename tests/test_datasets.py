@@ -240,17 +240,6 @@ def test_keys_of_an_epoch_differ_within_each_batch_and_over_all(rows, batches_of
     assert {seed for seed, _, _ in keys} == {10**15}
 
 
-@pytest.mark.parametrize(("side", "smallest"), [(64, 32), (48, 32), (40, 32), (20, 20)])
-def test_no_crop_is_padded_where_its_image_is_large_enough(tmp_path, rng, side, smallest):
-    path = str(save(tmp_path / "x.png", picture(rng, side, side)))
-    table = pd.DataFrame([{"path": path, "label": 1, "mask_path": None, "kind": "full", "format": "PNG"}] * 4)
-    table = table.assign(jpeg_quality=np.nan, width=side, height=side)
-    shrinking = Degradations(social=1.0, social_scale=(0.3, 0.5), resize=1.0, resize_scale=(0.3, 0.9))
-    dataset = TrainingCrops(table, 32, masks=False, degradations=shrinking)
-    sides = [min(dataset._degraded(table.iloc[0], np.random.default_rng(seed))[0].shape[:2]) for seed in range(60)]
-    assert min(sides) == smallest
-
-
 @pytest.mark.parametrize("shape", [(64, 64), (129, 300), (700, 90)])
 def test_texture_is_the_mean_difference_of_neighbours(shape, rng):
     image = picture(rng, *shape)
