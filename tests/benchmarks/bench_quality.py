@@ -390,6 +390,9 @@ threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the r
 weights. Scratch: `convnext_atto` with random weights, ours with noise residuals beside RGB and a higher rate, as
 [backbones.md](backbones.md) says for training without weights.
 
+All runs but `no-padding` are of code in which an image that an epoch drew several times gave the same crop each time and which
+compressed a PNG with its blocks in a fixed place; the recipe as it is now has not been measured.
+
 The threshold is the one with the best F1 on val, since F1 ranks runs. Seconds are those of the clock, and some runs shared the
 machine with other work, which slowed them.
 
@@ -398,7 +401,9 @@ confused ones, of which neither set has an image, do not, which is why open is s
 """
 _ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had
 and the recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen
-on. What did not help by more than seeds differ is off.
+on. What did not help by more than seeds differ is off. `no-padding`: shrinking stopped where a crop would have had to be padded
+(and an image that an epoch draws again gave another crop, and a PNG's first compression had its blocks anywhere, which the
+runs before it had not).
 """
 
 
