@@ -54,6 +54,9 @@ PLATFORMS = frozenset(("facebook", "instagram", "linkedin", "reddit", "tiktok", 
 _ITW_SM_NAME = re.compile(rf"(?:{'|'.join(sorted(PLATFORMS))})_(?:(?:real|fake)_)?\d+\.\w+", re.IGNORECASE)
 _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
+KINDS = ("orig", "sp", "fr", "full")  # authentic, spliced, fully regenerated, fully synthetic
+NOTHING = frozenset(("", "nan", "none", "null"))  # how programs write an empty field of a table
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
 
 
@@ -325,13 +328,18 @@ def read_table(path: Path, entry: DataSet) -> Rows:
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
+    if "mask_path" in table:
+        masked = table["label"].str.lower().map(LABELS).eq(0) & ~table["mask_path"].str.lower().isin(NOTHING)
+        if masked.any():
+            rows.leave_unread(path, f"the masks of {masked.sum()} rows with label 0, since authentic images have none")
     return rows
 
 
 def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
-    values = {name: item.get(name) or None for name in TABLE_COLUMNS}
+    values = {name: None if item.get(name, "").lower() in NOTHING else item[name] for name in TABLE_COLUMNS}
+    label = LABELS.get(item["label"].lower())
     split = split_of(values["split"]) if values["split"] else entry.split
-    if item["label"] not in ("0", "1") or (split is None and values["split"]):
+    if label is None or (split is None and values["split"]):
         raise LayoutError(
             f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
         )
@@ -342,9 +350,11 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
         raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
     if image is None:
         raise LayoutError(f"{table} row {number}: names no path")
-    label = int(item["label"])
+    mask = mask if label else None
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
-    kind = values["kind"] or ("sp" if mask else _kind(label))
+    kind = (values["kind"] or ("sp" if mask else _kind(label))).lower()
+    if kind not in KINDS:
+        raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
     rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
 
 
@@ -421,10 +431,7 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
             )
         generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
         splits = _hub_splits(file, split, table.column(split).to_pylist()) if split else [None] * len(labels)
-        told = _split_of_shard(root, file)
-        if entry.split == "train" and told == "test":
-            raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
-        told = entry.split or told
+        told = _default_split(root, file, entry)
         places: dict[_Key, list[int]] = {}
         for number, (of_row, *key) in enumerate(zip(splits, labels, generators, strict=True)):
             places.setdefault((of_row or told, *key), []).append(number)
@@ -454,6 +461,14 @@ def _columns(file: Path, names: list[str]) -> pa.Table:
         raise LayoutError(f"{file}: {damaged_by(error)}") from None
 
 
+def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
+    """The split of a parquet file's rows that tell none themselves.  Raises ``LayoutError``."""
+    told = _split_of_shard(root, file)
+    if entry.split == "train" and told == "test":
+        raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
+    return entry.split or told
+
+
 def _split_of_shard(root: Path, file: Path) -> str | None:
     """The split that a parquet file's name tells, else the nearest folder's up to the root, or the root's own name."""
     folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
@@ -471,13 +486,18 @@ def _add_members(rows: Rows, file: Path, image: str, mask: str | None, places: d
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
     names = class_names(file, column)
     words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
-    labels = [class_of(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
+    labels = [_label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
     if None in labels:
         number = labels.index(None)
         raise LayoutError(
             f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(CLASSES)}"
         )
     return labels
+
+
+def _label(word: str) -> int | None:
+    found = class_of(word)
+    return LABELS.get(word.strip().lower()) if found is None else found
 
 
 def _kind(label: int) -> str:

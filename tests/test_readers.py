@@ -920,6 +920,32 @@ def test_the_split_of_a_parquet_shard(tmp_path, rng, name, split):
             read(tmp_path / "hub", split="train")
 
 
+@pytest.mark.parametrize("empty", ["", "NaN", "nan", "None", "null"])
+def test_empty_fields_and_labels_of_a_table_as_programs_write_them(tmp_path, empty):
+    path = tmp_path / "mine.csv"
+    rows = [("a.png", "0.0", empty), ("b.png", "True", "m.png"), ("c.png", "1.0", "m.png"), ("d.png", "FALSE", "m.png")]
+    lines = [f"{name};{label};train;{mask};{empty}" for name, label, mask in rows]
+    path.write_text("\n".join(["sep=;", "path;label;split;mask_path;kind", *lines]))
+    table = read_data_set(DataSet(root=str(path)))
+    found = records(table)
+    assert [(row["label"], row["kind"]) for row in found] == [(0, "orig"), (1, "sp"), (1, "sp"), (0, "orig")]
+    assert [isinstance(row["mask_path"], str) for row in found] == [False, True, True, False]
+    assert any("the masks of 1 rows with label 0" in note for note in table.notes())
+
+
+def test_a_table_names_the_row_below_its_separator_and_the_kinds_that_are_known(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("sep=;\npath;label;split;kind\na, b.png;1;train;FR\nc.png;1;train;splice\n")
+    with pytest.raises(LayoutError, match=r"row 4: kind 'splice' must be one of orig, sp, fr, full"):
+        read(path)
+
+
+@pytest.mark.parametrize("labels", [["0", "1"], ["0.0", "1.0"], ["False", "true"], [False, True], [0.0, 1.0]])
+def test_labels_of_a_parquet_file_in_text_and_numbers(tmp_path, rng, labels):
+    hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=labels)
+    assert sorted(row["label"] for row in read(tmp_path)) == [0, 1]
+
+
 def with_column(file: Path, name: str, values: list) -> Path:
     pq.write_table(pq.read_table(file).append_column(name, pa.array(values)), file)
     return file
