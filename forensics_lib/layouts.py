@@ -470,12 +470,20 @@ def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
     """A CSV (or its first ``rows`` rows) as text, its column names in small letters, its index the lines' numbers from 1 on.
 
     Fields may be separated by commas, semicolons or tabs and stand in quotes; blanks around them and empty lines do not
-    count, and short rows end in empty fields.  Raises ``LayoutError``.
+    count, and short rows end in empty fields.  A first line ``sep=;``, as Excel takes it, tells the separator.  Raises
+    ``LayoutError``.
     """
     text = read_text(path)
     lines = text.lstrip("\r\n")
+    stated = _SEPARATOR.match(lines)
+    lines = lines[stated.end() :] if stated else lines
     try:
-        options = {"sep": _delimiter(lines), "skipinitialspace": True, "skip_blank_lines": False, "keep_default_na": False}
+        options = {
+            "sep": stated[1] if stated else _delimiter(lines),
+            "skipinitialspace": True,
+            "skip_blank_lines": False,
+            "keep_default_na": False,
+        }
         table = pd.read_csv(io.StringIO(lines), header=None, dtype=str, nrows=None if rows is None else rows + 1, **options)
     except (ValueError, csv.Error) as error:  # what pandas raises of damaged files are ValueErrors
         raise LayoutError(
@@ -485,6 +493,9 @@ def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
     table.index += 1 + _line_ends(text[: len(text) - len(lines)])
     table = table[table.ne("").any(axis=1)]
     return _with_header(path, table)
+
+
+_SEPARATOR = re.compile(r"\"?sep=([^\r\n])\"?[,;\t ]*(?:[\r\n]+|$)", re.IGNORECASE)
 
 
 def _delimiter(text: str) -> str:

@@ -364,7 +364,7 @@ def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
 def _image_keys(table: pd.DataFrame) -> pd.Series:
     """A number per image that exists, the same for one file by two paths, and for one member of a parquet file."""
     keys = table.loc[table["identity"].ne(-1), "identity"]
-    inside = table["path"][keys.index].str.contains(".parquet#", regex=False)
+    inside = table["path"][keys.index].str.lower().str.contains(".parquet#", regex=False)
     if inside.any():
         rows = keys.index[inside]
         members = [path.rpartition("#")[2] for path in table["path"][rows]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from forensics_lib.disk import LFS_POINTER, NOT_UTF8, broken_link, is_lfs_pointer, shown
 
-_MEMBER = re.compile(r"(?P<file>.+\.parquet)#(?P<column>[^#]+)=(?P<row>\d+)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<file>.+\.(?i:parquet))#(?P<column>[^#]+)=(?P<row>\d+)", re.DOTALL)
 
 
 def member_path(file: str | Path, column: str, row: int) -> str:
@@ -24,7 +24,7 @@ def member_path(file: str | Path, column: str, row: int) -> str:
 
 def file_of(path: str) -> str:
     """The file on disk that holds ``path``: the parquet file of a member, else the path itself."""
-    if ".parquet#" not in path:
+    if "#" not in path:
         return path
     match = _MEMBER.fullmatch(path)
     return match["file"] if match else path
@@ -36,7 +36,7 @@ def member_bytes(path: str) -> bytes | None:
     The row group around it is kept, so that reading in order is fast; in random order each image costs the reading of
     its group.  Raises ``FileNotFoundError`` and ``ValueError``.
     """
-    match = _MEMBER.fullmatch(path) if ".parquet#" in path else None
+    match = _MEMBER.fullmatch(path) if "#" in path else None
     if match is None:
         return None
     _, starts = _opened(match["file"])

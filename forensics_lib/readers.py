@@ -54,6 +54,9 @@ PLATFORMS = frozenset(("facebook", "instagram", "linkedin", "reddit", "tiktok", 
 _ITW_SM_NAME = re.compile(rf"(?:{'|'.join(sorted(PLATFORMS))})_(?:(?:real|fake)_)?\d+\.\w+", re.IGNORECASE)
 _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
+KINDS = ("orig", "sp", "fr", "full")  # authentic, spliced, fully regenerated, fully synthetic
+NOTHING = frozenset(("", "nan", "none", "null"))  # how programs write an empty field of a table
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
 
 
@@ -65,7 +68,8 @@ def read_data_set(entry: DataSet) -> Rows:
     if entry.layout not in READERS:
         _check_own(rows, entry)
     if entry.layout in READERS and len(rows):
-        rows.state_split(None if entry.layout == "table" else entry.split, root)  # of a table it is the rows' default
+        in_rows = entry.layout in ("table", "parquet")  # which take the entry's split as their rows' default
+        rows.state_split(None if in_rows else entry.split, root)
     if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
         rows.serve(entry.task)
     if not len(rows):
@@ -324,13 +328,18 @@ def read_table(path: Path, entry: DataSet) -> Rows:
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
+    if "mask_path" in table:
+        masked = table["label"].str.lower().map(LABELS).eq(0) & ~table["mask_path"].str.lower().isin(NOTHING)
+        if masked.any():
+            rows.leave_unread(path, f"the masks of {masked.sum()} rows with label 0, since authentic images have none")
     return rows
 
 
 def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
-    values = {name: item.get(name) or None for name in TABLE_COLUMNS}
+    values = {name: None if item.get(name, "").lower() in NOTHING else item[name] for name in TABLE_COLUMNS}
+    label = LABELS.get(item["label"].lower())
     split = split_of(values["split"]) if values["split"] else entry.split
-    if item["label"] not in ("0", "1") or (split is None and values["split"]):
+    if label is None or (split is None and values["split"]):
         raise LayoutError(
             f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
         )
@@ -341,9 +350,11 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
         raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
     if image is None:
         raise LayoutError(f"{table} row {number}: names no path")
-    label = int(item["label"])
+    mask = mask if label else None
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
-    kind = values["kind"] or ("sp" if mask else _kind(label))
+    kind = (values["kind"] or ("sp" if mask else _kind(label))).lower()
+    if kind not in KINDS:
+        raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
     rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
 
 
@@ -352,8 +363,8 @@ LABEL_COLUMNS = ("label", "labels", "is_fake", "fake", "class", "target")
 
 
 def parquet_files(root: Path) -> list[Path]:
-    """The parquet files that ``root`` is or holds."""
-    if root.is_file() and root.suffix == ".parquet":
+    """The parquet files that ``root`` is or holds, in any case of the ending; what is hidden is passed over."""
+    if root.is_file() and _is_parquet(root.name):
         return [root]
     found, seen = [], set()
     for place, folders, names in os.walk(root, followlinks=True):
@@ -362,8 +373,13 @@ def parquet_files(root: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(place) / name for name in names if name.endswith(".parquet")]
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        found += [Path(place) / name for name in names if _is_parquet(name)]
     return sorted(found)
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet") and name[0] != "."
 
 
 def sound_parquet_files(root: Path) -> list[Path]:
@@ -379,31 +395,63 @@ def sound_parquet_files(root: Path) -> list[Path]:
 
 
 def has_masks(root: Path) -> bool:
-    """Whether a hub data set has a column ``mask``, and so serves Task B."""
-    return "mask" in image_columns(sound_parquet_files(root)[0])
+    """Whether any file of a hub data set has a column ``mask``, and so the set serves Task B."""
+    return any(_mask_column(file) for file in sound_parquet_files(root))
+
+
+def _mask_column(file: Path) -> str | None:
+    return next((name for name in image_columns(file) if name.lower() == "mask"), None)
 
 
 def read_parquet(root: Path, entry: DataSet) -> Rows:
     """A hub data set as downloaded: parquet files with an image column and a label, read where they lie.
 
-    The split is told by the file's name (``train-00000-of-00010.parquet``) or folder, the class by numbers (0 authentic,
-    1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask`` are read where there.
+    The split is told by a column ``split``, else by the file's name (``train-00000-of-00010.parquet``) or folder, the class
+    by numbers (0 authentic, 1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask``
+    are read where there.  Where any file has masks, one without them may hold authentic images alone.
     """
-    rows = Rows()
-    for file in sound_parquet_files(root):
-        images = [name for name in image_columns(file) if name != "mask"]
+    rows, files = Rows(), sound_parquet_files(root)
+    masked = any(_mask_column(file) for file in files)
+    for file in files:
+        mask = _mask_column(file)
+        images = [name for name in image_columns(file) if name != mask]
         image = "image" if "image" in images else images[0] if len(images) == 1 else None
         names = pq.read_schema(file).names
         label = next((name for name in LABEL_COLUMNS if name in names), None)
         if image is None or label is None:
             raise LayoutError(f"{file} needs an image column and one of {', '.join(LABEL_COLUMNS)}; it has {', '.join(names)}")
         generator = next((name for name in ("generator", "model") if name in names), None)
-        table = _columns(file, [name for name in (label, generator) if name])
+        split = next((name for name in names if name.lower() == "split"), None)
+        table = _columns(file, [name for name in (label, generator, split) if name])
         labels = _hub_labels(file, label, table.column(label).to_pylist())
+        if masked and mask is None and any(labels):
+            raise LayoutError(
+                f"{file} row {labels.index(1)}: manipulated, but this file has no column mask, as others of {root} have; "
+                "add one, or keep files with and without masks in two data sets"
+            )
         generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
-        split = _split_of_shard(root, file)
-        _add_members(rows, file, image, labels, generators, split, root.stem)
+        splits = _hub_splits(file, split, table.column(split).to_pylist()) if split else [None] * len(labels)
+        told = _default_split(root, file, entry)
+        places: dict[_Key, list[int]] = {}
+        for number, (of_row, *key) in enumerate(zip(splits, labels, generators, strict=True)):
+            places.setdefault((of_row or told, *key), []).append(number)
+        _add_members(rows, file, image, mask, places, root.stem)
     return rows
+
+
+_Key = tuple[str | None, int, str | None]  # split, label and generator of rows that go together
+
+
+def _hub_splits(file: Path, column: str, values: list[Any]) -> list[str | None]:
+    """The split of each row; None of an empty field.  Raises ``LayoutError`` of a word that names none."""
+    names = class_names(file, column)
+    words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    texts = ["" if word is None else str(word).strip() for word in words]
+    splits = [split_of(text) for text in texts]
+    for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
+        if text and split is None:
+            raise LayoutError(f"{file} row {number}: {column} is {text!r}; it must be train, val or test")
+    return splits
 
 
 def _columns(file: Path, names: list[str]) -> pa.Table:
@@ -413,21 +461,23 @@ def _columns(file: Path, names: list[str]) -> pa.Table:
         raise LayoutError(f"{file}: {damaged_by(error)}") from None
 
 
+def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
+    """The split of a parquet file's rows that tell none themselves.  Raises ``LayoutError``."""
+    told = _split_of_shard(root, file)
+    if entry.split == "train" and told == "test":
+        raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
+    return entry.split or told
+
+
 def _split_of_shard(root: Path, file: Path) -> str | None:
     """The split that a parquet file's name tells, else the nearest folder's up to the root, or the root's own name."""
     folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
     return next((split for name in (file.name, *folders) if (split := split_in(name))), None)
 
 
-def _add_members(
-    rows: Rows, file: Path, image: str, labels: list[int], generators: list[str | None], split: str | None, source: str
-) -> None:
-    places: dict[tuple[int, str | None], list[int]] = {}
-    for number, key in enumerate(zip(labels, generators, strict=True)):
-        places.setdefault(key, []).append(number)
-    masked = "mask" in image_columns(file)
-    for (label, generator), numbers in sorted(places.items(), key=lambda item: str(item[0])):
-        masks = [member_path(file, "mask", number) for number in numbers] if masked and label else None
+def _add_members(rows: Rows, file: Path, image: str, mask: str | None, places: dict[_Key, list[int]], source: str) -> None:
+    for (split, label, generator), numbers in sorted(places.items(), key=lambda item: str(item[0])):
+        masks = [member_path(file, mask, number) for number in numbers] if mask and label else None
         kind = "sp" if masks else _kind(label)
         paths = [member_path(file, image, number) for number in numbers]
         rows.add(paths, label, split, source, kind=kind, generator=generator if label else None, masks=masks)
@@ -436,13 +486,18 @@ def _add_members(
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
     names = class_names(file, column)
     words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
-    labels = [class_of(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
+    labels = [_label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
     if None in labels:
         number = labels.index(None)
         raise LayoutError(
             f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(CLASSES)}"
         )
     return labels
+
+
+def _label(word: str) -> int | None:
+    found = class_of(word)
+    return LABELS.get(word.strip().lower()) if found is None else found
 
 
 def _kind(label: int) -> str:
@@ -531,7 +586,7 @@ def detect_layout(root: Path) -> str:
     """The layout of a folder (or of a ``.csv`` file) by what lies in it.  Raises ``LayoutError`` where none fits."""
     if root.is_file() and root.suffix.lower() == ".csv":
         return "table"
-    if root.is_file() and root.suffix == ".parquet":
+    if root.is_file() and _is_parquet(root.name):
         return "parquet"
     if layout := _sign_of(root):
         return layout

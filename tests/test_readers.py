@@ -920,6 +920,72 @@ def test_the_split_of_a_parquet_shard(tmp_path, rng, name, split):
             read(tmp_path / "hub", split="train")
 
 
+@pytest.mark.parametrize("empty", ["", "NaN", "nan", "None", "null"])
+def test_empty_fields_and_labels_of_a_table_as_programs_write_them(tmp_path, empty):
+    path = tmp_path / "mine.csv"
+    rows = [("a.png", "0.0", empty), ("b.png", "True", "m.png"), ("c.png", "1.0", "m.png"), ("d.png", "FALSE", "m.png")]
+    lines = [f"{name};{label};train;{mask};{empty}" for name, label, mask in rows]
+    path.write_text("\n".join(["sep=;", "path;label;split;mask_path;kind", *lines]))
+    table = read_data_set(DataSet(root=str(path)))
+    found = records(table)
+    assert [(row["label"], row["kind"]) for row in found] == [(0, "orig"), (1, "sp"), (1, "sp"), (0, "orig")]
+    assert [isinstance(row["mask_path"], str) for row in found] == [False, True, True, False]
+    assert any("the masks of 1 rows with label 0" in note for note in table.notes())
+
+
+def test_a_table_names_the_row_below_its_separator_and_the_kinds_that_are_known(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("sep=;\npath;label;split;kind\na, b.png;1;train;FR\nc.png;1;train;splice\n")
+    with pytest.raises(LayoutError, match=r"row 4: kind 'splice' must be one of orig, sp, fr, full"):
+        read(path)
+
+
+@pytest.mark.parametrize("labels", [["0", "1"], ["0.0", "1.0"], ["False", "true"], [False, True], [0.0, 1.0]])
+def test_labels_of_a_parquet_file_in_text_and_numbers(tmp_path, rng, labels):
+    hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=labels)
+    assert sorted(row["label"] for row in read(tmp_path)) == [0, 1]
+
+
+def with_column(file: Path, name: str, values: list) -> Path:
+    pq.write_table(pq.read_table(file).append_column(name, pa.array(values)), file)
+    return file
+
+
+@pytest.mark.parametrize("stated", [None, "val"])
+def test_a_split_column_of_a_parquet_file_is_heeded(tmp_path, rng, stated):
+    file = hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=[0, 1, 1, 0])
+    with_column(file, "Split", ["Training", "test", "testing", None])
+    rest = stated or "train"
+    rows = read(tmp_path, layout="parquet", split=stated)
+    assert tally(rows, "split", "label") == Counter([("train", 0), ("test", 1), ("test", 1), (rest, 0)])
+    with_column(hub_file(file, rng, names=None, labels=[0, 1]), "split", ["train", "fold3"])
+    with pytest.raises(LayoutError, match=r"train-0\.parquet row 1: split is 'fold3'; it must be train, val or test"):
+        read(tmp_path, layout="parquet")
+
+
+def test_hidden_parquet_files_are_passed_over_and_any_case_of_the_ending_is_read(tmp_path, rng):
+    hub_file(tmp_path / "train-0.PARQUET", rng, names=None, labels=[0, 1])
+    for name in (".cache/train-1.parquet", "__MACOSX/train-2.parquet", "._train-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no parquet")
+    assert detect_layout(tmp_path) == detect_layout(tmp_path / "train-0.PARQUET") == "parquet"
+    rows = read(tmp_path)
+    assert len(rows) == 2
+    assert read_image(rows[0]["path"]).shape == (48, 56, 3)
+
+
+def test_masks_in_any_parquet_file_make_the_set_of_task_b(tmp_path, rng):
+    hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=[0, 0])
+    masked = pq.read_table(hub_file(tmp_path / "train-1.parquet", rng, names=None, labels=[0, 1], masks=True))
+    pq.write_table(masked.rename_columns(["image", "label", "model", "Mask"]), tmp_path / "train-1.parquet")
+    assert task_of(DataSet(root=str(tmp_path), layout="parquet")) == "B"
+    rows = read(tmp_path, layout="parquet")
+    assert [row["label"] for row in rows if isinstance(row["mask_path"], str)] == [1]
+    hub_file(tmp_path / "train-0.parquet", rng, names=None, labels=[0, 1])
+    with pytest.raises(LayoutError, match=r"train-0\.parquet row 1: manipulated, but this file has no column mask"):
+        read(tmp_path, layout="parquet")
+
+
 def test_a_parquet_shard_that_tells_no_split(tmp_path, rng):
     file = hub_file(tmp_path / "hub" / "part-0.parquet", rng, names=None, labels=[0, 1])
     with pytest.raises(LayoutError, match="set split"):
