@@ -19,6 +19,7 @@ from forensics_lib.params import DataSet
 from forensics_lib.readers import (
     CNNDETECTION_CATEGORIES,
     CONSTRAINED_LAYOUTS,
+    ITW_SM,
     PLATFORMS,
     class_trees,
     holds_itw_sm,
@@ -56,19 +57,17 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     """
     for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
         cached.cache_clear()  # the last call may have been before the user mended something
-    constrained = run.params.run_type == "constrained"
-    if constrained:
-        _refuse_unofficial(entries, run.params.edition)
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
     _refuse_validation(places, _never_trained_on(run, entries))
-    if constrained:
+    if run.params.run_type == "constrained":
+        _refuse_unofficial(entries, run.params.edition)
         _refuse_foreign(run, task, entries, places)
 
 
 def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
     """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
-    name; ``entries`` are the run's sets of both tasks.
+    name, or in a constrained run a file of ``dataset_open``; ``entries`` are the run's sets of both tasks.
     """
     train = table[table["split"].eq("train")]
     kept = _never_trained_on(run, entries).items()
@@ -85,6 +84,25 @@ def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame
         if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
             found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
     _raise_validation(found)
+    if run.params.run_type == "constrained":
+        _refuse_hard_links(run.data / "dataset_open", train)
+
+
+def _refuse_hard_links(opened: Path, train: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of ``dataset_open`` by another name."""
+    several = train[[_names_of(path) > 1 for path in train["path"]]] if opened.is_dir() else train[:0]
+    if len(several):
+        same = several["identity"].isin(_identities(opened, but_official=True))
+        found = [f"{path} is a file of {opened} too: it is open data" for path in several.loc[same, "path"]]
+        _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _names_of(path: str) -> int:
+    """How many hard links a file has; 0 where it is not there."""
+    try:
+        return os.stat(path).st_nlink  # noqa: PTH116 (speed)
+    except OSError:
+        return 0
 
 
 def _raise_validation(found: list[str]) -> None:
@@ -103,10 +121,13 @@ def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
     return {root: f"the validation set {root}" for root in roots} | tests
 
 
-def _identities(root: Path) -> list[int]:
-    """The identities of all files below a folder, also through links."""
-    paths = []
+def _identities(root: Path, but_official: bool = False) -> list[int]:
+    """The identities of all files below a folder, also through links; without those of folders known to be official."""
+    paths, real = [], root.resolve()
     for folder in {place.target for place in _walk(root) if not place.file}:
+        inside = folder.is_relative_to(real)
+        if but_official and _official(Path(*folder.relative_to(real).parts[2:]) if inside else folder):  # after split and class
+            continue
         with os.scandir(folder) as entries:
             paths += [entry.path for entry in entries if entry.is_file()]
     return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
@@ -254,12 +275,18 @@ def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str 
     root = from_home(entry.root)
     if entry.layout not in official:
         return str(entry.layout)
+    if entry.layout == "itw_sm" and not (of_itw_sm(root) or of_itw_sm(root.resolve()) or _is_itw_sm(root)):
+        return "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
     if entry.layout == "cnndetection":
         return _why_not_cnndetection(entry, root)
     if entry.layout == "corvi_ldm":
         folders = {path.name for split in ("train", "valid") for path in root.glob(f"{split}/*/")}
         return _strangers(folders, LDM_FOLDERS, "the latent diffusion set's folders")
     return None
+
+
+def _is_itw_sm(root: Path) -> bool:
+    return (root / ITW_SM).is_dir() or _has_platforms(root)
 
 
 def _strangers(found: set[str], known: frozenset[str], what: str) -> str | None:
@@ -421,8 +448,11 @@ def _listed_in(target: Path) -> str | None:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+    except OSError:
+        return []
 
 
 @lru_cache(maxsize=1_000)

@@ -193,11 +193,11 @@ def test_itw_sm_is_known_under_any_name(tiny_run, tmp_path, run_type, way):
 
 @pytest.mark.parametrize("run_type", ["constrained", "open"])
 def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path, rng, run_type):
-    """By its content alone: neither names nor folders tell."""
+    """By its content alone: neither the link's name nor its folder tells."""
     for number in range(2):
         for label in ("0_real", "1_fake"):
-            save(tmp_path / "social" / label / f"{number}.png", picture(rng))
-    os.link(tmp_path / "social" / "1_fake" / "0.png", tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "again.png")
+            save(tmp_path / "social" / label / f"x_{number}.png", picture(rng))
+    os.link(tmp_path / "social" / "1_fake" / "x_0.png", tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "again.png")
     entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "social"), "layout": "itw_sm"}
     with pytest.raises(LayoutError, match=r"again\.png is a file of the validation set"):
         build_manifest(with_data(tiny_run, *entries, run_type=run_type), "A")
@@ -350,3 +350,34 @@ def test_images_that_a_table_of_any_form_lists(tiny_run, tmp_path, form):
     link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
     with pytest.raises(LayoutError, match="the set of the table"):
         data_sets(tiny_run, "A")
+
+
+def test_hard_links_of_open_data_do_not_train_a_constrained_run(tiny_run, rng):
+    theirs = save(tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "i.png", picture(rng))
+    os.link(theirs, tiny_run.data / "dataset" / "train" / "1_fake" / "x.png")
+    with pytest.raises(LayoutError, match=r"x\.png is a file of .*dataset_open too: it is open data"):
+        build_manifest(tiny_run, "A")
+
+
+def test_hard_links_of_official_files_train(tiny_run, tmp_path, rng):
+    """Links that lead elsewhere than into the open folder, and official folders that both folders hold."""
+    save(tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "i.png", picture(rng))
+    coco = save(tmp_path / "coco" / "train2017" / "1.png", picture(rng))
+    shared = tiny_run.data / "dataset_open" / "train" / "0_real" / "coco"
+    shared.parent.mkdir()
+    shared.symlink_to(coco.parent)
+    os.link(coco, tiny_run.data / "dataset" / "train" / "0_real" / "src" / "coco.png")
+    assert len(build_manifest(tiny_run, "A")) == 21
+
+
+@pytest.mark.parametrize("form", ["flat", "platforms", "names", "inner", "folder"])
+def test_a_stated_itw_sm_is_one(tiny_run, tmp_path, form):
+    name = {"names": "x_1.jpg", "platforms": "reddit/1.jpg"}.get(form, "1.jpg")
+    root = tmp_path / ("ITW-SM" if form == "folder" else "set")
+    touch(root / ("ITW-SM" if form == "inner" else ""), f"0_real/{name}", f"1_fake/{name}")
+    run = with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, {"root": str(root), "layout": "itw_sm"})
+    if form == "flat":
+        with pytest.raises(LayoutError, match=r"official data only; refused: .*set \(itw_sm, but"):
+            data_sets(run, "A")
+    else:
+        assert [entry.layout for entry in data_sets(run, "A")] == ["own", "itw_sm"]
