@@ -320,19 +320,26 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
     for entry, inside in places.items():
         claims = _claims(run, task, [other for other in entries if other != entry])
         listed = [Place(str(root), (), root.resolve(), True) for root in _listed_roots(entry)]
-        known: dict[tuple[Path, bool, bool], str | None] = {}
+        known: dict[tuple[Path, Path, bool, bool], str | None] = {}
         for place in [*inside, *listed]:
             if not (place.linked or (entry.layout == "own" and not place.parts)):
                 continue
-            key = place.target, place.linked, _trains(entry, place)
+            key = place.target, _base_of(place, run.data.resolve()), place.linked, _trains(entry, place)
             if key not in known:
                 known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
             why = known[key] or opened.holds(place)
-            if not why and key[2]:
+            if not why and key[3]:
                 why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
                 found.append(f"{place.path} leads into {place.file or place.target}: {why}")
     _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _base_of(place: Place, data: Path) -> Path:
+    """The folder below which names tell what ``place`` holds: what lies above the data root, or a set's root, tells nothing."""
+    if place.target.is_relative_to(data):
+        return data
+    return Path(place.target.anchor) if place.linked else place.target.parent
 
 
 def _listed_roots(entry: DataSet) -> list[Path]:
@@ -382,57 +389,57 @@ def _official(target: Path) -> bool:
 
 
 @lru_cache(maxsize=100_000)
-def _foreign(target: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
-    """Why what lies in the folder ``target`` is no official data of ``task``, where the folders above or a list tells."""
-    parts = [part.lower() for part in target.parts]
+def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
+    """Why what lies in ``target`` is no official data of ``task``, where the folders from ``base`` to it or a list tells."""
+    names = target.relative_to(base).parts
+    parts = [part.lower() for part in names]
     if any(name in ("ai", "nature") and split_of(above) for above, name in pairwise(parts)):
         return "it is laid out as GenImage"
     named = [number for number, part in enumerate(parts) if part in ("real", "fake")]
-    if any(number == len(parts) - 1 or _beside(target, number) for number in named):
+    if any(number == len(parts) - 1 or _beside(base.joinpath(*names[: number + 1])) for number in named):
         return "it is laid out as Community Forensics"
     if "dataset_open" in parts:
         return "it is open data"
-    other = _of_other_task(target, task, edition) or (_test_split(target) if trains else None)
+    other = _of_other_task(target, base, task, edition) or (_test_split(base, names) if trains else None)
     return other or (_listed_in(target) if linked else None)
 
 
-def _beside(target: Path, number: int) -> bool:
-    """Whether beside the ``number``-th folder on the way to ``target``, real or fake, lies the other of the two."""
-    folder = Path(*target.parts[: number + 1])
+def _beside(folder: Path) -> bool:
+    """Whether beside a folder named real or fake lies the other of the two."""
     return folder.with_name({"real": "fake", "fake": "real"}[folder.name.lower()]).is_dir()
 
 
-def _of_other_task(target: Path, task: str, edition: int) -> str | None:
-    for folder in (target, *target.parents[:5]):
+def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | None:
+    for folder in (above for above in (target, *target.parents[:5]) if above.is_relative_to(base)):
         if (task == "A" or edition < 2026) and (folder / "sagid.csv").is_file():
             return "it is of SAGI-D"
         if (folder / "taskB_val.csv").is_file():
             return "it is of the Task B validation set"
-    for one, other in pairwise(target.parts):
+    for one, other in pairwise(target.relative_to(base).parts):
         if task == "A" and one in (*TGIF_NAMES, "orig") and other in TGIF_SPLITS:
             return "it is of TGIF"
     return None
 
 
-def _test_split(target: Path) -> str | None:
-    """Whether ``target`` lies in a test split, or in a folder of CNNDetection's test generators."""
-    if split_of(target.name) == "test":
+def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
+    """Whether ``parts`` below ``base`` lead into a test split, or into a folder of CNNDetection's test generators."""
+    if next((split for part in reversed(parts[-2:]) if (split := split_of(part))), None) == "test":
         return "it is a test split"
-    parts = target.parts
     number = next((i for i in reversed(range(len(parts))) if parts[i].lower() in ("0_real", "1_fake")), None)
-    for up, name in enumerate(reversed(parts[max(0, number - 3) : number] if number else ())):
+    for up, spelled in enumerate(reversed(parts[max(0, number - 3) : number] if number else ())):
+        name = spelled.lower()
         if split_of(name) == "test":
             return "it is a test split"
         if split_of(name) and not (up == 0 and name == "train"):  # which is a category as well
             return None
-        beside = Path(*parts[: parts.index(name)]) if name == "progan" else None
+        beside = base.joinpath(*parts[: parts.index(spelled)]) if name == "progan" else None
         if up < 2 and (name in TEST_GENERATORS - {"progan"} or (beside and _has_generators(beside))):
             return "it is of CNNDetection's test set"
     return None
 
 
 def _has_generators(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in TEST_GENERATORS - {"progan"})
+    return any(path.name.lower() in TEST_GENERATORS - {"progan"} for path in folder.glob("*"))
 
 
 def _listed_in(target: Path) -> str | None:

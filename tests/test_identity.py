@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import picture, save
+from conftest import TINY, make_tiny_data, picture, save
 from test_readers import touch, with_data
 
 from forensics_lib.layouts import LayoutError
 from forensics_lib.manifest import build_manifest, data_sets
+from forensics_lib.params import Params
 from forensics_lib.runs import Run
 
 
@@ -31,6 +32,8 @@ FOREIGN = {
     "Community Forensics": ("cf/kandinsky/fake", "Community Forensics"),
     "test split": ("whatever/test/progan/car/1_fake", "test split"),
     "test generator": ("unpacked/crn/1_fake", "CNNDetection's test set"),
+    "test generator in capitals": ("unpacked/BigGAN/1_fake", "CNNDetection's test set"),
+    "folder of a test split": ("bench/test/sdxl", "test split"),
     "test category": ("unpacked/stylegan2/horse/1_fake", "CNNDetection's test set"),
     "TGIF": ("tgif/sd2-fr/training/cat", "TGIF"),
 }
@@ -283,7 +286,7 @@ def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
         build_manifest(with_data(run, {"root": str(run.data / "dataset")}) if way != "table" else run, "A")
 
 
-@pytest.mark.parametrize(("split", "role"), [("testing", "in a test split"), ("validation", "run's validation set")])
+@pytest.mark.parametrize(("split", "role"), [("testing", "a test split"), ("validation", "run's validation set")])
 def test_single_files_of_tgifs_other_splits_do_not_train(tiny_run, split, role):
     root = tiny_run.data / "dataset_taskB" / "TGIF"
     target = next((root / "sd2-sp" / split / "cat").iterdir())
@@ -381,3 +384,20 @@ def test_a_stated_itw_sm_is_one(tiny_run, tmp_path, form):
             data_sets(run, "A")
     else:
         assert [entry.layout for entry in data_sets(run, "A")] == ["own", "itw_sm"]
+
+
+@pytest.mark.parametrize(
+    "above", ["train/ai", "dataset_open", "test", "fake", "biggan/1_fake", "sd2-sp/training", "orig/training"]
+)
+def test_what_lies_above_the_data_root_tells_nothing(tmp_path, above):
+    data = make_tiny_data(tmp_path / above / "data")
+    run = Run(Params(**TINY, data_root=str(data)), data)
+    link(run, "train/1_fake/more", data / "pool" / "progan_airplane")
+    touch(data / "pool" / "progan_airplane", "1.png")
+    assert [entry.layout for entry in data_sets(run, "A")] == ["own"]
+    named = with_data(run, {"root": str(make_tiny_data(tmp_path / "other" / above / "mine") / "dataset")})
+    assert [entry.layout for entry in data_sets(named, "A")] == ["own"]
+    touch(tmp_path / "gi" / "train" / "ai", "1.png")
+    link(run, "train/1_fake/gi", tmp_path / "gi" / "train" / "ai")
+    with pytest.raises(LayoutError, match="GenImage"):
+        data_sets(run, "A")
