@@ -315,7 +315,7 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
     for entry, inside in places.items():
         splits = ((place.file or place.target, _split(entry, place)) for place in inside)
         kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
-    opened = _Opened(run.data / "dataset_open")
+    opened, data = _Opened(run.data / "dataset_open"), run.data.resolve()
     found: list[str] = []
     for entry, inside in places.items():
         claims = _claims(run, task, [other for other in entries if other != entry])
@@ -324,7 +324,7 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
         for place in [*inside, *listed]:
             if not (place.linked or (entry.layout == "own" and not place.parts)):
                 continue
-            key = place.target, _base_of(place, run.data.resolve()), place.linked, _trains(entry, place)
+            key = place.target, _base_of(place, data), place.linked, _trains(entry, place)
             if key not in known:
                 known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
             why = known[key] or opened.holds(place)
