@@ -19,6 +19,7 @@ from forensics_lib.params import DataSet
 from forensics_lib.readers import (
     CNNDETECTION_CATEGORIES,
     CONSTRAINED_LAYOUTS,
+    ITW_SM,
     PLATFORMS,
     class_trees,
     holds_itw_sm,
@@ -56,19 +57,17 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     """
     for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
         cached.cache_clear()  # the last call may have been before the user mended something
-    constrained = run.params.run_type == "constrained"
-    if constrained:
-        _refuse_unofficial(entries, run.params.edition)
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
     _refuse_validation(places, _never_trained_on(run, entries))
-    if constrained:
+    if run.params.run_type == "constrained":
+        _refuse_unofficial(entries, run.params.edition)
         _refuse_foreign(run, task, entries, places)
 
 
 def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
     """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
-    name; ``entries`` are the run's sets of both tasks.
+    name, or in a constrained run a file of ``dataset_open``; ``entries`` are the run's sets of both tasks.
     """
     train = table[table["split"].eq("train")]
     kept = _never_trained_on(run, entries).items()
@@ -85,6 +84,25 @@ def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame
         if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
             found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
     _raise_validation(found)
+    if run.params.run_type == "constrained":
+        _refuse_hard_links(run.data / "dataset_open", train)
+
+
+def _refuse_hard_links(opened: Path, train: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of ``dataset_open`` by another name."""
+    several = train[[_names_of(path) > 1 for path in train["path"]]] if opened.is_dir() else train[:0]
+    if len(several):
+        same = several["identity"].isin(_identities(opened, but_official=True))
+        found = [f"{path} is a file of {opened} too: it is open data" for path in several.loc[same, "path"]]
+        _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _names_of(path: str) -> int:
+    """How many hard links a file has; 0 where it is not there."""
+    try:
+        return os.stat(path).st_nlink  # noqa: PTH116 (speed)
+    except OSError:
+        return 0
 
 
 def _raise_validation(found: list[str]) -> None:
@@ -103,10 +121,13 @@ def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
     return {root: f"the validation set {root}" for root in roots} | tests
 
 
-def _identities(root: Path) -> list[int]:
-    """The identities of all files below a folder, also through links."""
-    paths = []
+def _identities(root: Path, but_official: bool = False) -> list[int]:
+    """The identities of all files below a folder, also through links; without those of folders known to be official."""
+    paths, real = [], root.resolve()
     for folder in {place.target for place in _walk(root) if not place.file}:
+        inside = folder.is_relative_to(real)
+        if but_official and _official(Path(*folder.relative_to(real).parts[2:]) if inside else folder):  # after split and class
+            continue
         with os.scandir(folder) as entries:
             paths += [entry.path for entry in entries if entry.is_file()]
     return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
@@ -254,12 +275,18 @@ def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str 
     root = from_home(entry.root)
     if entry.layout not in official:
         return str(entry.layout)
+    if entry.layout == "itw_sm" and not (of_itw_sm(root) or of_itw_sm(root.resolve()) or _is_itw_sm(root)):
+        return "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
     if entry.layout == "cnndetection":
         return _why_not_cnndetection(entry, root)
     if entry.layout == "corvi_ldm":
         folders = {path.name for split in ("train", "valid") for path in root.glob(f"{split}/*/")}
         return _strangers(folders, LDM_FOLDERS, "the latent diffusion set's folders")
     return None
+
+
+def _is_itw_sm(root: Path) -> bool:
+    return (root / ITW_SM).is_dir() or _has_platforms(root)
 
 
 def _strangers(found: set[str], known: frozenset[str], what: str) -> str | None:
@@ -288,24 +315,31 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
     for entry, inside in places.items():
         splits = ((place.file or place.target, _split(entry, place)) for place in inside)
         kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
-    opened = _Opened(run.data / "dataset_open")
+    opened, data = _Opened(run.data / "dataset_open"), run.data.resolve()
     found: list[str] = []
     for entry, inside in places.items():
         claims = _claims(run, task, [other for other in entries if other != entry])
         listed = [Place(str(root), (), root.resolve(), True) for root in _listed_roots(entry)]
-        known: dict[tuple[Path, bool, bool], str | None] = {}
+        known: dict[tuple[Path, Path, bool, bool], str | None] = {}
         for place in [*inside, *listed]:
             if not (place.linked or (entry.layout == "own" and not place.parts)):
                 continue
-            key = place.target, place.linked, _trains(entry, place)
+            key = place.target, _base_of(place, data), place.linked, _trains(entry, place)
             if key not in known:
                 known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
             why = known[key] or opened.holds(place)
-            if not why and key[2]:
+            if not why and key[3]:
                 why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
                 found.append(f"{place.path} leads into {place.file or place.target}: {why}")
     _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _base_of(place: Place, data: Path) -> Path:
+    """The folder below which names tell what ``place`` holds: what lies above the data root, or a set's root, tells nothing."""
+    if place.target.is_relative_to(data):
+        return data
+    return Path(place.target.anchor) if place.linked else place.target.parent
 
 
 def _listed_roots(entry: DataSet) -> list[Path]:
@@ -355,57 +389,57 @@ def _official(target: Path) -> bool:
 
 
 @lru_cache(maxsize=100_000)
-def _foreign(target: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
-    """Why what lies in the folder ``target`` is no official data of ``task``, where the folders above or a list tells."""
-    parts = [part.lower() for part in target.parts]
+def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
+    """Why what lies in ``target`` is no official data of ``task``, where the folders from ``base`` to it or a list tells."""
+    names = target.relative_to(base).parts
+    parts = [part.lower() for part in names]
     if any(name in ("ai", "nature") and split_of(above) for above, name in pairwise(parts)):
         return "it is laid out as GenImage"
     named = [number for number, part in enumerate(parts) if part in ("real", "fake")]
-    if any(number == len(parts) - 1 or _beside(target, number) for number in named):
+    if any(number == len(parts) - 1 or _beside(base.joinpath(*names[: number + 1])) for number in named):
         return "it is laid out as Community Forensics"
     if "dataset_open" in parts:
         return "it is open data"
-    other = _of_other_task(target, task, edition) or (_test_split(target) if trains else None)
+    other = _of_other_task(target, base, task, edition) or (_test_split(base, names) if trains else None)
     return other or (_listed_in(target) if linked else None)
 
 
-def _beside(target: Path, number: int) -> bool:
-    """Whether beside the ``number``-th folder on the way to ``target``, real or fake, lies the other of the two."""
-    folder = Path(*target.parts[: number + 1])
+def _beside(folder: Path) -> bool:
+    """Whether beside a folder named real or fake lies the other of the two."""
     return folder.with_name({"real": "fake", "fake": "real"}[folder.name.lower()]).is_dir()
 
 
-def _of_other_task(target: Path, task: str, edition: int) -> str | None:
-    for folder in (target, *target.parents[:5]):
+def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | None:
+    for folder in (above for above in (target, *target.parents[:5]) if above.is_relative_to(base)):
         if (task == "A" or edition < 2026) and (folder / "sagid.csv").is_file():
             return "it is of SAGI-D"
         if (folder / "taskB_val.csv").is_file():
             return "it is of the Task B validation set"
-    for one, other in pairwise(target.parts):
+    for one, other in pairwise(target.relative_to(base).parts):
         if task == "A" and one in (*TGIF_NAMES, "orig") and other in TGIF_SPLITS:
             return "it is of TGIF"
     return None
 
 
-def _test_split(target: Path) -> str | None:
-    """Whether ``target`` lies in a test split, or in a folder of CNNDetection's test generators."""
-    if split_of(target.name) == "test":
+def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
+    """Whether ``parts`` below ``base`` lead into a test split, or into a folder of CNNDetection's test generators."""
+    if next((split for part in reversed(parts[-2:]) if (split := split_of(part))), None) == "test":
         return "it is a test split"
-    parts = target.parts
     number = next((i for i in reversed(range(len(parts))) if parts[i].lower() in ("0_real", "1_fake")), None)
-    for up, name in enumerate(reversed(parts[max(0, number - 3) : number] if number else ())):
+    for up, spelled in enumerate(reversed(parts[max(0, number - 3) : number] if number else ())):
+        name = spelled.lower()
         if split_of(name) == "test":
             return "it is a test split"
         if split_of(name) and not (up == 0 and name == "train"):  # which is a category as well
             return None
-        beside = Path(*parts[: parts.index(name)]) if name == "progan" else None
+        beside = base.joinpath(*parts[: parts.index(spelled)]) if name == "progan" else None
         if up < 2 and (name in TEST_GENERATORS - {"progan"} or (beside and _has_generators(beside))):
             return "it is of CNNDetection's test set"
     return None
 
 
 def _has_generators(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in TEST_GENERATORS - {"progan"})
+    return any(path.name.lower() in TEST_GENERATORS - {"progan"} for path in folder.glob("*"))
 
 
 def _listed_in(target: Path) -> str | None:
@@ -421,8 +455,11 @@ def _listed_in(target: Path) -> str | None:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+    except OSError:
+        return []
 
 
 @lru_cache(maxsize=1_000)

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import picture, save
+from conftest import TINY, make_tiny_data, picture, save
 from test_readers import touch, with_data
 
 from forensics_lib.layouts import LayoutError
 from forensics_lib.manifest import build_manifest, data_sets
+from forensics_lib.params import Params
 from forensics_lib.runs import Run
 
 
@@ -31,6 +32,8 @@ FOREIGN = {
     "Community Forensics": ("cf/kandinsky/fake", "Community Forensics"),
     "test split": ("whatever/test/progan/car/1_fake", "test split"),
     "test generator": ("unpacked/crn/1_fake", "CNNDetection's test set"),
+    "test generator in capitals": ("unpacked/BigGAN/1_fake", "CNNDetection's test set"),
+    "folder of a test split": ("bench/test/sdxl", "test split"),
     "test category": ("unpacked/stylegan2/horse/1_fake", "CNNDetection's test set"),
     "TGIF": ("tgif/sd2-fr/training/cat", "TGIF"),
 }
@@ -193,11 +196,11 @@ def test_itw_sm_is_known_under_any_name(tiny_run, tmp_path, run_type, way):
 
 @pytest.mark.parametrize("run_type", ["constrained", "open"])
 def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path, rng, run_type):
-    """By its content alone: neither names nor folders tell."""
+    """By its content alone: neither the link's name nor its folder tells."""
     for number in range(2):
         for label in ("0_real", "1_fake"):
-            save(tmp_path / "social" / label / f"{number}.png", picture(rng))
-    os.link(tmp_path / "social" / "1_fake" / "0.png", tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "again.png")
+            save(tmp_path / "social" / label / f"x_{number}.png", picture(rng))
+    os.link(tmp_path / "social" / "1_fake" / "x_0.png", tiny_run.data / "dataset" / "train" / "1_fake" / "src" / "again.png")
     entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "social"), "layout": "itw_sm"}
     with pytest.raises(LayoutError, match=r"again\.png is a file of the validation set"):
         build_manifest(with_data(tiny_run, *entries, run_type=run_type), "A")
@@ -283,7 +286,7 @@ def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
         build_manifest(with_data(run, {"root": str(run.data / "dataset")}) if way != "table" else run, "A")
 
 
-@pytest.mark.parametrize(("split", "role"), [("testing", "in a test split"), ("validation", "run's validation set")])
+@pytest.mark.parametrize(("split", "role"), [("testing", "a test split"), ("validation", "run's validation set")])
 def test_single_files_of_tgifs_other_splits_do_not_train(tiny_run, split, role):
     root = tiny_run.data / "dataset_taskB" / "TGIF"
     target = next((root / "sd2-sp" / split / "cat").iterdir())
@@ -350,3 +353,51 @@ def test_images_that_a_table_of_any_form_lists(tiny_run, tmp_path, form):
     link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
     with pytest.raises(LayoutError, match="the set of the table"):
         data_sets(tiny_run, "A")
+
+
+def test_hard_links_of_open_data_do_not_train_a_constrained_run(tiny_run, rng):
+    theirs = save(tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "i.png", picture(rng))
+    os.link(theirs, tiny_run.data / "dataset" / "train" / "1_fake" / "x.png")
+    with pytest.raises(LayoutError, match=r"x\.png is a file of .*dataset_open too: it is open data"):
+        build_manifest(tiny_run, "A")
+
+
+def test_hard_links_of_official_files_train(tiny_run, tmp_path, rng):
+    """Links that lead elsewhere than into the open folder, and official folders that both folders hold."""
+    save(tiny_run.data / "dataset_open" / "train" / "1_fake" / "f" / "i.png", picture(rng))
+    coco = save(tmp_path / "coco" / "train2017" / "1.png", picture(rng))
+    shared = tiny_run.data / "dataset_open" / "train" / "0_real" / "coco"
+    shared.parent.mkdir()
+    shared.symlink_to(coco.parent)
+    os.link(coco, tiny_run.data / "dataset" / "train" / "0_real" / "src" / "coco.png")
+    assert len(build_manifest(tiny_run, "A")) == 21
+
+
+@pytest.mark.parametrize("form", ["flat", "platforms", "names", "inner", "folder"])
+def test_a_stated_itw_sm_is_one(tiny_run, tmp_path, form):
+    name = {"names": "x_1.jpg", "platforms": "reddit/1.jpg"}.get(form, "1.jpg")
+    root = tmp_path / ("ITW-SM" if form == "folder" else "set")
+    touch(root / ("ITW-SM" if form == "inner" else ""), f"0_real/{name}", f"1_fake/{name}")
+    run = with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, {"root": str(root), "layout": "itw_sm"})
+    if form == "flat":
+        with pytest.raises(LayoutError, match=r"official data only; refused: .*set \(itw_sm, but"):
+            data_sets(run, "A")
+    else:
+        assert [entry.layout for entry in data_sets(run, "A")] == ["own", "itw_sm"]
+
+
+@pytest.mark.parametrize(
+    "above", ["train/ai", "dataset_open", "test", "fake", "biggan/1_fake", "sd2-sp/training", "orig/training"]
+)
+def test_what_lies_above_the_data_root_tells_nothing(tmp_path, above):
+    data = make_tiny_data(tmp_path / above / "data")
+    run = Run(Params(**TINY, data_root=str(data)), data)
+    link(run, "train/1_fake/more", data / "pool" / "progan_airplane")
+    touch(data / "pool" / "progan_airplane", "1.png")
+    assert [entry.layout for entry in data_sets(run, "A")] == ["own"]
+    named = with_data(run, {"root": str(make_tiny_data(tmp_path / "other" / above / "mine") / "dataset")})
+    assert [entry.layout for entry in data_sets(named, "A")] == ["own"]
+    touch(tmp_path / "gi" / "train" / "ai", "1.png")
+    link(run, "train/1_fake/gi", tmp_path / "gi" / "train" / "ai")
+    with pytest.raises(LayoutError, match="GenImage"):
+        data_sets(run, "A")
