@@ -16,6 +16,7 @@ from forensics_lib.params import Params
 
 # From where on compiling pays, which takes as long for a GPU, though that is about a hundred times as fast.
 COMPILED_FROM = {"cpu": 1e16, "cuda": 1e18}  # inference, pixels times parameters: about 2,300 crops with ConvNeXt-B on a CPU
+COMPILES_BACKWARD = (2, 12)  # PyTorch's version from which what it compiles for CPUs learns; older ones fail with some models
 LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,000 crops on a CPU
 
 
@@ -113,7 +114,8 @@ def learning_view(model: nn.Module, task: str, size: int, pixels: float) -> nn.M
     time to time.
     """
     device = _device_of(model)
-    faster = device == "cuda" or (task == "A" and not all(parameter.requires_grad for parameter in model.parameters()))
+    partly = task == "A" and not all(parameter.requires_grad for parameter in model.parameters())
+    faster = device == "cuda" or (partly and torch.__version__ >= COMPILES_BACKWARD)
     if pixels < LEARNS_COMPILED_FROM[device] or not faster or torch.are_deterministic_algorithms_enabled():
         return model
     from torch import _dynamo  # takes seconds to import

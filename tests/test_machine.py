@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY, picture, save
+from torch.torch_version import TorchVersion
 
 from forensics_lib import machine as module
 from forensics_lib.disk import usable_cores
 from forensics_lib.inference import predict_mask, predict_probabilities
-from forensics_lib.machine import CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
+from forensics_lib.machine import COMPILES_BACKWARD, CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
 from forensics_lib.model import CombinedModel
 from forensics_lib.params import Params
 
@@ -170,8 +171,11 @@ def partly_frozen(task: str = "A", stages: int | str = 1) -> CombinedModel:
 def test_a_model_learns_compiled_where_that_pays(task, stages, pixels, deterministic, compiled, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     model = partly_frozen(task, stages)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.1+cpu"))
     view = learning_view(model, task, 4, pixels)
     assert isinstance(view, CompiledForBatches) if compiled else view is model
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    assert learning_view(model, task, 4, pixels) is model
 
 
 def loss_and_gradients(model: CombinedModel, view: torch.nn.Module, count: int) -> tuple[torch.Tensor, ...]:
@@ -181,6 +185,7 @@ def loss_and_gradients(model: CombinedModel, view: torch.nn.Module, count: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < COMPILES_BACKWARD, reason=f"PyTorch {torch.__version__} may fail to compile this")
 def test_a_compiled_model_learns_what_it_would_learn_as_it_is():
     model = partly_frozen()
     view = learning_view(model, "A", 4, pixels=2e9)
