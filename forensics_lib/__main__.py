@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forensics_lib.files import home, write_text
+from forensics_lib.files import home, write_traceback
 from forensics_lib.settings import SettingError, parse_settings
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def _told(error: Exception) -> str:
         return str(error)
     said = f"{type(error).__name__}: {error}"
     try:
-        path = home() / "outputs" / "traceback.txt"
-        write_text(path, "".join(traceback.format_exception(error)))
+        path = write_traceback(home() / "outputs", error)
     except (OSError, ValueError):  # nowhere to write it
         return f"{''.join(traceback.format_exception(error))}"
     return f"{said}\nThis was not foreseen; the traceback is in {path}"

@@ -8,7 +8,6 @@ read and predicted when they are chosen, thumbnails when their page is shown.  W
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +29,7 @@ from forensics_lib.inference import load_mask, predict_mask
 from forensics_lib.machine import choose_machine
 from forensics_lib.model import load_model
 from forensics_lib.plots import ORANGE, decided
+from forensics_lib.progress import headless
 from forensics_lib.runs import Run
 from forensics_lib.scoring import truth_mask
 
@@ -305,7 +305,7 @@ class ImageBrowser(Browser):
 
 def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown:
     """The masks that were written for the readable test images; a note in a headless run."""
-    if _headless():
+    if headless():
         return Markdown(GALLERIES)
     table = results[results["error"].isna()].reset_index(drop=True)
     table = table.assign(name=[f"{prob:.2f}  {name}" for prob, name in zip(table["prob"], table["image_id"], strict=True)])
@@ -321,7 +321,7 @@ def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown
 
 def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Markdown:
     """The images of an evaluation with their truth, predicted when an image is chosen; a note in a headless run."""
-    if _headless():
+    if headless():
         return Markdown(GALLERIES)
     table = _called(evaluation.table, evaluation.thresholds["threshold"])
     table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
@@ -347,7 +347,7 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Ma
 
 def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | Markdown:
     """Task A: the images of an evaluation; a note in a headless run."""
-    if _headless():
+    if headless():
         return Markdown(GALLERIES)
     table = _called(evaluation.table, evaluation.thresholds["threshold"])
     wrong = (table["prob"] - evaluation.thresholds["threshold"]) * (1 - 2 * table["label"])
@@ -363,11 +363,6 @@ def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | 
     return ImageBrowser(
         run, table.assign(wrong=wrong, name=named), ["source", "generator", "platform", "format", "verdict"], orders
     )
-
-
-def _headless() -> bool:
-    """Whether nobody can use a widget, whose messages could only fail."""
-    return bool(os.environ.get("FORENSICS_HEADLESS"))
 
 
 def _called(table: pd.DataFrame, threshold: float) -> pd.DataFrame:

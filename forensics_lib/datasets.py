@@ -52,9 +52,9 @@ class TrainingCrops(Dataset):
     depend on workers or order, another epoch is another seed, and an image that an epoch draws several times gives another
     crop each time.  With ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed
     as one of the JPEG files were, and every crop ends in one distribution of compressions, whose blocks begin anywhere.
-    With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel
-    counts as authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from
-    another authentic one, and count as spliced.
+    With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel counts as
+    authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from another
+    authentic one, and count as spliced.
     """
 
     def __init__(

@@ -118,8 +118,7 @@ def degrade(
         wanted = "its function gets image, mask and generator, and returns image and mask"
         image, mask = named(settings.own, "degrade: own", wanted)(image, mask, rng)
     if rng.random() < settings.resize:
-        scale = float(rng.uniform(*settings.resize_scale))
-        image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
+        image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:
         image = blur(image, float(rng.uniform(*settings.blur_sigma)))
     if rng.random() < settings.noise:
@@ -132,8 +131,7 @@ def degrade(
         image, encoding = _randomly_compressed(image, "WEBP", settings, rng)
     if rng.random() < settings.social:
         quality = _drawn_quality(settings.social_quality, rng)
-        scale = float(rng.uniform(*settings.social_scale))
-        image, mask, encoding = upload(image, mask, scale, quality, rng)
+        image, mask, encoding = upload(image, mask, float(rng.uniform(*settings.social_scale)), quality, rng)
     if equalize and encoding is None:
         image, encoding = _randomly_compressed(image, "JPEG" if rng.random() < 0.8 else "WEBP", settings, rng)
     return image, mask, encoding

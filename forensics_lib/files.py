@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -180,6 +181,13 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_traceback(folder: Path, error: BaseException) -> Path:
+    """Write an error's traceback to ``traceback.txt`` in a folder, and return its path."""
+    path = folder / "traceback.txt"
+    write_text(path, "".join(traceback.format_exception(error)))
+    return path
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

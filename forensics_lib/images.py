@@ -336,17 +336,17 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     - colours of 16 bits do not reach half of white, since their lower bytes are not decoded;
     - an alpha channel marks other pixels than the colours do (a mask in the alpha channel).
     """
-    return _mask_and_values(path, size)[0]
+    return _mask_and_distinct(path, size)[0]
 
 
 def mask_facts(path: str | Path, size: tuple[int, int]) -> tuple[float, int]:
     """The share of manipulated pixels of a mask, and how many grey values its file has.  Raises as ``read_mask`` does."""
-    mask, values = _mask_and_values(path, size)
-    return float(mask.mean()), len(np.unique(values))
+    mask, distinct = _mask_and_distinct(path, size)
+    return float(mask.mean()), len(distinct)
 
 
-def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The mask ``(H, W)`` bool and the grey values that it was made of."""
+def _mask_and_distinct(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The mask ``(H, W)`` bool and the distinct grey values of its file, in order."""
     with open_image(path) as image:
         deep_colours = _has_deep_colours(image)
         image.load()
@@ -360,14 +360,14 @@ def _mask_and_values(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarra
             raise _Unusable("the mask has colours of 16 bits that do not reach half of white; save it in grey of 8 bits")
         if not high:
             raise _Unusable(f"{EMPTY_MASK}, but its image is listed as manipulated")
-        distinct = np.unique(values)
+        distinct = np.unique(values) if image.mode == "F" else np.flatnonzero(np.bincount(values.ravel()))
         unclear = high < 0.9 * white and high > 1 and len(distinct) > 2
         if not mask.any() or unclear or _are_ids(values, distinct):
             raise _Unusable(
                 f"the mask has the values {_listed(distinct)} of 0 to {white}: it is not clear what is manipulated; "
                 f"save it with 0 where nothing was changed and {white} where the image was manipulated"
             )
-        return mask, values
+        return mask, distinct
 
 
 def _has_deep_colours(image: Image.Image) -> bool:
@@ -421,9 +421,9 @@ def _refuse_alpha(image: Image.Image, mask: np.ndarray) -> None:
         )
 
 
-def _listed(values: np.ndarray, count: int = 5) -> str:
-    """The distinct values in words, at most ``count`` of them."""
-    found = [f"{value:g}" for value in np.unique(values)]
+def _listed(distinct: np.ndarray, count: int = 5) -> str:
+    """Distinct values in words, at most ``count`` of them."""
+    found = [f"{value:g}" for value in distinct]
     return ", ".join(found if len(found) <= count else [*found[: count - 1], "...", found[-1]])
 
 

@@ -33,7 +33,7 @@ from forensics_lib.layouts import mask_names
 from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.metrics import round_probs
-from forensics_lib.model import CombinedModel, load_model, read_checkpoint
+from forensics_lib.model import CombinedModel, load_model
 from forensics_lib.runs import Run, require_same_kind, require_trained
 from forensics_lib.settings import settings_text
 
@@ -68,11 +68,11 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
         raise InferenceError(
             f"{run.thresholds} names no temperature for Task {task}: run the training notebook of this run again"
         )
-    _require_same_settings(run, task)
+    model, content = load_model(run.finetuned_model(task), task)
+    _require_same_settings(run, task, content)
     if launches(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     rows = build_test_manifest(run, task)
-    model, _ = load_model(run.finetuned_model(task), task)
     machine = choose_machine(run.params)
     print(f"Task {task}: {len(rows)} test images on {machine}")
     shards = Shards(run, task, rows, _key(run, model, rows))
@@ -101,13 +101,13 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     return table[["image_id", "prob", "error", "path"]]
 
 
-def _require_same_settings(run: Run, task: str) -> None:
+def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None:
     """Raise ``InferenceError`` where thresholds were chosen with other parameters of inference than this run's.
 
-    Precision is of the machine and may differ, since a model may be trained on a GPU and used on a CPU: it is only said.
+    ``content`` is the checkpoint's.  Precision is of the machine and may differ, since a model may be trained on a GPU and
+    used on a CPU: it is only said.
     """
-    content, kept = read_checkpoint(run.finetuned_model(task)), read_json(run.thresholds)[task]
-    now = inference_settings(run.params, task)
+    kept, now = read_json(run.thresholds)[task], inference_settings(run.params, task)
     again = f"run {'notebook 02' if task == 'A' else 'notebook 03'} or 'train' of this run again"
     if "thresholds" not in content:
         raise InferenceError(

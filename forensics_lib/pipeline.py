@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from forensics_lib.attach import one_at_a_time
-from forensics_lib.files import project_root, write_text
+from forensics_lib.files import project_root, write_traceback
 from forensics_lib.params import find_params
 from forensics_lib.runs import Run, open_run
 from forensics_lib.settings import settings_text
@@ -147,9 +146,7 @@ def _stopped(run: Run, notebook: str, error: BaseException, resume: str) -> Base
 
 def _traceback_kept(run: Run, error: BaseException) -> str:
     with suppress(OSError):
-        path = run.folder / "traceback.txt"
-        write_text(path, "".join(traceback.format_exception(error)))
-        return f"\n(traceback in {path})"
+        return f"\n(traceback in {write_traceback(run.folder, error)})"
     return ""
 
 

@@ -53,8 +53,13 @@ class progress(Generic[T]):
             yield item
 
 
+def headless() -> bool:
+    """Whether nobody watches or can use a widget, whose messages could only fail: ``FORENSICS_HEADLESS`` is set."""
+    return bool(os.environ.get("FORENSICS_HEADLESS"))
+
+
 def _interactive() -> bool:
     """Whether somebody watches: a terminal, or a notebook that is not executed headlessly."""
-    if os.environ.get("FORENSICS_HEADLESS"):
+    if headless():
         return False
     return sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")

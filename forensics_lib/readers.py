@@ -442,10 +442,15 @@ def read_parquet(root: Path, entry: DataSet) -> Rows:
 _Key = tuple[str | None, int, str | None]  # split, label and generator of rows that go together
 
 
+def _hub_words(file: Path, column: str, values: list[Any]) -> list[Any]:
+    """The values of a column, numbers of classes as the names that the hub gives them."""
+    names = class_names(file, column)
+    return [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+
+
 def _hub_splits(file: Path, column: str, values: list[Any]) -> list[str | None]:
     """The split of each row; None of an empty field.  Raises ``LayoutError`` of a word that names none."""
-    names = class_names(file, column)
-    words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    words = _hub_words(file, column, values)
     texts = ["" if word is None else str(word).strip() for word in words]
     splits = [split_of(text) for text in texts]
     for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
@@ -484,8 +489,7 @@ def _add_members(rows: Rows, file: Path, image: str, mask: str | None, places: d
 
 
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
-    names = class_names(file, column)
-    words = [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    words = _hub_words(file, column, values)
     labels = [_label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
     if None in labels:
         number = labels.index(None)

@@ -40,11 +40,11 @@ from forensics_lib.machine import choose_machine, learning_view
 from forensics_lib.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
 from forensics_lib.model import CheckpointError, build_model, derive_checkpoint, read_checkpoint, save_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.runs import Run, record_trained
+from forensics_lib.runs import OF_TRAINING, Run, record_trained
 from forensics_lib.stopping import stop_requests
 
 GO_ON = "the same command or cell goes on from there"
-OF_DATA = ("findings", "shortcut_auc", "shortcut_auc_of_crops", "equalized")  # facts in run.json of a task's data alone
+OF_DATA = ("findings", *OF_TRAINING)  # facts in run.json of a task's data alone
 
 
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
