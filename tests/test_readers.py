@@ -461,24 +461,6 @@ def test_official_overlap_of_tgif_and_task_b_validation(official_tree):
     }
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "not a CSV"),
-        (b"path,label\n\xbb\xbf.jpg,0\n", "not a CSV"),
-        (b"path,label\na.jpg,0,surplus\n", "not a CSV"),
-        (b"path,label\na.jpg,0\na\0b.jpg,1\n", "row 3: holds a null byte"),
-        (b'path,label\n"a.jpg,0\n', "not a CSV"),
-        (b"path\na.jpg\n", "needed: path, label"),
-    ],
-)
-def test_damaged_tables_are_refused_by_name(content, fault, tmp_path):
-    (tmp_path / "table.csv").write_bytes(content)
-    with pytest.raises(LayoutError, match=fault) as refused:
-        read_data_set(DataSet(root=str(tmp_path / "table.csv"), layout="table"))
-    assert "table.csv" in str(refused.value)
-
-
 def test_a_listing_that_names_no_more_than_the_prefix(tmp_path):
     (tmp_path / "taskB_val.csv").write_text("img_path,mask_path,src_path,type\nsagid,sagid,sagid,sp\n")
     with pytest.raises(LayoutError, match="its table names 'sagid'"):
@@ -598,6 +580,12 @@ CP1252 = "path,label\na.png,0\ncafé.png,1\n".encode("cp1252")
         (b"path,label\n\n,0\n", "row 3: names no path"),
         (b"\n\npath,label\n\na.png,7\n", "row 5: label '7'"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+        (b"", "not a CSV"),
+        (b"path,label\n\xbb\xbf.jpg,0\n", "not a CSV"),
+        (b"path,label\na.jpg,0,surplus\n", "not a CSV"),
+        (b"path,label\na.jpg,0\na\0b.jpg,1\n", "row 3: holds a null byte"),
+        (b'path,label\n"a.jpg,0\n', "not a CSV"),
+        (b"path\na.jpg\n", "needed: path, label"),
     ],
 )
 def test_text_that_is_not_read_says_what_is_wrong_and_what_helps(tmp_path, content, fault):
