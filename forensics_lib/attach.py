@@ -17,20 +17,28 @@ from forensics_lib.distributed import launched, wait_for_all
 from forensics_lib.files import is_main
 from forensics_lib.runs import Run
 
-LOOK = 1.0  # seconds between two looks at the other's epochs
+LOOK = 1.0  # seconds between two looks at what another process does
 
 
 @contextmanager
-def one_at_a_time(path: Path, held: str) -> Iterator[None]:
-    """Within the block no other process is in a block of the same lock file ``path``; ``held`` is printed while one is.
+def exclusive(path: Path, held: str, lines: Callable[[], list[str]] = list) -> Iterator[None]:
+    """Within the block no other process is in a block of the same lock file ``path``.
 
-    The lock is the system's: it ends with the process that holds it, however that ends.
+    While another one is, ``held`` is printed, and then whatever ``lines`` gives that was not printed yet.  Interrupting the
+    wait leaves the other process alone.  The operating system holds the lock: it ends with its process, however that ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     if not _acquired(lock):
         print(f"{held} (interrupting this wait leaves it alone)", flush=True)
-        lock.acquire(poll_interval=LOOK)
+        shown = 0
+        while not _acquired(lock):
+            found = lines()
+            shown = 0 if len(found) < shown else shown  # the other process began anew
+            for line in found[shown:]:
+                print(line, flush=True)
+            shown = len(found)
+            time.sleep(LOOK)
     try:
         yield
     finally:
@@ -41,19 +49,14 @@ def one_at_a_time(path: Path, held: str) -> Iterator[None]:
 def only_trainer(run: Run, task: str, epochs: Callable[[], list[str]]) -> Iterator[None]:
     """Within the block no other process trains this task of this run; while one does, its ``epochs`` are printed.
 
-    ``epochs`` gives a line for each epoch that ``metrics.jsonl`` holds.  Interrupting the wait leaves the other alone.  The
-    lock is the system's: it ends with the process that holds it, however that ends.
+    ``epochs`` gives a line for each epoch that ``metrics.jsonl`` holds.
     """
-    path = run.folder / "checkpoints" / f"task{task}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    if is_main():
-        _acquire(lock, f"Task {task} of run {run.name}", epochs)
-    wait_for_all()
-    try:
+    held = f"Task {task} of run {run.name} is being trained by another process: its epochs follow"
+    with ExitStack() as stack:
+        if is_main():
+            stack.enter_context(exclusive(run.folder / "checkpoints" / f"task{task}.lock", held, epochs))
+        wait_for_all()
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -62,23 +65,9 @@ def only_inference(run: Run, task: str) -> Iterator[None]:
     held = f"Task {task} of run {run.name} is being predicted by another process: waiting for it"
     with ExitStack() as stack:
         if is_main() and not launched():  # who launched others holds the lock for them
-            stack.enter_context(one_at_a_time(run.folder / "shards" / f"task{task}.lock", held))
+            stack.enter_context(exclusive(run.folder / "shards" / f"task{task}.lock", held))
         wait_for_all()
         yield
-
-
-def _acquire(lock: FileLock, what: str, epochs: Callable[[], list[str]]) -> None:
-    if _acquired(lock):
-        return
-    print(f"{what} is being trained by another process (interrupting this wait leaves it alone):", flush=True)
-    shown = 0
-    while not _acquired(lock):
-        lines = epochs()
-        shown = 0 if len(lines) < shown else shown  # a new training's first epoch took the place of another's
-        for line in lines[shown:]:
-            print(line, flush=True)
-        shown = len(lines)
-        time.sleep(LOOK)
 
 
 def _acquired(lock: FileLock) -> bool:

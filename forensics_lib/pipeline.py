@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from forensics_lib.attach import one_at_a_time
+from forensics_lib.attach import exclusive
 from forensics_lib.files import project_root, write_traceback
 from forensics_lib.params import find_params
 from forensics_lib.runs import Run, open_run
@@ -91,7 +91,7 @@ def _run_notebooks(run: Run, params_file: str, overrides: dict[str, Any], start:
     began, notebook = time.monotonic(), start
     held = f"another process executes the notebooks of run {run.name}: waiting for it"
     try:
-        with one_at_a_time(run.folder / "notebooks.lock", held):
+        with exclusive(run.folder / "notebooks.lock", held):
             for notebook in NOTEBOOKS[NOTEBOOKS.index(start) :]:
                 print(f"--- {notebook}  ({run.name}, {time.monotonic() - began:.0f} s so far)", flush=True)
                 _execute(run, notebook, {"params_file": params_file, **overrides})

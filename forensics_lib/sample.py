@@ -27,7 +27,7 @@ import sklearn
 from PIL import Image
 
 from forensics_lib.aligned import Autoencode, load_autoencode
-from forensics_lib.attach import one_at_a_time
+from forensics_lib.attach import exclusive
 from forensics_lib.forgeries import composed, enlarged, outlined
 from forensics_lib.progress import progress
 
@@ -97,7 +97,7 @@ def build_sample(root: Path) -> Path:
     """
     if _finished(root):
         return root
-    with one_at_a_time(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
+    with exclusive(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
         if not _finished(root):
             for left in root.parent.glob(f".{root.name}-*/"):  # by a build that was killed: none goes on while this one may
                 shutil.rmtree(left)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forensics_lib.attach import one_at_a_time
+from forensics_lib.attach import exclusive
 from forensics_lib.evaluation import stored_thresholds
 from forensics_lib.files import home, read_json, update_json, whole
 from forensics_lib.images import ImageError, read_header
@@ -143,7 +143,7 @@ def _exactly(value: float) -> str:
 def _claim(run: Run, path: Path, new: Path) -> None:
     """Note in ``run.json`` that the file ``path`` is this run's from now on; what another run left there is kept beside it."""
     lock = home() / "outputs" / ".submission.lock"
-    with one_at_a_time(lock, f"another process writes to {run.submission}: waiting for it"):
+    with exclusive(lock, f"another process writes to {run.submission}: waiting for it"):
         records = {record.parent.name: read_json(record) for record in (home() / "outputs").glob("*/run.json")}
         owners = [name for name, facts in records.items() if str(path) in _archives(facts)]
         same = path.is_file() and not owners and filecmp.cmp(path, new, shallow=False)
