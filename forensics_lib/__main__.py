@@ -8,11 +8,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forensics_lib.files import home, write_traceback
 from forensics_lib.settings import SettingError, parse_settings
+from forensics_lib.utils.files import home, write_traceback
 
 if TYPE_CHECKING:
-    from forensics_lib.runs import Run
+    from forensics_lib.run import Run
 
 DEFAULT = "params/constrained.yaml"  # as of make run-constrained and of the notebooks
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _told(error: Exception) -> str:
     """What to say of an error: its message where it is meant for the reader, else where its traceback was written."""
     own = type(error).__module__.startswith("forensics_lib.")
-    raised_here = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == Path(__file__).parent
+    raised_here = Path(__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
     if own or isinstance(error, OSError) or (raised_here and isinstance(error, (ValueError, RuntimeError))):
         return str(error)
     said = f"{type(error).__name__}: {error}"
@@ -115,8 +115,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _open(options: argparse.Namespace) -> Run:
     """The run of a command, opened by every process of its group; its tasks are those of the command line."""
-    from forensics_lib.distributed import first_then_others, join_group
-    from forensics_lib.runs import open_run
+    from forensics_lib.run import open_run
+    from forensics_lib.utils.processes import first_then_others, join_group
 
     join_group()
     overrides = _overrides(options)
@@ -126,10 +126,10 @@ def _open(options: argparse.Namespace) -> Run:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from forensics_lib.distributed import first_then_others, launched, leave_group
-    from forensics_lib.evaluation import evaluate, evaluate_held_out
-    from forensics_lib.manifest import build_manifest
-    from forensics_lib.training import train
+    from forensics_lib.data.manifest import build_manifest
+    from forensics_lib.evaluation.evaluate import evaluate, evaluate_held_out
+    from forensics_lib.training.loop import train
+    from forensics_lib.utils.processes import first_then_others, launched, leave_group
 
     run = _open(options)
     for task in run.params.tasks:
@@ -145,8 +145,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _infer(options: argparse.Namespace) -> int:
-    from forensics_lib.distributed import leave_group
-    from forensics_lib.infer import infer
+    from forensics_lib.inference.shards import infer
+    from forensics_lib.utils.processes import leave_group
 
     run = _open(options)
     for task in run.params.tasks:
@@ -156,8 +156,8 @@ def _infer(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from forensics_lib.report import build_report
-    from forensics_lib.submission import build_submission
+    from forensics_lib.reports.report import build_report
+    from forensics_lib.submission.validate import build_submission
 
     run = _open(options)
     for task in run.params.tasks:
@@ -167,15 +167,15 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from forensics_lib.report import build_report
+    from forensics_lib.reports.report import build_report
 
     print(build_report(_open(options)))
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from forensics_lib.compare import compare, comparison_figure
-    from forensics_lib.plots import write_figure
+    from forensics_lib.reports.compare import compare, comparison_figure
+    from forensics_lib.reports.figures import write_figure
 
     tables = compare(options.runs)
     for name, table in tables.items():
@@ -197,17 +197,17 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _sample(_: argparse.Namespace) -> int:
-    from forensics_lib.sample import build_sample
+    from forensics_lib.synthesis.sample import build_sample
 
     print(f"sample data in {build_sample(home() / 'data' / 'sample')}")
     return 0
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from forensics_lib.files import from_home
-    from forensics_lib.official import check_data
+    from forensics_lib.data.check import check_data
     from forensics_lib.params import load_params
-    from forensics_lib.runs import Run
+    from forensics_lib.run import Run
+    from forensics_lib.utils.files import from_home
 
     params = load_params(options.params, _overrides(options))
     result = check_data(Run(params, from_home(params.data_root)))
@@ -216,7 +216,7 @@ def _check_data(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from forensics_lib.submission import validate_submission
+    from forensics_lib.submission.validate import validate_submission
 
     result = validate_submission(options.archive, options.task, options.images)
     print(result.report())

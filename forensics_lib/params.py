@@ -18,8 +18,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
-from forensics_lib.files import project_root
-from forensics_lib.plugins import PATTERN
+from forensics_lib.utils.callables import PATTERN
+from forensics_lib.utils.files import project_root
 
 PROBABILITY = {"ge": 0.0, "le": 1.0}
 ONLY_A: dict[str, Any] = {"json_schema_extra": {"tasks": "A"}}  # a key that only Task A uses

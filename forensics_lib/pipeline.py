@@ -18,12 +18,12 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from forensics_lib.attach import exclusive
-from forensics_lib.files import project_root, write_traceback
 from forensics_lib.params import find_params
-from forensics_lib.runs import Run, open_run
+from forensics_lib.run import Run, open_run
 from forensics_lib.settings import settings_text
-from forensics_lib.submission import archive_path
+from forensics_lib.submission.validate import archive_path
+from forensics_lib.utils.files import project_root, write_traceback
+from forensics_lib.utils.locks import exclusive
 
 PATIENCE = 600.0  # seconds that a notebook has to stop; at half of them it is told again, at the end killed
 OUTPUT_PATIENCE = 600  # seconds until the last output of a cell that has ended must have come

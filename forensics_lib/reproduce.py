@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import home, read_json, update_json
-from forensics_lib.infer import infer
-from forensics_lib.inference import load_mask
-from forensics_lib.manifest import build_manifest, data_fingerprint
+from forensics_lib.data.manifest import build_manifest, data_fingerprint
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference.predict import load_mask
+from forensics_lib.inference.shards import infer
 from forensics_lib.params import Params, make_params
-from forensics_lib.runs import Run, open_run, trained_by, trained_tasks
-from forensics_lib.training import train
+from forensics_lib.run import Run, open_run, trained_by, trained_tasks
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import home, read_json, update_json
 
 ENDING = "_again"  # of the repeated run's name
 COMPARED = ("python", "machine", "versions", "git")  # facts that may explain a difference

@@ -5,8 +5,8 @@ Run after ``make run-constrained`` on a machine without the official data:  pyth
 
 import sys
 
-from forensics_lib.files import home, read_json
-from forensics_lib.submission import validate_submission
+from forensics_lib.submission.validate import validate_submission
+from forensics_lib.utils.files import home, read_json
 
 PROMISES = {"taskA_validation": ("auc", 0.90), "taskB_validation": ("iou_manipulated", 0.40)}
 ARCHIVES = {"teamname_constrained_sample.zip": "A", "teamname_localization_masks_sample.zip": "B"}

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

@@ -9,12 +9,12 @@ import pytest
 from conftest import mid_greys, photo_table, picture, save
 from PIL import Image
 
-from forensics_lib import aligned
-from forensics_lib.aligned import _encoding_of, _subsampling, load_autoencode, make_twins
-from forensics_lib.images import read_header, read_image
-from forensics_lib.manifest import build_manifest, sources, usable
+from forensics_lib.data import generated as aligned
+from forensics_lib.data.generated import _encoding_of, _subsampling, load_autoencode, make_twins
+from forensics_lib.data.manifest import build_manifest, sources, usable
+from forensics_lib.images.io import read_header, read_image
 from forensics_lib.params import Aligned, ParamsError, make_params
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
 
 
 def smear(image: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_a_twin_s_blocks_begin_where_its_photograph_s_do(tmp_path, photos, monke
     places = np.stack(np.broadcast_arrays(np.arange(180)[:, None], np.arange(250), 0), 2).astype(np.uint8)
     Image.fromarray(places).save(photos["path"][0], format="PNG")
     seen = []
-    monkeypatch.setattr("forensics_lib.aligned.read_image", lambda _: places)
+    monkeypatch.setattr("forensics_lib.data.generated.read_image", lambda _: places)
     for index in range(len(photos)):
         make_twins(photos.iloc[index : index + 1], Aligned(side=64), lambda image: (seen.append(image[0, 0]), image)[1])
     assert len(seen) == len(photos) and len({tuple(corner) for corner in seen}) > 1

@@ -7,10 +7,10 @@ import time
 import pytest
 from filelock import FileLock
 
-from forensics_lib import attach
-from forensics_lib.attach import only_trainer
-from forensics_lib.manifest import build_manifest
-from forensics_lib.training import _epoch_lines, read_metrics, train
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.training.loop import _epoch_lines, read_metrics, train
+from forensics_lib.utils import locks as attach
+from forensics_lib.utils.locks import only_trainer
 
 HOLD = """
 import sys, time

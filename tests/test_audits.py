@@ -8,8 +8,8 @@ import pytest
 from conftest import TINY, photo_table, picture, save, square_mask
 from PIL import Image
 
-from forensics_lib import audits, data_plots
-from forensics_lib.audits import (
+from forensics_lib.data import audit as audits
+from forensics_lib.data.audit import (
     SHORTCUT_LIMIT,
     audit,
     balance,
@@ -19,14 +19,15 @@ from forensics_lib.audits import (
     mask_findings,
     shortcut_audit,
 )
-from forensics_lib.epochs import training_crops
-from forensics_lib.files import project_root
-from forensics_lib.images import read_header, read_mask
-from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.official import check_data
+from forensics_lib.data.check import check_data
+from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.images.io import read_header, read_mask
+from forensics_lib.images.spectra import average_spectrum, radial_profile
 from forensics_lib.params import Degradations, Params, make_params
-from forensics_lib.runs import Run
-from forensics_lib.traces import average_spectrum, radial_profile
+from forensics_lib.reports import data_figures as data_plots
+from forensics_lib.run import Run
+from forensics_lib.training.epoch import training_crops
+from forensics_lib.utils.files import project_root
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 

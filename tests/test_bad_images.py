@@ -12,17 +12,17 @@ import pytest
 from conftest import picture
 from PIL import Image, ImageCms, features
 
-from forensics_lib import infer as module
-from forensics_lib.datasets import TrainingCrops
-from forensics_lib.evaluation import evaluate
-from forensics_lib.facts import file_facts
-from forensics_lib.images import ImageError, facts_of, read_image
-from forensics_lib.infer import infer
-from forensics_lib.inference import load_mask
-from forensics_lib.manifest import build_manifest
+from forensics_lib.data.datasets import TrainingCrops
+from forensics_lib.data.headers import file_facts
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.images.io import ImageError, facts_of, read_image
+from forensics_lib.inference import shards as module
+from forensics_lib.inference.predict import load_mask
+from forensics_lib.inference.shards import infer
 from forensics_lib.params import Degradations
-from forensics_lib.submission import build_submission
-from forensics_lib.training import train
+from forensics_lib.submission.validate import build_submission
+from forensics_lib.training.loop import train
 
 SIZE = (40, 56)  # height and width of most of them
 RNG = np.random.default_rng(0)

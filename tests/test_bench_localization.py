@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forensics_lib.files import project_root
-from forensics_lib.metrics import value_counts
+from forensics_lib.evaluation.metrics import value_counts
+from forensics_lib.utils.files import project_root
 
 sys.path.insert(0, str(project_root() / "tests" / "benchmarks"))
 

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from forensics_lib.aligned import load_autoencode
-from forensics_lib.files import project_root
+from forensics_lib.data.generated import load_autoencode
+from forensics_lib.utils.files import project_root
 
 BENCHMARKS = project_root() / "tests" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

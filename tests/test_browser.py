@@ -8,7 +8,11 @@ import pytest
 from conftest import picture, save
 from PIL import Image
 
-from forensics_lib.browser import (
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import MaskExample, evaluate
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.shards import infer
+from forensics_lib.reports.browser import (
     EVERY,
     IMAGE_VIEWS,
     MASK_VIEWS,
@@ -19,11 +23,7 @@ from forensics_lib.browser import (
     browse_evaluated_masks,
     browse_test_masks,
 )
-from forensics_lib.evaluation import MaskExample, evaluate
-from forensics_lib.images import read_image
-from forensics_lib.infer import infer
-from forensics_lib.manifest import build_manifest
-from forensics_lib.training import train
+from forensics_lib.training.loop import train
 
 ORDERS = {"worst": ("score", True), "best": ("score", False)}
 

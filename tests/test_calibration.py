@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from forensics_lib.calibration import (
+from forensics_lib.evaluation.calibration import (
     LIMITS,
     NOT_CALIBRATED,
     calibrated,

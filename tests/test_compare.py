@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from forensics_lib.__main__ import main
-from forensics_lib.compare import ComparisonError, compare, comparison_figure, recent_runs
-from forensics_lib.files import home, update_json, write_csv
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
+from forensics_lib.reports.compare import ComparisonError, compare, comparison_figure, recent_runs
+from forensics_lib.run import Run
+from forensics_lib.utils.files import home, update_json, write_csv
 
 
 def made_run(name: str, probs: np.ndarray, labels: np.ndarray, copies: int = 1, **params) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import picture, save
 from test_degradations import EVERYTHING, NOTHING
 
-from forensics_lib.datasets import (
+from forensics_lib.data.datasets import (
     Columns,
     TrainingBatches,
     TrainingCrops,
@@ -22,7 +22,7 @@ from forensics_lib.datasets import (
     epoch_order,
     numbered_draws,
 )
-from forensics_lib.manifest import build_manifest, usable
+from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.params import Degradations, Params
 
 

@@ -6,8 +6,8 @@ from conftest import mid_greys, picture
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from forensics_lib.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
-from forensics_lib.inference import _scaled
+from forensics_lib.images.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
+from forensics_lib.inference.predict import _scaled
 from forensics_lib.params import Degradations
 
 OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")

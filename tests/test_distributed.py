@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import TINY
 
-from forensics_lib.distributed import WorkerError, launch
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import project_root, read_json
-from forensics_lib.infer import infer
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import read_checkpoint
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference.shards import infer
+from forensics_lib.models.combined import read_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
-from forensics_lib.training import read_metrics, train
+from forensics_lib.run import Run
+from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.utils.files import project_root, read_json
+from forensics_lib.utils.processes import WorkerError, launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def stop(process: subprocess.Popen) -> None:
 
 STOPS_ONCE = """
 import os, signal, sys
-from forensics_lib import epochs
+from forensics_lib.training import epoch as epochs
 from forensics_lib.__main__ import main
 real, calls = epochs.batch_loss, []
 def loss(*arguments):
@@ -242,10 +242,11 @@ def test_a_failed_process_says_why(homes):
 AUDITED = """
 import os, sys
 from pathlib import Path
-from forensics_lib import audits, training
-from forensics_lib.distributed import first_then_others, join_group, leave_group
-from forensics_lib.manifest import build_manifest
-from forensics_lib.runs import open_run
+from forensics_lib.data import audit as audits
+from forensics_lib.training import loop as training
+from forensics_lib.utils.processes import first_then_others, join_group, leave_group
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.run import open_run
 
 def told(function):
     def call(*arguments, **options):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from forensics_lib.__main__ import _parser
-from forensics_lib.files import project_root
 from forensics_lib.params import Params
+from forensics_lib.utils.files import project_root
 
 ROOT = project_root()
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

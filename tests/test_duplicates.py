@@ -9,8 +9,8 @@ import pytest
 from conftest import photo_table, picture, save
 from PIL import Image
 
-from forensics_lib import duplicates
-from forensics_lib.duplicates import (
+from forensics_lib.data import duplicates
+from forensics_lib.data.duplicates import (
     exact_duplicates,
     groups_across_splits,
     near_duplicates,

@@ -7,17 +7,20 @@ import pandas as pd
 import pytest
 from conftest import picture, save, square_mask
 
-from forensics_lib import compare, evaluation, plots, robustness
-from forensics_lib.browser import browse_evaluated_masks
-from forensics_lib.card import build_card
-from forensics_lib.compare import compare as compare_runs
-from forensics_lib.files import read_json
-from forensics_lib.manifest import build_manifest, sources
-from forensics_lib.metrics import THRESHOLD_FREE, binned, f1_score, threshold_free_scores, value_counts
-from forensics_lib.model import build_model, save_checkpoint
-from forensics_lib.report import build_report
-from forensics_lib.runs import Run
-from forensics_lib.scoring import Predictions
+from forensics_lib.data.manifest import build_manifest, sources
+from forensics_lib.evaluation import evaluate as evaluation
+from forensics_lib.evaluation import robustness
+from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, f1_score, threshold_free_scores, value_counts
+from forensics_lib.evaluation.predictions import Predictions
+from forensics_lib.models.combined import build_model, save_checkpoint
+from forensics_lib.reports import compare
+from forensics_lib.reports import figures as plots
+from forensics_lib.reports.browser import browse_evaluated_masks
+from forensics_lib.reports.compare import compare as compare_runs
+from forensics_lib.reports.model_card import build_card
+from forensics_lib.reports.report import build_report
+from forensics_lib.run import Run
+from forensics_lib.utils.files import read_json
 
 
 @pytest.fixture

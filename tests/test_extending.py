@@ -10,17 +10,17 @@ import timm
 import torch
 from conftest import TINY, picture, save
 
-from forensics_lib import model as model_module
-from forensics_lib.degradations import degrade
-from forensics_lib.files import home, project_root
-from forensics_lib.infer import infer
-from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import CheckpointError, load_model
+from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.data.readers import read_data_set, task_of
+from forensics_lib.images.degradations import degrade
+from forensics_lib.inference.shards import infer
+from forensics_lib.models import combined as model_module
+from forensics_lib.models.combined import CheckpointError, load_model
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-from forensics_lib.readers import read_data_set, task_of
-from forensics_lib.runs import Run
-from forensics_lib.training import train
+from forensics_lib.run import Run
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import home, project_root
 
 
 def blocks(page: str) -> list[str]:
@@ -79,7 +79,7 @@ def test_a_layout_of_ones_own(modules, tiny_run, rng):
     ],
 )
 def test_a_reader_that_does_wrong_is_told_so(code, fault, tmp_path, monkeypatch):
-    (home() / "wrong_reader.py").write_text(f"from forensics_lib.layouts import Rows\n\n\n{code}\n")
+    (home() / "wrong_reader.py").write_text(f"from forensics_lib.data.layouts import Rows\n\n\n{code}\n")
     monkeypatch.delitem(sys.modules, "wrong_reader", raising=False)
     monkeypatch.syspath_prepend(str(home()))
     with pytest.raises(ValueError, match=fault):
@@ -117,7 +117,7 @@ def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):
 
 
 def test_a_checkpoint_opens_with_timm(tiny_run, monkeypatch):
-    from forensics_lib.evaluation import evaluate
+    from forensics_lib.evaluation.evaluate import evaluate
 
     manifest = build_manifest(tiny_run, "A")
     train(tiny_run, "A", manifest)

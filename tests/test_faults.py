@@ -12,17 +12,17 @@ import pandas as pd
 import pytest
 from conftest import picture, save
 
-from forensics_lib import infer as module
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import WriteError, whole, write_text
-from forensics_lib.infer import infer
-from forensics_lib.inference import save_mask
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import build_model, save_checkpoint
-from forensics_lib.plots import new_figure
-from forensics_lib.report import build_report
-from forensics_lib.runs import Run
-from forensics_lib.training import train
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference import shards as module
+from forensics_lib.inference.predict import save_mask
+from forensics_lib.inference.shards import infer
+from forensics_lib.models.combined import build_model, save_checkpoint
+from forensics_lib.reports.figures import new_figure
+from forensics_lib.reports.report import build_report
+from forensics_lib.run import Run
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import WriteError, whole, write_text
 
 Usage = namedtuple("Usage", "total used free")
 

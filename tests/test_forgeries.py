@@ -7,8 +7,12 @@ import pytest
 from conftest import TINY, mid_greys, photo_table, picture, save
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 
-from forensics_lib import forgeries
-from forensics_lib.forgeries import (
+from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.images.io import read_image, read_mask
+from forensics_lib.params import Forgeries, Params, ParamsError, make_params
+from forensics_lib.run import Run
+from forensics_lib.synthesis import forgeries
+from forensics_lib.synthesis.forgeries import (
     METHODS,
     SHARES,
     _retouched,
@@ -23,10 +27,6 @@ from forensics_lib.forgeries import (
     object_mask,
     pasted,
 )
-from forensics_lib.images import read_image, read_mask
-from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.params import Forgeries, Params, ParamsError, make_params
-from forensics_lib.runs import Run
 
 
 def darker(image: np.ndarray) -> np.ndarray:

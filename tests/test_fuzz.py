@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from forensics_lib.images import ImageError, facts_of, read_image, read_mask
-from forensics_lib.inference import save_mask
-from forensics_lib.layouts import LayoutError
+from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.readers import read_data_set
+from forensics_lib.images.io import ImageError, facts_of, read_image, read_mask
+from forensics_lib.inference.predict import save_mask
 from forensics_lib.params import DataSet, Params, ParamsError, load_params
-from forensics_lib.readers import read_data_set
-from forensics_lib.submission import validate_submission
+from forensics_lib.submission.validate import validate_submission
 
 EXECUTIONS = int(os.environ.get("FORENSICS_FUZZ", "300"))
 fuzzed = settings(

@@ -7,10 +7,10 @@ import pytest
 from conftest import TINY, make_tiny_data, picture, save
 from test_readers import touch, with_data
 
-from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest, data_sets
+from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.manifest import build_manifest, data_sets
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
 
 
 def link(run: Run, name: str, target: Path) -> Path:

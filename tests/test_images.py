@@ -9,8 +9,8 @@ import tifffile
 from conftest import picture, save
 from PIL import Image, ImageFilter
 
-from forensics_lib import images
-from forensics_lib.images import ImageError, hashes_of, mask_facts, pad_to, read_header, read_image, read_mask
+from forensics_lib.images import io as images
+from forensics_lib.images.io import ImageError, hashes_of, mask_facts, pad_to, read_header, read_image, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from filelock import FileLock
 
-from forensics_lib import infer as module
-from forensics_lib import scoring
-from forensics_lib.evaluation import evaluate, evaluate_robustness, stored_thresholds
-from forensics_lib.files import read_json, update_json
-from forensics_lib.infer import InferenceError, Shards, infer
-from forensics_lib.inference import BrokenModelError, load_mask
-from forensics_lib.manifest import build_manifest
-from forensics_lib.metrics import written_mask
-from forensics_lib.model import build_model, read_checkpoint, save_checkpoint
-from forensics_lib.predictor import predict
-from forensics_lib.runs import Run
-from forensics_lib.submission import SubmissionError, build_submission
-from forensics_lib.training import train
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation import predictions as scoring
+from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness, stored_thresholds
+from forensics_lib.evaluation.metrics import written_mask
+from forensics_lib.inference import shards as module
+from forensics_lib.inference.predict import BrokenModelError, load_mask
+from forensics_lib.inference.predictor import predict
+from forensics_lib.inference.shards import InferenceError, Shards, infer
+from forensics_lib.models.combined import build_model, read_checkpoint, save_checkpoint
+from forensics_lib.run import Run
+from forensics_lib.submission.validate import SubmissionError, build_submission
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
     "A": {"crop_size": 64, "crops_per_image": 1},
@@ -157,8 +157,8 @@ def test_untrained_runs_name_those_that_are_trained(trained):
 
 AT_ONCE = """
 import sys
-from forensics_lib import infer
-from forensics_lib.runs import open_run
+from forensics_lib.inference import shards as infer
+from forensics_lib.run import open_run
 infer.SHARDS = 2
 print(len(infer.infer(open_run(sys.argv[1]), sys.argv[2])))
 """

@@ -9,9 +9,16 @@ import torch
 from conftest import TINY, picture, save
 from PIL import Image
 
-from forensics_lib.inference import load_mask, predict_mask, predict_masks, predict_probabilities, save_mask, tile_starts
-from forensics_lib.machine import Machine, choose_machine
-from forensics_lib.model import CombinedModel, Output
+from forensics_lib.device import Machine, choose_machine
+from forensics_lib.inference.predict import (
+    load_mask,
+    predict_mask,
+    predict_masks,
+    predict_probabilities,
+    save_mask,
+    tile_starts,
+)
+from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 
 PARAMS = Params(**TINY)

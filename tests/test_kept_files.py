@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import home
-from forensics_lib.infer import InferenceError, infer
-from forensics_lib.manifest import build_manifest
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference.shards import InferenceError, infer
 from forensics_lib.params import DataKeys, InferenceKeys, MachineKeys, ModelKeys, Params, RunKeys, TrainingKeys
-from forensics_lib.runs import Run
-from forensics_lib.submission import build_submission
-from forensics_lib.training import train
+from forensics_lib.run import Run
+from forensics_lib.submission.validate import build_submission
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import home
 
 CHANGES = {  # per group: a key that both tasks have, or one for each of them, with another value than the tiny run's
     RunKeys: {"team": "others"},

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import CHROMIUM
 
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import project_root
-from forensics_lib.manifest import build_manifest
-from forensics_lib.training import train
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import project_root
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path, and CHROMIUM names none")]

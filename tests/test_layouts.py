@@ -8,9 +8,9 @@ import pytest
 from conftest import picture, records, save
 from PIL import Image
 
-from forensics_lib.files import project_root
-from forensics_lib.images import FORMATS, SUFFIXES
-from forensics_lib.layouts import LayoutError, Rows, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.data.layouts import LayoutError, Rows, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.images.io import FORMATS, SUFFIXES
+from forensics_lib.utils.files import project_root
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 OFFICIAL = CORPUS.parent / "official"

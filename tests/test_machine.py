@@ -10,12 +10,12 @@ import torch
 from conftest import TINY, picture, save
 from torch.torch_version import TorchVersion
 
-from forensics_lib import machine as module
-from forensics_lib.disk import usable_cores
-from forensics_lib.inference import predict_mask, predict_probabilities
-from forensics_lib.machine import COMPILES_BACKWARD, CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
-from forensics_lib.model import CombinedModel
+from forensics_lib import device as module
+from forensics_lib.device import COMPILES_BACKWARD, CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
+from forensics_lib.inference.predict import predict_mask, predict_probabilities
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
+from forensics_lib.utils.disk import usable_cores
 
 PARAMS = Params(**TINY | {"crop_size": 64, "tile_size": 64})
 
@@ -109,7 +109,7 @@ def test_no_more_threads_than_allotted_cores(large_machine):
 @pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset here")
 def test_taskset_limits_a_real_process():
     core = min(os.sched_getaffinity(0))
-    program = "from forensics_lib.disk import usable_cores; print(usable_cores())"
+    program = "from forensics_lib.utils.disk import usable_cores; print(usable_cores())"
     command = [shutil.which("taskset"), "-c", str(core), sys.executable, "-c", program]
     assert subprocess.check_output(command, text=True).strip() == "1"  # noqa: S603 (fixed arguments)
 

@@ -7,12 +7,10 @@ import pandas as pd
 import pytest
 from conftest import picture, save, square_mask
 
-from forensics_lib import facts, images
-from forensics_lib.audits import audit
-from forensics_lib.disk import Looks, look
-from forensics_lib.files import home
-from forensics_lib.layouts import LayoutError, Rows
-from forensics_lib.manifest import (
+from forensics_lib.data import headers as facts
+from forensics_lib.data.audit import audit
+from forensics_lib.data.layouts import LayoutError, Rows
+from forensics_lib.data.manifest import (
     apportioned,
     build_manifest,
     build_test_manifest,
@@ -25,8 +23,11 @@ from forensics_lib.manifest import (
     taken_for,
     usable,
 )
+from forensics_lib.images import io as images
 from forensics_lib.params import DataSet
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
+from forensics_lib.utils.disk import Looks, look
+from forensics_lib.utils.files import home
 
 
 def test_file_facts_come_from_the_headers(tiny_run):

@@ -5,12 +5,10 @@ import torch
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from sklearn.metrics import f1_score as sklearn_f1
 
-from forensics_lib import scoring
-from forensics_lib.images import read_image
-from forensics_lib.inference import predict_mask
-from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.metrics import (
+from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation import predictions as scoring
+from forensics_lib.evaluation.metrics import (
     THRESHOLD_FREE,
     VALUES,
     best_f1_threshold,
@@ -35,7 +33,9 @@ from forensics_lib.metrics import (
     value_counts,
     written_mask,
 )
-from forensics_lib.model import build_model
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.predict import predict_mask
+from forensics_lib.models.combined import build_model
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import TINY, picture
 
-from forensics_lib.model import (
+from forensics_lib.models.combined import (
     CheckpointError,
     CombinedModel,
     _widen,
@@ -17,8 +17,8 @@ from forensics_lib.model import (
     read_checkpoint,
     save_checkpoint,
 )
+from forensics_lib.models.residuals import FRONTENDS, NoiseResidual
 from forensics_lib.params import Params
-from forensics_lib.residuals import FRONTENDS, NoiseResidual
 
 
 def model(task="B", backbone="test_convnext", **options):

@@ -6,7 +6,6 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from forensics_lib.files import project_root
 from forensics_lib.params import (
     InferenceKeys,
     MachineKeys,
@@ -20,6 +19,7 @@ from forensics_lib.params import (
     make_params,
     parameters_in,
 )
+from forensics_lib.utils.files import project_root
 
 SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))

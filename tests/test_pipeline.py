@@ -17,9 +17,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from forensics_lib import pipeline
 from forensics_lib.__main__ import _overrides, _parser, main, parse_settings
-from forensics_lib.files import project_root
 from forensics_lib.pipeline import PipelineError, run_pipeline
-from forensics_lib.submission import validate_submission
+from forensics_lib.submission.validate import validate_submission
+from forensics_lib.utils.files import project_root
 
 SETTINGS = {key: value for key, value in TINY.items() if key != "run_name"}
 
@@ -270,7 +270,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(home, monkeypatch, cap
     def fails(_):
         raise error
 
-    monkeypatch.setattr("forensics_lib.official.check_data", fails)
+    monkeypatch.setattr("forensics_lib.data.check.check_data", fails)
     assert main(["check-data"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{type(error).__name__}: ") and "Traceback" not in said

@@ -8,14 +8,14 @@ import torch
 from conftest import TINY, picture, save
 from PIL import Image
 
-from forensics_lib.evaluation import evaluate
-from forensics_lib.infer import infer
-from forensics_lib.inference import load_mask
-from forensics_lib.layouts import LayoutError
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import CheckpointError, CombinedModel, save_checkpoint
-from forensics_lib.predictor import predict
-from forensics_lib.training import train
+from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference.predict import load_mask
+from forensics_lib.inference.predictor import predict
+from forensics_lib.inference.shards import infer
+from forensics_lib.models.combined import CheckpointError, CombinedModel, save_checkpoint
+from forensics_lib.training.loop import train
 
 
 @pytest.mark.parametrize("task", ["A", "B"])

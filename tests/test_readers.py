@@ -16,17 +16,17 @@ import pytest
 from conftest import picture, records, save, square_mask
 from PIL import Image
 
-from forensics_lib import official
 from forensics_lib.__main__ import main
-from forensics_lib.datasets import TrainingCrops
-from forensics_lib.duplicates import groups_across_splits, overlapping, shared_photographs
-from forensics_lib.files import project_root
-from forensics_lib.images import read_image
-from forensics_lib.layouts import LayoutError, read_task_b_validation, read_tgif
-from forensics_lib.manifest import build_manifest, data_sets, usable
+from forensics_lib.data import check as official
+from forensics_lib.data.datasets import TrainingCrops
+from forensics_lib.data.duplicates import groups_across_splits, overlapping, shared_photographs
+from forensics_lib.data.layouts import LayoutError, read_task_b_validation, read_tgif
+from forensics_lib.data.manifest import build_manifest, data_sets, usable
+from forensics_lib.data.readers import detect_layout, read_data_set, task_of
+from forensics_lib.images.io import read_image
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-from forensics_lib.readers import detect_layout, read_data_set, task_of
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
+from forensics_lib.utils.files import project_root
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 OFFICIAL = CORPUS.parent / "official"
@@ -260,8 +260,8 @@ def test_a_folder_of_no_known_layout_says_what_was_looked_for_and_found(tmp_path
 
 
 def test_every_layout_of_the_parameters_has_a_reader():
+    from forensics_lib.data.readers import READERS
     from forensics_lib.params import LAYOUTS
-    from forensics_lib.readers import READERS
 
     assert set(LAYOUTS) == set(READERS)
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from conftest import CHROMIUM
 
-from forensics_lib import plots, report
-from forensics_lib.evaluation import evaluate, evaluate_robustness
-from forensics_lib.manifest import build_manifest
-from forensics_lib.plots import save_figure
-from forensics_lib.report import build_report
-from forensics_lib.training import train
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
+from forensics_lib.reports import figures as plots
+from forensics_lib.reports import report
+from forensics_lib.reports.figures import save_figure
+from forensics_lib.reports.report import build_report
+from forensics_lib.training.loop import train
 
 PHONE = {"width": 390, "height": 844}
 

@@ -9,17 +9,17 @@ from conftest import TINY, picture, save
 from PIL import Image
 
 from forensics_lib.__main__ import main
-from forensics_lib.card import build_card
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import home, read_json, update_json
-from forensics_lib.infer import infer
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import read_checkpoint
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.inference.shards import infer
+from forensics_lib.models.combined import read_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.report import build_report
+from forensics_lib.reports.model_card import build_card
+from forensics_lib.reports.report import build_report
 from forensics_lib.reproduce import reproduce
-from forensics_lib.runs import Run, open_run, parameters_in_force, record_trained, trained_by
-from forensics_lib.training import train
+from forensics_lib.run import Run, open_run, parameters_in_force, record_trained, trained_by
+from forensics_lib.training.loop import train
+from forensics_lib.utils.files import home, read_json, update_json
 
 
 def finished(run: Run, tasks: str = "AB") -> Run:

@@ -5,14 +5,14 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from forensics_lib import robustness as module
-from forensics_lib.images import ImageError, read_image
-from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import build_manifest, usable
-from forensics_lib.model import build_model
-from forensics_lib.plots import robustness_curves
-from forensics_lib.robustness import SWEEP, Change, robustness
-from forensics_lib.scoring import Predictions
+from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation import robustness as module
+from forensics_lib.evaluation.predictions import Predictions
+from forensics_lib.evaluation.robustness import SWEEP, Change, robustness
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.models.combined import build_model
+from forensics_lib.reports.figures import robustness_curves
 
 
 @pytest.mark.parametrize(("name", "strengths"), SWEEP.items())

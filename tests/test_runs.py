@@ -3,9 +3,9 @@ import json
 import pytest
 from conftest import make_tiny_data
 
-from forensics_lib import sample
 from forensics_lib.params import ParamsError
-from forensics_lib.runs import MissingDataError, open_run
+from forensics_lib.run import MissingDataError, open_run
+from forensics_lib.synthesis import sample
 
 
 @pytest.fixture

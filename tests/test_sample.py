@@ -9,10 +9,10 @@ import pytest
 from conftest import records
 from PIL import Image
 
-from forensics_lib import sample
-from forensics_lib.autoencoder import WEIGHTS, load_autoencoder, regenerate, train_autoencoder
-from forensics_lib.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
-from forensics_lib.sample import PHOTOS, build_sample, load_photo
+from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.synthesis import sample
+from forensics_lib.synthesis.autoencoder import WEIGHTS, load_autoencoder, regenerate, train_autoencoder
+from forensics_lib.synthesis.sample import PHOTOS, build_sample, load_photo
 
 
 def small(monkeypatch) -> None:
@@ -73,7 +73,7 @@ def test_a_stopped_build_leaves_nothing(tmp_path, monkeypatch):
 AT_ONCE = """
 import json, sys, time
 from pathlib import Path
-from forensics_lib import sample
+from forensics_lib.synthesis import sample
 
 def slowly(root):
     time.sleep(3)

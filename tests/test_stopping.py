@@ -12,15 +12,17 @@ from conftest import TINY
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from forensics_lib import epochs, pipeline, training
+from forensics_lib import pipeline
 from forensics_lib.__main__ import main
-from forensics_lib.files import project_root
-from forensics_lib.manifest import build_manifest
-from forensics_lib.model import read_checkpoint
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.models.combined import read_checkpoint
 from forensics_lib.params import Params
-from forensics_lib.runs import Run
-from forensics_lib.stopping import SIGNALS, stop_requests
-from forensics_lib.training import read_metrics, train
+from forensics_lib.run import Run
+from forensics_lib.training import epoch as epochs
+from forensics_lib.training import loop as training
+from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.utils.files import project_root
+from forensics_lib.utils.stopping import SIGNALS, stop_requests
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -183,7 +185,7 @@ def test_processes_that_train_together_say_what_they_kept(command):
 SLOW = """
 import time
 from pathlib import Path
-from forensics_lib.stopping import stop_requests
+from forensics_lib.utils.stopping import stop_requests
 with stop_requests() as asked:
     Path("begun").touch()
     while not asked():

@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 from conftest import picture, save
 
-from forensics_lib.files import read_json, update_json, write_csv
-from forensics_lib.inference import load_mask, save_mask
-from forensics_lib.metrics import best_f1_threshold, bin_threshold, round_probs
-from forensics_lib.runs import Run
-from forensics_lib.submission import (
+from forensics_lib.evaluation.metrics import best_f1_threshold, bin_threshold, round_probs
+from forensics_lib.inference.predict import load_mask, save_mask
+from forensics_lib.run import Run
+from forensics_lib.submission.validate import (
     SubmissionError,
     _exactly,
     archive_path,
@@ -20,6 +19,7 @@ from forensics_lib.submission import (
     scores_path,
     validate_submission,
 )
+from forensics_lib.utils.files import read_json, update_json, write_csv
 
 SIZES = {"a.jpg": (20, 30), "b.png": (31, 17)}
 

@@ -14,11 +14,10 @@ import torch
 from conftest import picture, save
 from scipy.special import logit
 
-from forensics_lib import epochs, machine, plots, training
-from forensics_lib.attribution import grad_cam
-from forensics_lib.browser import browse_evaluated_masks
-from forensics_lib.card import build_card
-from forensics_lib.evaluation import (
+from forensics_lib import device as machine
+from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.manifest import build_manifest, build_test_manifest, data_fingerprint, usable
+from forensics_lib.evaluation.evaluate import (
     _platform,
     evaluate,
     evaluate_held_out,
@@ -26,17 +25,21 @@ from forensics_lib.evaluation import (
     mask_examples,
     stored_thresholds,
 )
-from forensics_lib.files import read_json, update_json
-from forensics_lib.images import ImageError
-from forensics_lib.infer import infer, mask_names
-from forensics_lib.inference import load_mask
-from forensics_lib.layouts import LayoutError
-from forensics_lib.losses import BORDER, mask_loss, near_border
-from forensics_lib.manifest import build_manifest, build_test_manifest, data_fingerprint, usable
-from forensics_lib.model import Output, build_model, read_checkpoint
-from forensics_lib.runs import Run
-from forensics_lib.scoring import Predictions
-from forensics_lib.training import read_metrics, train
+from forensics_lib.evaluation.predictions import Predictions
+from forensics_lib.images.io import ImageError
+from forensics_lib.inference.predict import load_mask
+from forensics_lib.inference.shards import infer, mask_names
+from forensics_lib.models.combined import Output, build_model, read_checkpoint
+from forensics_lib.reports import figures as plots
+from forensics_lib.reports.attribution import grad_cam
+from forensics_lib.reports.browser import browse_evaluated_masks
+from forensics_lib.reports.model_card import build_card
+from forensics_lib.run import Run
+from forensics_lib.training import epoch as epochs
+from forensics_lib.training import loop as training
+from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.training.losses import BORDER, mask_loss, near_border
+from forensics_lib.utils.files import read_json, update_json
 
 
 def changed(run: Run, **values) -> Run:

@@ -36,14 +36,11 @@ from PIL import Image
 from torch import nn
 
 from forensics_lib.__main__ import parse_settings
-from forensics_lib.calibration import calibrated
-from forensics_lib.disk import usable_cores
-from forensics_lib.evaluation import evaluate
-from forensics_lib.files import project_root, read_json, write_json, write_text
-from forensics_lib.images import read_image
-from forensics_lib.machine import Machine, choose_machine
-from forensics_lib.manifest import build_manifest, indexed, test_images, usable
-from forensics_lib.metrics import (
+from forensics_lib.data.manifest import build_manifest, indexed, test_images, usable
+from forensics_lib.device import Machine, choose_machine
+from forensics_lib.evaluation.calibration import calibrated
+from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.evaluation.metrics import (
     binned,
     image_metrics,
     localization_metrics,
@@ -52,11 +49,14 @@ from forensics_lib.metrics import (
     threshold_free_scores,
     value_counts,
 )
-from forensics_lib.model import load_model
+from forensics_lib.evaluation.predictions import Predictions, predict, truth_mask
+from forensics_lib.images.io import read_image
+from forensics_lib.models.combined import load_model
 from forensics_lib.params import DataSet, Params, load_params
-from forensics_lib.runs import Run
-from forensics_lib.scoring import Predictions, predict, truth_mask
-from forensics_lib.training import train
+from forensics_lib.run import Run
+from forensics_lib.training.loop import train
+from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 BUILD, DOCS = project_root() / "build" / "localization", project_root() / "docs"
 BACKBONE = "tf_efficientnet_lite0"

@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from forensics_lib.disk import usable_cores
-from forensics_lib.identity import CNNDETECTION_CATEGORIES
+from forensics_lib.data.official import CNNDETECTION_CATEGORIES
+from forensics_lib.utils.disk import usable_cores
 
 MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
-from forensics_lib.manifest import build_manifest
+from forensics_lib.data.manifest import build_manifest
 from forensics_lib.params import make_params
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
 run = Run(make_params({"data": [{"root": sys.argv[1], "layout": "cnndetection"}]}, "bench"), Path(sys.argv[1]))
 seconds = []
 for _ in range(2):

@@ -39,19 +39,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from forensics_lib.__main__ import parse_settings
-from forensics_lib.card import markdown_table
-from forensics_lib.disk import usable_cores
-from forensics_lib.files import project_root, read_json, write_json, write_text
-from forensics_lib.images import read_image
-from forensics_lib.inference import predict_probabilities
-from forensics_lib.machine import choose_machine
-from forensics_lib.manifest import build_manifest, test_images, usable
-from forensics_lib.metrics import best_f1_threshold, bootstrap_interval, image_metrics, roc_auc
-from forensics_lib.model import CombinedModel, load_model
+from forensics_lib.data.manifest import build_manifest, test_images, usable
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation.metrics import best_f1_threshold, bootstrap_interval, image_metrics, roc_auc
+from forensics_lib.evaluation.robustness import Change
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.predict import predict_probabilities
+from forensics_lib.models.combined import CombinedModel, load_model
 from forensics_lib.params import Params, load_params
-from forensics_lib.robustness import Change
-from forensics_lib.runs import Run
-from forensics_lib.training import train
+from forensics_lib.reports.model_card import markdown_table
+from forensics_lib.run import Run
+from forensics_lib.training.loop import train
+from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus")).resolve()
 BUILD, DOCS = project_root() / "build" / "quality", project_root() / "docs"

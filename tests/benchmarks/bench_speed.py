@@ -43,17 +43,17 @@ from bench_quality import CORPUS, markdown
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 
-from forensics_lib.datasets import InferenceImages, epoch_order
-from forensics_lib.disk import usable_cores
-from forensics_lib.epochs import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
-from forensics_lib.files import project_root, read_json, write_json, write_text
-from forensics_lib.images import read_image
-from forensics_lib.inference import predict_mask, predict_masks, predict_probabilities, save_mask
-from forensics_lib.machine import Machine, choose_machine, compile_where_it_pays, compute_deterministically, learning_view
-from forensics_lib.manifest import indexed, usable
-from forensics_lib.model import CombinedModel, build_model
+from forensics_lib.data.datasets import InferenceImages, epoch_order
+from forensics_lib.data.manifest import indexed, usable
+from forensics_lib.device import Machine, choose_machine, compile_where_it_pays, compute_deterministically, learning_view
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities, save_mask
+from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
-from forensics_lib.runs import Run
+from forensics_lib.run import Run
+from forensics_lib.training.epoch import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
+from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 BUILD, DOCS = project_root() / "build" / "performance", project_root() / "docs"
 PARTS = ("classify", "localize", "train", "decode", "grow")
@@ -188,9 +188,9 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from forensics_lib.inference import predict_mask, predict_masks, save_mask
-from forensics_lib.machine import choose_machine
-from forensics_lib.model import build_model
+from forensics_lib.inference.predict import predict_mask, predict_masks, save_mask
+from forensics_lib.device import choose_machine
+from forensics_lib.models.combined import build_model
 from forensics_lib.params import Params
 
 def held(name):
@@ -294,9 +294,9 @@ def decode(params: Params, images: int, repeats: int) -> dict[str, Any]:
 GROWTH = """
 import json, resource, sys, time
 import pandas as pd
-from forensics_lib.inference import predict_probabilities
-from forensics_lib.machine import choose_machine
-from forensics_lib.model import build_model
+from forensics_lib.inference.predict import predict_probabilities
+from forensics_lib.device import choose_machine
+from forensics_lib.models.combined import build_model
 from forensics_lib.params import Params
 params = Params(backbone="tf_efficientnet_lite0", device=sys.argv[3], pretrained=False, crops_per_image=2)
 machine, paths, count = choose_machine(params), json.load(open(sys.argv[1])), int(sys.argv[2])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from forensics_lib.files import project_root
+from forensics_lib.utils.files import project_root
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 LATENT = 32

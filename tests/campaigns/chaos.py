@@ -36,7 +36,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY, make_tiny_data
 
-from forensics_lib.files import project_root, write_json
+from forensics_lib.utils.files import project_root, write_json
 
 HANGS = 10  # times the undisturbed run's length, after which a run counts as hanging
 RESULTS = ("outputs/*.csv", "outputs/*/masks/*.npz", "submission/*")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from chaos import descendants, environment
 from conftest import TINY, make_tiny_data, picture
 
-from forensics_lib.files import project_root, write_json
+from forensics_lib.utils.files import project_root, write_json
 
 GROWTH = 1.10  # how much more memory the last quarter may take than the second
 

@@ -1,0 +1,295 @@
+"""What can be wrong with data that reads well: shortcuts that tell the classes apart, and all findings of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+
+from forensics_lib.data.datasets import TrainingCrops
+from forensics_lib.data.duplicates import (
+    NearDuplicates,
+    exact_duplicates,
+    groups_across_splits,
+    near_duplicates,
+    shared_photographs,
+)
+from forensics_lib.data.manifest import data_fingerprint, problems, sampled_places
+from forensics_lib.images.io import EMPTY_MASK, ImageError, mask_facts
+from forensics_lib.run import Run
+from forensics_lib.utils.files import read_json
+from forensics_lib.utils.processes import first_then_others
+from forensics_lib.utils.progress import progress
+
+SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
+EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
+LEAF = 5  # images that a leaf of the auditing trees holds at least
+FEWEST = 2 * LEAF  # images of a class, below which the trees have nothing to tell it by
+MOST = 0.6  # a set whose median region is larger than this share of an image may have inverted masks
+AUDIT_ROWS = 5_000  # of more images as many are drawn: enough to see a shortcut, in seconds
+
+
+@dataclass
+class ShortcutAudit:
+    """How well file facts alone, without a single pixel, tell the classes apart."""
+
+    auc: float  # of a classifier that sees all facts, on images it was not fitted on
+    facts: pd.Series  # the same with one fact alone, highest first
+
+    @property
+    def found(self) -> bool:
+        return self.auc > SHORTCUT_LIMIT
+
+    @property
+    def of_codecs(self) -> bool:
+        """Whether format or JPEG quality alone tell the class: what a common recompression closes."""
+        return bool((self.facts.reindex(["format", "JPEG quality"]) > SHORTCUT_LIMIT).any())
+
+    def message(self) -> str:
+        """The finding in a sentence or two."""
+        carriers = ", ".join(f"{name} {auc:.2f}" for name, auc in self.facts[self.facts > SHORTCUT_LIMIT].head(4).items())
+        if np.isnan(self.auc):
+            return "too few images to tell whether file facts alone tell the classes apart"
+        if not self.found:
+            return f"file facts alone tell the classes apart with AUC {self.auc:.2f}: no shortcut (limit {SHORTCUT_LIMIT:.2f})"
+        return (
+            f"SHORTCUT: file facts alone tell the classes apart with AUC {self.auc:.2f} (limit {SHORTCUT_LIMIT:.2f}). "
+            f"Carried by: {carriers or 'several together'}. A model shown such files may learn them instead of the traces."
+        )
+
+    def remedies(self) -> list[str]:
+        """What closes it, for each kind of fact that carries it."""
+        carriers = set(self.facts[self.facts > SHORTCUT_LIMIT].index)
+        return [text for facts, text in _REMEDIES.items() if carriers & set(facts)]
+
+
+_REMEDIES = {
+    ("long side", "short side", "aspect ratio"): "size and shape: crops of one size at native resolution (always done)",
+    ("format", "JPEG quality"): "format and quality: every crop recompressed by one distribution (equalize)",
+    ("bytes per pixel",): "bytes per pixel: recompression too, where format or quality differ; else it is texture and stays",
+    ("camera EXIF",): "camera EXIF: the network sees pixels alone (always so)",
+}
+
+
+def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) -> ShortcutAudit:
+    """Cross-validated by group: can size, format and compression of a file tell its class?
+
+    The reason: classes that differ in format or size make a detector learn the format (Grommelt et al., arXiv
+    2403.17608).  Rows with errors are left out; the AUC is NaN where a class has too few images or groups to tell.
+    """
+    rows = manifest[(manifest["split"] == split) & manifest["error"].isna()]
+    rows = rows.iloc[_drawn(rows, AUDIT_ROWS, seed)]
+    facts, labels, groups = file_facts(rows), rows["label"].to_numpy(int), rows["group"].to_numpy()
+    folds = _folds(facts, labels, groups, seed)
+    if not folds:
+        return ShortcutAudit(float("nan"), pd.Series(dtype=float))
+    each = progress(_by_fact(facts).items(), "auditing file facts")
+    alone = {name: _held_out_auc(facts[columns], labels, folds, seed) for name, columns in each}
+    everything = _held_out_auc(facts, labels, folds, seed)
+    return ShortcutAudit(everything, pd.Series(alone).sort_values(ascending=False, kind="stable"))
+
+
+def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> ShortcutAudit:
+    """The audit repeated on what ``crops`` makes its tensors from: the images of ``rows`` after their degradations.
+
+    At most ``EQUALIZED_ROWS`` images are drawn, since each is decoded.
+    """
+    drawn = rows.iloc[_drawn(rows, EQUALIZED_ROWS, seed)]
+    shown = progress(drawn.index, "auditing the training crops")
+    facts = [crops.source_facts((seed, index, 0), rows.loc[index]) for index in shown]
+    table = drawn.assign(**pd.DataFrame(facts, index=drawn.index))
+    return shortcut_audit(table[table["width"].notna()], "train", seed)
+
+
+def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
+    """The positions of ``limit`` rows, or all: both classes equally often where there are as many, of many photographs."""
+    labels = rows["label"].to_numpy(int)
+    smaller = min(limit // 2, int(np.bincount(labels, minlength=2).min()))
+    places = [np.flatnonzero(labels == label) for label in np.argsort(np.bincount(labels, minlength=2), kind="stable")]
+    counts = (smaller, limit - smaller)
+    chosen = [
+        part[sampled_places(rows.iloc[part], count, seed, by="group")] for part, count in zip(places, counts, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def file_facts(rows: pd.DataFrame) -> pd.DataFrame:
+    """What a file says of itself, as numbers: one column a fact, and one for each format."""
+    width, height = rows["width"].astype(float), rows["height"].astype(float)
+    numbers = pd.DataFrame(
+        {
+            "long side": np.maximum(width, height),
+            "short side": np.minimum(width, height),
+            "aspect ratio": width / height,
+            "bytes per pixel": rows["bytes"].astype(float) / (width * height),
+            "JPEG quality": rows["jpeg_quality"].astype(float).fillna(-1),
+            "camera EXIF": rows["camera"].astype(float),
+        }
+    )
+    return numbers.join(pd.get_dummies(rows["format"], prefix="format", prefix_sep=" ").astype(float))
+
+
+def _by_fact(facts: pd.DataFrame) -> dict[str, list[str]]:
+    formats = [name for name in facts if name.startswith("format ")]
+    return {name: [name] for name in facts if name not in formats} | {"format": formats}
+
+
+def _folds(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Up to three folds without a group in common, as (fitted, held out); none where a class has too few images or groups."""
+    number = min([3, *(len(set(groups[labels == label])) for label in (0, 1))])
+    if number < 2 or np.bincount(labels, minlength=2).min() < FEWEST:
+        return []
+    folds = list(StratifiedGroupKFold(number, shuffle=True, random_state=seed % 2**32).split(facts, labels, groups))
+    return folds if all(len(set(labels[fitted])) == 2 for fitted, _ in folds) else []
+
+
+def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]], seed: int) -> float:
+    scores = np.zeros(len(labels))
+    for fit, held in folds:
+        forest = RandomForestClassifier(40, min_samples_leaf=LEAF, random_state=seed % 2**32)
+        scores[held] = forest.fit(facts.iloc[fit], labels[fit]).predict_proba(facts.iloc[held])[:, 1]
+    return float(roc_auc_score(labels, scores))
+
+
+def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
+    """The masks of at most ``count`` images of every method: the share of manipulated pixels, how many grey values there are.
+
+    With data_set, split, source, method and kind; ``error`` says why a mask cannot be used, its share is then missing.
+    """
+    marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
+    drawn = marked.iloc[sampled_places(marked, count, seed, by="method")]
+    facts: list[tuple[float, float, str | None]] = []
+    for row in progress(drawn.to_dict("records"), "measuring masks"):
+        try:
+            facts.append((*mask_facts(row["mask_path"], (int(row["height"]), int(row["width"]))), None))
+        except ImageError as error:
+            facts.append((np.nan, np.nan, str(error)))
+    measured = pd.DataFrame(facts, columns=["share", "values", "error"], index=drawn.index)
+    return drawn[["data_set", "split", "source", "method", "kind"]].join(measured).reset_index(drop=True)
+
+
+def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, int, str]]:
+    """What is odd about masks, of which ``mask_areas`` measured some: finding, count and remedy of each."""
+    medians = masks.groupby("data_set")["share"].median()
+    full = medians[medians > MOST]
+    several = masks[masks["values"] > 2].groupby("data_set").size()
+    empty = masks["error"].str.contains(EMPTY_MASK, regex=False, na=False)
+    unusable = masks[masks["error"].notna() & ~empty]
+    unmasked = manifest["label"].eq(1) & manifest["mask_path"].isna()
+    if manifest["mask_path"].isna().all():  # a manifest of Task A
+        unmasked &= manifest["kind"].isin(["sp", "fr"])
+    looked = f"of {len(masks)} masks that were looked at"
+    return [
+        ("manipulated images without a mask", int(unmasked.sum()), "name it in mask_path, or take the image out"),
+        ("masks that mark nothing", int(empty.sum()), f"{looked}; authentic images belong in label 0: {_first(masks[empty])}"),
+        ("masks that cannot be used", len(unusable), f"{looked}; the first: {_first(unusable)}"),
+        (
+            f"sets whose regions fill over {MOST:.0%} of an image",
+            len(full),
+            f"inverted? white is what was manipulated: {_by_set(full.map('median {:.0%}'.format))}",
+        ),
+        (
+            "masks with more than two values",
+            int(several.sum()),
+            f"{looked}; soft edges are well, numbers of objects or classes are not: {_by_set(several)}",
+        ),
+    ]
+
+
+def _by_set(values: pd.Series) -> str:
+    return ", ".join(f"{Path(name).name} {value}" for name, value in values.items())
+
+
+def _first(masks: pd.DataFrame) -> str:
+    return masks["error"].iloc[0] if len(masks) else ""
+
+
+def balance(manifest: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Usable images by split and ``column`` (source, generator, method or kind), a column per class."""
+    good = manifest[manifest["error"].isna()]
+    named = good.assign(**{column: good[column].fillna("-")})
+    return pd.crosstab([named["split"], named[column]], named["label"].map({0: "authentic", 1: "positive"}))
+
+
+@dataclass
+class Audit:
+    """All that was looked for in the data of a task."""
+
+    shortcut: ShortcutAudit
+    exact: pd.DataFrame
+    near: NearDuplicates
+    groups: pd.DataFrame
+    shared: pd.DataFrame
+    masks: pd.DataFrame  # of mask_areas; empty for Task A
+    findings: pd.DataFrame  # what must be fixed, or known: finding, count, remedy
+
+    def duplicates(self) -> str:
+        """What stands twice, in words."""
+        across = int(self.exact.groupby("set")["label"].nunique().gt(1).sum())
+        return (
+            f"{len(self.exact)} files with a byte-for-byte twin, {across} twins across classes; "
+            f"{len(self.groups)} photographs in several splits"
+        )
+
+
+def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
+    """Every audit of a task's manifest, and what follows from them; ``run.json`` keeps the findings."""
+    shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
+    groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
+    masks = mask_areas(manifest)
+    findings = _findings(manifest, shortcut, exact, near, groups, masks)
+    kept = {"data_fingerprint": data_fingerprint(manifest), "rows": findings.astype(object).to_dict("records")}
+    run.record(**{f"task{task}_findings": kept})
+    return Audit(shortcut, exact, near, groups, shared, masks, findings)
+
+
+def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
+    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each.
+
+    Of several processes the first audits, and the others read what it kept.
+    """
+    return first_then_others(lambda: _kept_or_new(run, task, manifest))
+
+
+def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
+    kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
+    if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
+        return audit(run, task, manifest).findings.to_dict("records")
+    return kept["rows"]
+
+
+def _findings(
+    manifest: pd.DataFrame,
+    shortcut: ShortcutAudit,
+    exact: pd.DataFrame,
+    near: NearDuplicates,
+    groups: pd.DataFrame,
+    masks: pd.DataFrame,
+) -> pd.DataFrame:
+    """What must be fixed or known before training, with its remedy; nothing where all is well."""
+    twins = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
+    counts = pd.crosstab(manifest["split"], manifest["label"]).reindex(index=["train", "val"], columns=[0, 1], fill_value=0)
+    uneven = int((counts.max(axis=1) > 5 * counts.min(axis=1)).sum())
+    found = [
+        ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or live without"),
+        ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
+        ("facts that tell the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "look at the table of facts"),
+        ("equal files in both classes", twins["label"], "remove them from one class"),
+        ("equal files in several splits", twins["split"], "remove them from training"),
+        ("look-alikes in both classes", near.across("label"), "twins of a photo are well; else remove"),
+        (
+            "look-alikes in several splits",
+            near.across("split"),
+            "scores are too kind: remove from training",
+        ),
+        ("photographs in several splits", len(groups), "scores with and without them are reported"),
+        ("splits with a class over 5 times the other", uneven, "epochs draw both classes equally often"),
+        *mask_findings(manifest, masks),
+    ]
+    return pd.DataFrame([item for item in found if item[1]], columns=["finding", "count", "remedy"])

@@ -1,0 +1,135 @@
+"""What complete official data holds, and the check of what is there against it.
+
+Counts are those of the sets' own pages, papers and tables; where none is published there is none here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pandas as pd
+
+from forensics_lib.data.audit import mask_areas, mask_findings
+from forensics_lib.data.layouts import LayoutError, mask_clashes
+from forensics_lib.data.manifest import data_sets, indexed, test_images, unused
+from forensics_lib.data.readers import TASK_B_LAYOUTS
+from forensics_lib.params import DataSet
+from forensics_lib.run import Run
+from forensics_lib.utils.files import from_home
+
+# Images expected per layout, split and label.  CNNDetection: Wang et al. 2020, section 3 (20 categories, 36,000 training
+# and 200 validation images each, half of them real).  Corvi et al. 2022: 180,000 and 20,000 generated images.  ITW-SM:
+# 5,000 of each class.  TGIF: its metadata (fakes; originals are counted as photographs).  Task B validation: taskB_val.csv.
+EXPECTED: dict[str, dict[tuple[str, int], int]] = {
+    "cnndetection": {("train", 0): 360_000, ("train", 1): 360_000, ("val", 0): 2_000, ("val", 1): 2_000},
+    "corvi_ldm": {("train", 1): 180_000, ("val", 1): 20_000},
+    "itw_sm": {("val", 0): 5_000, ("val", 1): 5_000},
+    "tgif": {
+        ("train", 0): 2_440, ("train", 1): 58_560,
+        ("val", 0): 341, ("val", 1): 8_184,
+        ("test", 0): 343, ("test", 1): 8_232,
+    },
+    "task_b_validation": {("val", 0): 3_227, ("val", 1): 6_212},
+    "own": {("val", 0): 5_000, ("val", 1): 5_000},
+}  # fmt: skip
+TEST_IMAGES = {"A": 10_000, "B": None}  # of Task B none is published
+CLASSES = ("authentic", "positive")
+
+
+# Files that are broken in the official archives themselves: ITW-SM's 1_fake/x_618.jpg
+BROKEN_AT_SOURCE = {("itw_sm", "val", 1): 1, ("own", "val", 1): 1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The check of a run's data: one row per set, split and class."""
+
+    table: pd.DataFrame  # set, layout, split, class, found, unusable, expected, missing
+    unusable: list[str]  # why each unusable file is, beyond those broken at their source; test images that share a mask
+
+    @property
+    def complete(self) -> bool:
+        return not self.table["missing"].any() and not self.unusable
+
+    def report(self) -> str:
+        """The table, the files that cannot be used, and the verdict."""
+        shown = self.table.astype(object).where(self.table.notna(), "-")
+        parts = [shown.to_string(index=False), *(f"  {reason}" for reason in self.unusable[:10])]
+        if len(self.unusable) > 10:
+            parts.append(f"  ... and {len(self.unusable) - 10} more that cannot be used")
+        return "\n".join([*parts, "complete" if self.complete else "INCOMPLETE: data/README.md says what goes where"])
+
+
+def check_data(run: Run) -> Check:
+    """Count what the run needs, against what is published.  Sets that are not there count as empty."""
+    rows: list[dict[str, object]] = []
+    unusable: list[str] = []
+    for note in unused(run):
+        print(note)
+    for task in run.params.tasks:
+        for entry in data_sets(run, task):
+            lines, reasons = _check_set(entry, _published(run, entry))
+            rows += lines
+            unusable += reasons
+        line, reasons = _check_test(run, task)
+        rows.append(line)
+        unusable += reasons
+    return Check(pd.DataFrame(rows).astype({"expected": "Int64"}), unusable)
+
+
+def _published(run: Run, entry: DataSet) -> dict[tuple[str, int], int]:
+    """How many images are published per split and label; of a set of one's own, or of a part of a set, none are."""
+    part = entry.task == "B" and entry.layout not in TASK_B_LAYOUTS
+    other = entry.layout == "own" and from_home(entry.root).resolve() != (run.data / "dataset").resolve()
+    return {} if part or other else EXPECTED.get(entry.layout, {})
+
+
+def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[list[dict[str, object]], list[str]]:
+    """The lines of a set of which ``expected`` images are published per split and label, and why files cannot be used."""
+    try:
+        table = indexed(entry)
+    except (LayoutError, OSError) as error:
+        print(error)
+        wanted = expected or {("train", 0): None}
+        return [_line(entry.root, entry.layout, *key, 0, 0, count) for key, count in wanted.items()], []
+    for finding, count, remedy in mask_findings(table, mask_areas(table)):
+        if count:
+            print(f"{entry.root}: {finding}: {count}. {remedy}")
+    for note in table.attrs["notes"]:
+        print(note)
+    if entry.layout == "tgif":  # the same photograph is stored at several sizes
+        photo = table["path"].str.replace(r"_orig(_\w+)?\.png$", "", regex=True)
+        table = table[~photo.duplicated() | table["label"].eq(1)]
+    found, bad = (Counter(zip(part["split"], part["label"], strict=True)) for part in (table, table[table["error"].notna()]))
+    known: dict[tuple[str, int], int | None] = dict.fromkeys(sorted(found)) | expected
+    if entry.split:
+        known = {key: count for key, count in known.items() if key[0] == entry.split}
+    elif entry.layout == "cnndetection":  # training, validation and test are separate downloads
+        known = {key: count for key, count in known.items() if any(key[0] == split for split, _ in found)}
+    lines = [_line(entry.root, entry.layout, *key, found[key], bad[key], count) for key, count in known.items()]
+    excused = [BROKEN_AT_SOURCE.get((entry.layout, *key), 0) >= bad[key] for key in known]
+    reasons = table["error"].dropna().tolist()
+    return lines, [] if all(excused) else reasons
+
+
+def _check_test(run: Run, task: str) -> tuple[dict[str, object], list[str]]:
+    """The line of the test images, and for Task B those that would share a mask."""
+    folder = run.test_folder(task)
+    found, bad, clashes = 0, 0, []
+    try:
+        table = test_images(folder)
+        found, bad = len(table), int(table["error"].notna().sum())
+        clashes = mask_clashes(table["path"]) if task == "B" else []
+    except LayoutError as error:
+        print(error)
+    return _line(str(folder), "test images", "test", None, found, bad, TEST_IMAGES[task]), clashes
+
+
+def _line(
+    root: str, layout: str | None, split: str, label: int | None, found: int, bad: int, expected: int | None
+) -> dict[str, object]:
+    missing = max(0, expected - found) if expected else int(not found)
+    name = CLASSES[label] if label is not None else "unlabelled"
+    facts = {"set": root, "layout": layout, "split": split, "class": name}
+    return facts | {"found": found, "unusable": bad, "expected": expected, "missing": missing}

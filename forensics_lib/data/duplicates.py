@@ -1,0 +1,139 @@
+"""Images that stand twice: equal files, look-alikes, and photographs in several splits or data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from forensics_lib.data.headers import image_hashes
+from forensics_lib.data.manifest import sampled_places
+from forensics_lib.images.parquet import member_bytes
+from forensics_lib.utils.files import home
+from forensics_lib.utils.progress import progress
+
+END = 4096  # bytes at a file's end that are compared before whole files are read
+
+
+def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
+    """Files with the same bytes: path, label, split and a number per set of equal files.
+
+    Of files that share their size the ends are read, and whole files only where those agree too.
+    """
+    good = manifest[manifest["error"].isna()]
+    equal = good[good.duplicated("bytes", keep=False)]
+    for read, title in ((_end, "comparing the ends of files"), (_all, "comparing whole files")):
+        with ThreadPoolExecutor(jobs) as pool:
+            digests = pool.map(lambda path, read=read: _digest(path, read), equal["path"])
+            equal = equal.assign(digest=list(progress(digests, title, total=len(equal))))
+        equal = equal[equal.duplicated(["bytes", "digest"], keep=False)]
+    return equal.assign(set=equal.groupby("digest").ngroup())[["set", "split", "label", "path"]].sort_values(["set", "path"])
+
+
+def _digest(path: str, read: Callable[[str], bytes]) -> str:
+    """What ``read`` finds, as a hash; the path itself where nothing can be read, so that it equals no other."""
+    try:
+        return hashlib.sha256(member_bytes(path) or read(path)).hexdigest()
+    except OSError:
+        return path
+
+
+def _end(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - END))
+        return file.read()
+
+
+def _all(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+@dataclass
+class NearDuplicates:
+    """Images of different photographs that look alike."""
+
+    pairs: pd.DataFrame  # distance, and path, split, label of both images
+    compared: int
+    of: int
+
+    def message(self) -> str:
+        """What was found, in a sentence."""
+        splits, classes = self.across("split"), self.across("label")
+        drawn = f"{self.compared:,} images compared" + (f", drawn from {self.of:,}" if self.compared < self.of else "")
+        return f"{len(self.pairs)} pairs look alike, {splits} across splits, {classes} across classes ({drawn})"
+
+    def across(self, column: str) -> int:
+        """Pairs whose images differ in ``split`` or in ``label``."""
+        return int((self.pairs[f"{column}_a"] != self.pairs[f"{column}_b"]).sum())
+
+
+def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
+    """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
+
+    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images a part is
+    compared: validation is half of it, or more where the others are fewer, and of as many photographs as it can hold.  Flat
+    pictures are passed over.
+    """
+    good = manifest[manifest["error"].isna()]
+    parts = [np.flatnonzero(good["split"].eq("val") == val) for val in (True, False)]
+    of_val = min(len(parts[0]), max(limit // 2, limit - len(parts[1])))
+    counts = (of_val, limit - of_val)
+    places = [part[sampled_places(good.iloc[part], count, 0, by="group")] for part, count in zip(parts, counts, strict=True)]
+    drawn = good.iloc[np.sort(np.concatenate(places))]
+    name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
+    cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
+    hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()
+    rows, values = drawn.loc[hashes.index], hashes.to_numpy(np.uint64)
+    groups, found = pd.factorize(rows["group"])[0], []
+    for start in range(0, len(values), 1_000):
+        bits = np.bitwise_count(values[start : start + 1_000, None] ^ values[None, start:])
+        one, other = np.nonzero(bits <= distance)
+        later = (other > one) & (groups[start + one] != groups[start + other])
+        found.append(np.column_stack([one + start, other + start, bits[one, other]])[later])
+    pairs = np.concatenate([np.zeros((0, 3), int), *found])
+    ends = {end: rows.iloc[pairs[:, i]].reset_index(drop=True) for i, end in enumerate("ab")}
+    columns = {f"{name}_{end}": ends[end][name] for end in "ab" for name in ("path", "split", "label")}
+    table = pd.DataFrame({"distance": pairs[:, 2], **columns}).sort_values("distance", kind="stable", ignore_index=True)
+    return NearDuplicates(table, len(drawn), len(good))
+
+
+def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Photographs whose images stand in several splits: one row each, with the images per split."""
+    good = manifest.loc[manifest["error"].isna(), ["group", "split"]]
+    good = good[_in_several_places(good["group"], good["split"])].reset_index(drop=True)
+    return pd.crosstab(good["group"], good["split"])
+
+
+def _in_several_places(groups: pd.Series, places: pd.Series) -> np.ndarray:
+    """``(N,)`` bool: whether a row's group stands in more than one place."""
+    (of_group, names), (of_place, known) = pd.factorize(groups), pd.factorize(places)
+    seen = np.zeros((len(names) + 1, len(known)), bool)
+    seen[of_group, of_place] = True
+    seen[-1] = False  # rows without a group, whose code is -1, are alone
+    return (seen.sum(axis=1) > 1)[of_group]
+
+
+def overlapping(manifest: pd.DataFrame) -> pd.Series:
+    """Whether an image's photograph also stands in another split or another data set, one bool per row.
+
+    So are the COCO photographs that TGIF and the Task B validation set share.
+    """
+    where = manifest["data_set"] + " " + manifest["split"]
+    return where.groupby(manifest["group"]).transform("nunique") > 1
+
+
+def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
+    """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
+    places = manifest.groupby(["data_set", "split"], sort=False).ngroup()
+    shared = manifest[_in_several_places(manifest["group"], places)].reset_index(drop=True)
+    names = shared["data_set"].map(lambda root: Path(root).name) + " " + shared["split"]
+    places = pd.crosstab(shared["group"], names) > 0
+    pairs = [(one, other, int((places[one] & places[other]).sum())) for one, other in combinations(places.columns, 2)]
+    return pd.DataFrame([pair for pair in pairs if pair[2]], columns=["one", "other", "photographs"])

@@ -1,0 +1,479 @@
+"""Which data a run may train on, told by layout, by the names that the official sets hold, and by where links lead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pandas as pd
+
+from forensics_lib.data.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, read_text_table, split_of
+from forensics_lib.data.readers import (
+    CNNDETECTION_CATEGORIES,
+    CONSTRAINED_LAYOUTS,
+    ITW_SM,
+    PLATFORMS,
+    class_trees,
+    holds_itw_sm,
+    named_as_itw_sm,
+    of_itw_sm,
+    task_of,
+)
+from forensics_lib.images.io import SUFFIXES
+from forensics_lib.params import DataSet
+from forensics_lib.run import Run
+from forensics_lib.utils.disk import look
+from forensics_lib.utils.files import from_home
+
+LDM_SETS = ("class2image", "noise2image_FFHQ", "noise2image_bedrooms", "noise2image_churches")
+LDM_FOLDERS = frozenset(f"latent_diffusion_{name}" for name in (*LDM_SETS, *(f"text2img_set{i}" for i in range(3))))
+# The generators of CNNDetection's test set; its training set has ProGAN as well
+_GANS = "progan biggan crn cyclegan deepfake gaugan imle san seeingdark stargan stylegan stylegan2 whichfaceisreal"
+TEST_GENERATORS = frozenset(_GANS.split())
+VALIDATION_LAYOUTS = frozenset({"itw_sm", "task_b_validation"})
+LISTED = frozenset({"table", "parquet"})  # layouts that name images by other means than folders
+_SOME = 200  # names in a folder that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder of a set, or a link in it to a single file, and where that really is."""
+
+    path: str  # as the set leads to it
+    parts: tuple[str, ...]  # the folders from the set's root to it
+    target: Path  # the real folder; of a file the one in which it really lies
+    linked: bool  # whether a link leads here
+    file: str | None = None  # of a link to a file: the real file
+    names: tuple[str, ...] = ()  # of some of the folder's images
+
+
+def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
+    """Raise ``LayoutError`` where a set of ``task`` would train on validation data or, in a constrained run, on data that is
+    not official, also through links; the message names each place, where it leads, and why it is refused.
+    """
+    for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
+        cached.cache_clear()  # the last call may have been before the user mended something
+    own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
+    places = {entry: places_of(entry) for entry in own}
+    _refuse_validation(places, _never_trained_on(run, entries))
+    if run.params.run_type == "constrained":
+        _refuse_unofficial(entries, run.params.edition)
+        _refuse_foreign(run, task, entries, places)
+
+
+def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
+    name, or in a constrained run a file of ``dataset_open``; ``entries`` are the run's sets of both tasks.
+    """
+    train = table[table["split"].eq("train")]
+    kept = _never_trained_on(run, entries).items()
+    known = {identity: what for root, what in kept for identity in _identities(root)}
+    same = train[train["identity"].isin(list(known))]
+    found = [f"{path} is a file of {known[identity]}" for path, identity in zip(same["path"], same["identity"], strict=True)]
+    listed = train[train["layout"].eq("table") | train["layout"].str.contains(":", regex=False)]
+    names: dict[str, list[str]] = {}
+    for path in listed["path"]:
+        target = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 (speed)
+        names.setdefault(target.rpartition(os.sep)[0], []).append(target.rpartition(os.sep)[2])
+    for folder, images in names.items():
+        target = Path(folder).resolve()
+        if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
+            found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
+    _raise_validation(found)
+    if run.params.run_type == "constrained":
+        _refuse_hard_links(run.data / "dataset_open", train)
+
+
+def _refuse_hard_links(opened: Path, train: pd.DataFrame) -> None:
+    """Raise ``LayoutError`` where a training row is a file of ``dataset_open`` by another name."""
+    several = train[[_names_of(path) > 1 for path in train["path"]]] if opened.is_dir() else train[:0]
+    if len(several):
+        same = several["identity"].isin(_identities(opened, but_official=True))
+        found = [f"{path} is a file of {opened} too: it is open data" for path in several.loc[same, "path"]]
+        _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _names_of(path: str) -> int:
+    """How many hard links a file has; 0 where it is not there."""
+    try:
+        return os.stat(path).st_nlink  # noqa: PTH116 (speed)
+    except OSError:
+        return 0
+
+
+def _raise_validation(found: list[str]) -> None:
+    if found:
+        raise LayoutError(
+            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained "
+            "on, nor must the test images"
+        )
+
+
+def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
+    """The real folders of the official validation sets and of the test images, with what they are."""
+    listed = [from_home(entry.root) for entry in entries if entry.layout in VALIDATION_LAYOUTS]
+    roots = [root.resolve() for root in (run.data / "dataset_taskB" / "validation", *listed)]
+    tests = {run.test_folder(task).resolve(): f"the Task {task} test images" for task in "AB"}
+    return {root: f"the validation set {root}" for root in roots} | tests
+
+
+def _identities(root: Path, but_official: bool = False) -> list[int]:
+    """The identities of all files below a folder, also through links; without those of folders known to be official."""
+    paths, real = [], root.resolve()
+    for folder in {place.target for place in _walk(root) if not place.file}:
+        inside = folder.is_relative_to(real)
+        if but_official and _official(Path(*folder.relative_to(real).parts[2:]) if inside else folder):  # after split and class
+            continue
+        with os.scandir(folder) as entries:
+            paths += [entry.path for entry in entries if entry.is_file()]
+    return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
+
+
+def _first(found: list[str]) -> str:
+    return "; ".join(found[:NAMED]) + (f"; and {len(found) - NAMED} more" if len(found) > NAMED else "")
+
+
+def places_of(entry: DataSet) -> list[Place]:
+    """The folders of a set and the links to single files in them, as its reader comes to them."""
+    root = from_home(entry.root)
+    found = list(_walk(root))
+    if entry.layout != "own":
+        return found
+    return [place for place in found if len(place.parts) < 2 or _is_read(*place.parts[:2])]
+
+
+def _is_read(split: str, label: str) -> bool:
+    return split_of(split) is not None and class_of(label) is not None
+
+
+def _walk(root: Path) -> Iterator[Place]:
+    """Every real folder once below each pair of first folders, through links; no more than its names is read of a file."""
+    seen: set[tuple[tuple[str, ...], str]] = set()
+    waiting: list[tuple[str, tuple[str, ...], bool]] = [(str(root), (), root.is_symlink())] if root.is_dir() else []
+    while waiting:
+        path, parts, linked = waiting.pop()
+        real = os.path.realpath(path)
+        if (parts[:2], real) in seen:
+            continue
+        seen.add((parts[:2], real))
+        folder, files, names = Path(real), [], []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == "." or name == "__MACOSX":
+                        continue
+                    if name[name.rfind(".") :].lower() in SUFFIXES:
+                        if entry.is_symlink():
+                            files.append(entry.path)
+                        elif len(names) < _SOME:
+                            names.append(name)
+                    elif entry.is_dir():
+                        waiting.append((entry.path, (*parts, name), linked or entry.is_symlink()))
+        except OSError:  # the reader says so
+            continue
+        yield Place(path, parts, folder, linked, names=tuple(names))
+        for file in files:
+            target = _real_file(file)
+            yield Place(file, parts, _real_folder(os.path.dirname(target)), True, target)  # noqa: PTH120 (speed)
+
+
+def _real_file(link: str) -> str:
+    """Where a link to a file leads, in a third of the time of ``os.path.realpath``."""
+    for _ in range(40):
+        try:
+            link = os.path.join(_real_folder(os.path.dirname(link)), os.readlink(link))  # noqa: PTH115, PTH118, PTH120 (speed)
+        except OSError:
+            break
+    return os.path.join(_real_folder(os.path.dirname(link)), os.path.basename(link))  # noqa: PTH118, PTH119, PTH120 (speed)
+
+
+@lru_cache(maxsize=10_000)
+def _real_folder(folder: str) -> Path:
+    return Path(os.path.realpath(folder))
+
+
+def _trains(entry: DataSet, place: Place) -> bool:
+    return _split(entry, place) == "train"
+
+
+def _split(entry: DataSet, place: Place) -> str:
+    """What images at ``place`` are for, by the entry and the names on the way."""
+    if entry.layout in VALIDATION_LAYOUTS:
+        return "val"
+    named = (split_of(part) for part in (*place.parts, from_home(entry.root).name))
+    return entry.split or next((split for split in named if split), "train")
+
+
+def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str]) -> None:
+    found, known = [], {}
+    for entry, inside in places.items():
+        for place in (place for place in inside if _trains(entry, place)):
+            if place.target not in known:
+                known[place.target] = _validates(place.target, _names_in(place.target) if place.file else place.names, roots)
+            if known[place.target]:
+                found.append(f"{place.path} leads into {place.target}: {known[place.target]}")
+    _raise_validation(found)
+
+
+def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> str | None:
+    if of_itw_sm(target) or named_as_itw_sm(names) or _by_platforms(target):
+        return "ITW-SM, by its name, its folders' or its files' names"
+    return next((what for root, what in roots.items() if target.is_relative_to(root)), None)
+
+
+def _by_platforms(target: Path) -> bool:
+    """Whether ``target`` lies in a platform's folder in a class folder, beside nothing but such ones.
+
+    Class folders of a training folder are passed over: what lies in those are sources, which may be named for platforms.
+    """
+    parts = target.parts
+    number = next((i for i in reversed(range(len(parts) - 1)) if class_of(parts[i]) is not None), None)
+    if number is None or parts[number + 1].lower() not in PLATFORMS or split_of(parts[number - 1]) == "train":
+        return False
+    return _has_platforms(Path(*parts[:number]))
+
+
+@lru_cache(maxsize=1_000)
+def _has_platforms(root: Path) -> bool:
+    try:
+        return holds_itw_sm(root)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=10_000)
+def _names_in(folder: Path) -> tuple[str, ...]:
+    try:
+        with os.scandir(folder) as entries:
+            named = (entry.name for entry in entries)
+            return tuple(islice((name for name in named if name[name.rfind(".") :].lower() in SUFFIXES), _SOME))
+    except OSError:
+        return ()
+
+
+def _refuse_unofficial(entries: list[DataSet], edition: int) -> None:
+    """Raise ``LayoutError`` that names every set which is not official by its layout or its folders' names, and why."""
+    official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if edition >= 2026 else set())
+    reasons = {entry.root: _why_unofficial(entry, official) for entry in entries}
+    _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], official)
+
+
+def _raise_unofficial(refused: list[str], official: frozenset[str] | set[str]) -> None:
+    if refused:
+        raise LayoutError(
+            f"a constrained run takes official data only; refused: {_first(refused)}. "
+            f"Take them out, or set run_type: open. Official layouts: {', '.join(sorted(official))}"
+        )
+
+
+def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str | None:
+    root = from_home(entry.root)
+    if entry.layout not in official:
+        return str(entry.layout)
+    if entry.layout == "itw_sm" and not (of_itw_sm(root) or of_itw_sm(root.resolve()) or _is_itw_sm(root)):
+        return "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
+    if entry.layout == "cnndetection":
+        return _why_not_cnndetection(entry, root)
+    if entry.layout == "corvi_ldm":
+        folders = {path.name for split in ("train", "valid") for path in root.glob(f"{split}/*/")}
+        return _strangers(folders, LDM_FOLDERS, "the latent diffusion set's folders")
+    return None
+
+
+def _is_itw_sm(root: Path) -> bool:
+    return (root / ITW_SM).is_dir() or _has_platforms(root)
+
+
+def _strangers(found: set[str], known: frozenset[str], what: str) -> str | None:
+    others = sorted(found - known)
+    return f"{', '.join(others[:5])}: not among {what}" if others else None
+
+
+def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
+    """Whether it has another split than a test one whose class folders lie elsewhere than in one of the 20 categories."""
+    strangers = set()
+    for *above, _ in class_trees(root):
+        told = split_of(above[0]) if len(above) > 1 else None
+        if (told or split_of(root.name)) == "test":
+            if entry.split == "train":
+                return "split: train, but it is a test split, which is never trained on"
+            continue
+        category = "/".join(above[1:] if told else above)
+        strangers.add(category or "class folders outside of categories")
+    return _strangers(strangers, CNNDETECTION_CATEGORIES, "CNNDetection's training and validation categories")
+
+
+def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[DataSet, list[Place]]) -> None:
+    """Raise ``LayoutError`` that names every place of a constrained run's sets that leads to data which is not official."""
+    roles = {"val": "it is in the run's validation set", "test": "it is in a test split of the run's sets"}
+    kept_apart: dict[Path | str, str] = {}  # real folders and files that do not train
+    for entry, inside in places.items():
+        splits = ((place.file or place.target, _split(entry, place)) for place in inside)
+        kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
+    opened, data = _Opened(run.data / "dataset_open"), run.data.resolve()
+    found: list[str] = []
+    for entry, inside in places.items():
+        claims = _claims(run, task, [other for other in entries if other != entry])
+        listed = [Place(str(root), (), root.resolve(), True) for root in _listed_roots(entry)]
+        known: dict[tuple[Path, Path, bool, bool], str | None] = {}
+        for place in [*inside, *listed]:
+            if not (place.linked or (entry.layout == "own" and not place.parts)):
+                continue
+            key = place.target, _base_of(place, data), place.linked, _trains(entry, place)
+            if key not in known:
+                known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
+            why = known[key] or opened.holds(place)
+            if not why and key[3]:
+                why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
+            if why:
+                found.append(f"{place.path} leads into {place.file or place.target}: {why}")
+    _raise_unofficial(found, CONSTRAINED_LAYOUTS)
+
+
+def _base_of(place: Place, data: Path) -> Path:
+    """The folder below which names tell what ``place`` holds: what lies above the data root, or a set's root, tells nothing."""
+    if place.target.is_relative_to(data):
+        return data
+    return Path(place.target.anchor) if place.linked else place.target.parent
+
+
+def _listed_roots(entry: DataSet) -> list[Path]:
+    return [from_home(root) for root in (entry.coco_root, entry.lsun_root) if root]
+
+
+def _claims(run: Run, task: str, others: list[DataSet]) -> dict[Path, str]:
+    """Real folders that are for something else than training for ``task``, with what they are."""
+    claims = {run.data / "dataset_open": "it is open data"}
+    claims |= {run.test_folder(name): f"it is the Task {name} test images" for name in "AB"}
+    if task == "A":
+        claims[run.data / "dataset_taskB"] = "it is Task B's data"
+    for other in others:
+        trained_on = ("own", "cnndetection", "corvi_ldm") if task == "A" else ("tgif", "sagi_d")
+        if other.layout not in trained_on:
+            claims[from_home(other.root)] = f"it is the set {other.root} ({other.layout})"
+    return {root.resolve(): what for root, what in claims.items()}
+
+
+def _claimed(target: Path, claims: dict[Path, str]) -> str | None:
+    return next((claims[folder] for folder in (target, *target.parents) if folder in claims), None)
+
+
+class _Opened:
+    """Where the links in ``dataset_open`` lead: what they reach is open data, but for what is known to be official."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._reached: set[Path | str] | None = None  # real folders and files
+        self._folders: dict[Path, bool] = {}  # those asked for: whether they are reached
+
+    def holds(self, place: Place) -> str | None:
+        if self._reached is None:
+            self._reached = {found.file or found.target for found in _walk(self._root) if found.linked}
+        if place.target not in self._folders:
+            folders = (place.target, *place.target.parents)
+            self._folders[place.target] = not self._reached.isdisjoint(folders)
+        reached = self._folders[place.target] or place.file in self._reached
+        return f"{self._root} holds it too: it is open data" if reached and not _official(place.target) else None
+
+
+def _official(target: Path) -> bool:
+    """Whether a folder lies where CNNDetection, the latent diffusion set or COCO keep their training images."""
+    parts = target.parts
+    lsun = any(one in CNNDETECTION_CATEGORIES and other in ("0_real", "1_fake") for one, other in pairwise(parts))
+    return lsun or not LDM_FOLDERS.isdisjoint(parts) or "train2017" in parts
+
+
+@lru_cache(maxsize=100_000)
+def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
+    """Why what lies in ``target`` is no official data of ``task``, where the folders from ``base`` to it or a list tells."""
+    names = target.relative_to(base).parts
+    parts = [part.lower() for part in names]
+    if any(name in ("ai", "nature") and split_of(above) for above, name in pairwise(parts)):
+        return "it is laid out as GenImage"
+    named = [number for number, part in enumerate(parts) if part in ("real", "fake")]
+    if any(number == len(parts) - 1 or _beside(base.joinpath(*names[: number + 1])) for number in named):
+        return "it is laid out as Community Forensics"
+    if "dataset_open" in parts:
+        return "it is open data"
+    other = _of_other_task(target, base, task, edition) or (_test_split(base, names) if trains else None)
+    return other or (_listed_in(target) if linked else None)
+
+
+def _beside(folder: Path) -> bool:
+    """Whether beside a folder named real or fake lies the other of the two."""
+    return folder.with_name({"real": "fake", "fake": "real"}[folder.name.lower()]).is_dir()
+
+
+def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | None:
+    for folder in (above for above in (target, *target.parents[:5]) if above.is_relative_to(base)):
+        if (task == "A" or edition < 2026) and (folder / "sagid.csv").is_file():
+            return "it is of SAGI-D"
+        if (folder / "taskB_val.csv").is_file():
+            return "it is of the Task B validation set"
+    for one, other in pairwise(target.relative_to(base).parts):
+        if task == "A" and one in (*TGIF_NAMES, "orig") and other in TGIF_SPLITS:
+            return "it is of TGIF"
+    return None
+
+
+def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
+    """Whether ``parts`` below ``base`` lead into a test split, or into a folder of CNNDetection's test generators."""
+    if next((split for part in reversed(parts[-2:]) if (split := split_of(part))), None) == "test":
+        return "it is a test split"
+    number = next((i for i in reversed(range(len(parts))) if parts[i].lower() in ("0_real", "1_fake")), None)
+    for up, spelled in enumerate(reversed(parts[max(0, number - 3) : number] if number else ())):
+        name = spelled.lower()
+        if split_of(name) == "test":
+            return "it is a test split"
+        if split_of(name) and not (up == 0 and name == "train"):  # which is a category as well
+            return None
+        beside = base.joinpath(*parts[: parts.index(spelled)]) if name == "progan" else None
+        if up < 2 and (name in TEST_GENERATORS - {"progan"} or (beside and _has_generators(beside))):
+            return "it is of CNNDetection's test set"
+    return None
+
+
+def _has_generators(folder: Path) -> bool:
+    return any(path.name.lower() in TEST_GENERATORS - {"progan"} for path in folder.glob("*"))
+
+
+def _listed_in(target: Path) -> str | None:
+    """Whether parquet files lie with the images, or a table there or one folder above lists some of them."""
+    if _official(target):
+        return None
+    if next(target.glob("*.parquet"), None):
+        return "it is a parquet set"
+    for table in (*_tables_in(target.parent), *_tables_in(target)):
+        if _lists(table, target):
+            return f"it is the set of the table {table}"
+    return None
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=1_000)
+def _listed_folders(table: Path) -> frozenset[Path]:
+    """The real folders of the images that a table with ``path`` and ``label`` lists, as ``readers.read_table`` reads it."""
+    rows = read_text_table(table)
+    if not {"path", "label"} <= set(rows.columns):
+        return frozenset()
+    folders = {path.replace("\\", "/").rpartition("/")[0] for path in rows["path"].unique()}
+    return frozenset((table.parent / folder).resolve() for folder in folders)
+
+
+def _lists(table: Path, target: Path) -> bool:
+    try:
+        return any(folder.is_relative_to(target) for folder in _listed_folders(table))
+    except LayoutError:  # no table of images
+        return False

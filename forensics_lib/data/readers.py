@@ -1,0 +1,609 @@
+"""Readers of public data sets exactly as they are downloaded, and the recognition of a folder's layout.
+
+Each reader takes a root and the entry of the ``data`` parameter that named it, and gives the rows of ``layouts``.
+Layouts are those of the data sets' own pages and repositories.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forensics_lib.data.layouts import (
+    CLASSES,
+    NAMED,
+    TASK_A_LABELS,
+    TGIF2_METHODS,
+    TGIF_NAMES,
+    Folder,
+    LayoutError,
+    Rows,
+    check_parts,
+    class_of,
+    contents,
+    photo_group,
+    read_listing,
+    read_task_a,
+    read_task_b_validation,
+    read_text,
+    read_text_table,
+    read_tgif,
+    refuse_broken_links,
+    sagid_path,
+    split_in,
+    split_of,
+)
+from forensics_lib.images.parquet import class_names, damage, damaged_by, image_columns, member_path
+from forensics_lib.params import DataSet
+from forensics_lib.utils.callables import named
+from forensics_lib.utils.disk import broken_link, shown
+from forensics_lib.utils.files import from_home
+
+Reader = Callable[[Path, DataSet], Rows]
+ITW_SM = "ITW-SM"  # the folder that the archive holds
+# A name of its files is platform, class (not always) and number: Facebook_real_1042.jpg, x_618.jpg
+PLATFORMS = frozenset(("facebook", "instagram", "linkedin", "reddit", "tiktok", "twitter", "x", "youtube", "telegram"))
+_ITW_SM_NAME = re.compile(rf"(?:{'|'.join(sorted(PLATFORMS))})_(?:(?:real|fake)_)?\d+\.\w+", re.IGNORECASE)
+_LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
+CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
+KINDS = ("orig", "sp", "fr", "full")  # authentic, spliced, fully regenerated, fully synthetic
+NOTHING = frozenset(("", "nan", "none", "null"))  # how programs write an empty field of a table
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
+
+
+def read_data_set(entry: DataSet) -> Rows:
+    """The images of one entry of the ``data`` parameter; its layout is recognised where none is named."""
+    entry = recognised(entry)
+    root = from_home(entry.root)
+    rows = _reader(entry.layout)(root, entry)
+    if entry.layout not in READERS:
+        _check_own(rows, entry)
+    if entry.layout in READERS and len(rows):
+        in_rows = entry.layout in ("table", "parquet")  # which take the entry's split as their rows' default
+        rows.state_split(None if in_rows else entry.split, root)
+    if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+        rows.serve(entry.task)
+    if not len(rows):
+        raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
+    return rows
+
+
+def _reader(layout: str) -> Reader:
+    """The reader of a layout, or the user's own that ``module:function`` names."""
+    if layout in READERS:
+        return READERS[layout]
+    return named(layout, "data: layout", "its function gets the root (a Path) and the entry, and returns layouts.Rows")
+
+
+def _check_own(rows: Rows, entry: DataSet) -> None:
+    """What the project's readers see to, of rows that another one made.  Raises ``LayoutError``."""
+    if not isinstance(rows, Rows):
+        raise LayoutError(f"data: {entry.layout} returned {type(rows).__name__}; forensics_lib.data.layouts.Rows is needed")
+    table = rows.table()
+    wrong = table[~table["label"].isin([0, 1]) | ~table["split"].isin(["train", "val", "test"])]
+    if len(wrong):
+        raise LayoutError(
+            f"data: {entry.layout} gave {wrong['path'].iloc[0]} a label or split that is none of 0, 1, train, val, test"
+        )
+    validation = [path for path in table.loc[table["split"] == "train", "path"] if of_itw_sm(Path(path))]
+    if validation:
+        raise LayoutError(f"{validation[0]} is of ITW-SM, the validation set, and must not be trained on")
+
+
+def recognised(entry: DataSet) -> DataSet:
+    """The entry with its layout, recognised where none is named.  Raises ``LayoutError``."""
+    root = from_home(entry.root)
+    if not root.exists():
+        raise LayoutError(f"data: {broken_link(root) or f'no such folder or file {root}'}")
+    refuse_broken_links(root)
+    layout = entry.layout or detect_layout(root)
+    if layout in ("itw_sm", "task_b_validation") and entry.split == "train":
+        raise LayoutError(f"{root} is an official validation set ({layout}) and must not be trained on: leave its split out")
+    return entry if entry.layout else DataSet(**entry.model_dump() | {"layout": layout})
+
+
+def task_of(entry: DataSet) -> str:
+    """The task that a data set with a known layout serves: the one that its entry names, else Task B where it has masks."""
+    if entry.task:
+        return entry.task
+    if entry.layout == "table":
+        return "B" if "mask_path" in read_text_table(from_home(entry.root), rows=0) else "A"
+    if entry.layout == "parquet":
+        return "B" if has_masks(from_home(entry.root)) else "A"
+    if entry.layout not in READERS:
+        return "B" if read_data_set(entry).table()["mask_path"].notna().any() else "A"
+    return "B" if entry.layout in TASK_B_LAYOUTS else "A"
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """A folder of images below one that is named for a class."""
+
+    folder: Folder
+    label: int
+    split: str | None  # None: no name tells it
+    above: tuple[str, ...]  # the folders above the class's, without the split's
+
+
+def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[ClassFolder]:
+    """The folders of images below ``root`` with the class and the split that names on their way tell, outermost first.
+
+    ``category_train``: a folder ``train`` is a category.  What names no class is noted.  Raises ``LayoutError`` where a
+    class lies inside of the other, or test images inside of training.
+    """
+    of_root = split_of(root.name) or split_of(root.resolve().name)
+    for folder in rows.walk(root):
+        parts, place = folder.parts, root.joinpath(*folder.parts)
+        number = next((i for i, part in enumerate(parts) if class_of(part) is not None), None)
+        if number is None:
+            rows.leave_unread(place, f"no folder on its path names a class (known: {', '.join(sorted(CLASSES))})")
+            continue
+        category = number - 1 if category_train and parts[number - 1] == "train" else None
+        named = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
+        split = of_root if named is None else split_of(parts[named])
+        label = int(class_of(parts[number]) or 0)
+        check_parts(place, parts[number + 1 :], label, None)
+        if named is not None:
+            check_parts(place, parts[named + 1 :], label, split)
+        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
+
+
+def read_cnndetection(root: Path, entry: DataSet) -> Rows:
+    """Wang et al. 2020: ``{split}/{category}/{0_real,1_fake}`` or ``{split}/{generator}/[{category}/]{0_real,1_fake}``.
+
+    The root may be the whole data set or one split's folder, whose name or the entry's ``split`` then tells which.
+    """
+    rows = Rows()
+    for found in _by_class(rows, root, category_train=_has_categories(root)):
+        split = entry.split or found.split
+        generator = found.above[0] if split == "test" and found.above else "progan"
+        source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
+        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        rows.add(found.folder.paths, found.label, found.split, source, **names)
+    return rows
+
+
+def _has_categories(root: Path) -> bool:
+    """Whether the classes lie in folders of CNNDetection's categories, of which one is named ``train``."""
+    others = {tree[-2] for tree in class_trees(root) if len(tree) > 1} & CNNDETECTION_CATEGORIES - {"train"}
+    return bool(others)
+
+
+def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
+    """Corvi et al. 2022: ``{train,valid}/latent_diffusion_*/*.png``; its authentic images are lists of other sets' files.
+
+    ``real_coco.txt`` holds names in COCO's train2017 (``coco_root``), ``real_lsun.txt`` lines ``{category}_{file}`` of
+    CNNDetection's ``{category}/0_real/{file}`` (``lsun_root``).
+    """
+    rows = Rows()
+    for name, split in (("train", "train"), ("valid", "val")):
+        for folder in rows.walk(root / name):
+            if folder.parts and folder.parts[0].startswith("latent_diffusion_"):
+                names = {"generator": "latent_diffusion", "method": folder.parts[0].removeprefix("latent_diffusion_")}
+                rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", **names)
+            else:
+                rows.leave_unread((root / name).joinpath(*folder.parts), "its images lie in no latent_diffusion_* folder")
+        for source in ("coco", "lsun"):
+            listing = root / name / f"real_{source}.txt"
+            if listing.is_file():
+                _add_listed(rows, listing, source, split, entry)
+    return rows
+
+
+def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataSet) -> None:
+    place = entry.coco_root if source == "coco" else entry.lsun_root
+    if not place:
+        what = "COCO's train2017 images" if source == "coco" else "CNNDetection's train folder"
+        raise LayoutError(f"{listing} lists files of another data set: set {source}_root to the folder with {what}")
+    if not from_home(place).is_dir():
+        raise LayoutError(f"{source}_root: {contents(from_home(place))}")
+    lines = [line.strip() for line in re.split(r"[\r\n]", read_text(listing))]
+    names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line]
+    if source == "lsun":
+        names = [f"{category}/0_real/{file}" for category, _, file in (name.partition("_") for name in names)]
+    groups = [photo_group("coco", Path(name).stem) for name in names] if source == "coco" else None
+    rows.add([f"{from_home(place)}/{name}" for name in names], 0, split, source, kind="orig", groups=groups)
+
+
+def of_itw_sm(path: Path) -> bool:
+    """Whether a path leads into ITW-SM, the validation set, by the name of a folder on it."""
+    return ITW_SM.lower() in map(str.lower, path.parts)
+
+
+def named_as_itw_sm(names: Sequence[str]) -> bool:
+    """Whether images are named as those of ITW-SM are: nine tenths of them for a platform and by number."""
+    fitting = sum(_ITW_SM_NAME.fullmatch(name) is not None for name in names)
+    return fitting > 0 and fitting >= 0.9 * len(names)
+
+
+def holds_itw_sm(root: Path) -> bool:
+    """Whether the class folders in ``root`` hold files named as ITW-SM's, or folders named for platforms."""
+    names: list[str] = []
+    for place in (path for path in root.iterdir() if class_of(path.name) is not None and path.is_dir()):
+        inside = [path.name for path in islice(place.iterdir(), 2_000) if path.name[0] != "."]
+        if all(name.lower() in PLATFORMS for name in inside) or named_as_itw_sm([n for n in inside if "." in n]):
+            names += inside
+        elif inside:
+            return False
+    return bool(names)
+
+
+def read_itw_sm(root: Path, _: DataSet) -> Rows:
+    """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name.
+
+    The root may be the folder that the archive's ``ITW-SM/`` was unpacked into.
+    """
+    rows = Rows()
+    inner = root / ITW_SM
+    root = inner if inner.is_dir() else root
+    for folder in rows.walk(root):
+        label = class_of(folder.parts[0]) if folder.parts else None
+        if label is None:
+            rows.leave_unread(root.joinpath(*folder.parts), "it lies in neither 0_real nor 1_fake")
+            continue
+        check_parts(root.joinpath(*folder.parts), folder.parts[1:], label, "val")
+        inside = len(folder.parts) > 1
+        platforms: dict[str, list[str]] = {}
+        for name, path in zip(folder.images, folder.paths, strict=True):
+            platform = (folder.parts[1] if inside else name.split("_")[0]).lower()
+            platforms.setdefault(platform, []).append(path)
+        for platform, paths in sorted(platforms.items()):
+            rows.add(paths, label, "val", f"itw_sm/{platform}", kind=_kind(label))
+    return rows
+
+
+def read_genimage(root: Path, _: DataSet) -> Rows:
+    """GenImage: ``{generator}/[...]/{train,val}/{ai,nature}/*``."""
+    return _read_generators(root, "genimage")
+
+
+def read_community_forensics(root: Path, _: DataSet) -> Rows:
+    """Community Forensics in its local form: ``{generator}/{real,fake}/*``."""
+    return _read_generators(root, "community_forensics", whole_path=True)
+
+
+def _read_generators(root: Path, name: str, whole_path: bool = False) -> Rows:
+    rows = Rows()
+    for found in _by_class(rows, root):
+        generator = ("/".join(found.above) if whole_path else found.above[0]) if found.above else root.name
+        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        rows.add(found.folder.paths, found.label, found.split, f"{name}/{generator}", **names)
+    return rows
+
+
+def read_folders(root: Path, _: DataSet) -> Rows:
+    """Any folders whose names tell class and split: ``{train,val,test}/{real,fake}``, ``{real,fake}/{train,val,test}``, or
+    one split's ``{real,fake}``.  The source is the folder above the class, else the set's name.
+    """
+    rows = Rows()
+    for found in _by_class(rows, root):
+        source = "/".join((root.name, *found.above))
+        rows.add(found.folder.paths, found.label, found.split, source, kind=_kind(found.label))
+    return rows
+
+
+def read_sagi_d(root: Path, _: DataSet) -> Rows:
+    """SAGI-D: ``sagid.csv`` beside its splits' folders; the listed originals are the authentic images."""
+    columns = ["img_path", "mask_path", "src_path", "split", "inpainting_model", "diffusion_model", "type"]
+    listing = read_listing(root / "sagid.csv", columns)
+    rows, originals = Rows(), set()
+    for item in listing.itertuples(index=False):
+        image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
+        source = image.relative_to(root).parts[1]
+        split, named = split_of(item.split) or "test", f"sagi_d/{source}"
+        group = photo_group(source, image.stem)
+        if item.src_path:
+            original = sagid_path(root, item.src_path, ())
+            group = photo_group(source, original.stem)
+            if original not in originals:
+                originals.add(original)
+                rows.add([str(original)], 0, split, named, kind="orig", groups=[group])
+        names = {"generator": item.diffusion_model or None, "method": item.inpainting_model}
+        rows.add([str(image)], 1, split, named, kind=item.type, groups=[group], masks=[str(mask)], **names)
+    return rows
+
+
+def read_table(path: Path, entry: DataSet) -> Rows:
+    """A CSV with ``path`` and ``label`` (0 or 1), and any of ``TABLE_COLUMNS``; paths count from the table's folder."""
+    table = read_text_table(path)
+    missing = {"path", "label"} - set(table.columns)
+    unknown = set(table.columns) - {"path", "label", *TABLE_COLUMNS}
+    if missing or unknown:
+        raise LayoutError(
+            f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
+        )
+    named = split_in(path.name) or split_of(path.parent.name)
+    if entry.split == "train" and named == "test":
+        raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
+    entry = entry.model_copy(update={"split": entry.split or named})
+    rows = Rows()
+    for number, item in zip(table.index, table.to_dict("records"), strict=True):
+        _add_table_row(rows, path, number, item, entry)
+    if "mask_path" in table:
+        masked = table["label"].str.lower().map(LABELS).eq(0) & ~table["mask_path"].str.lower().isin(NOTHING)
+        if masked.any():
+            rows.leave_unread(path, f"the masks of {masked.sum()} rows with label 0, since authentic images have none")
+    return rows
+
+
+def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
+    values = {name: None if item.get(name, "").lower() in NOTHING else item[name] for name in TABLE_COLUMNS}
+    label = LABELS.get(item["label"].lower())
+    split = split_of(values["split"]) if values["split"] else entry.split
+    if label is None or (split is None and values["split"]):
+        raise LayoutError(
+            f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
+        )
+    image, mask = (
+        str(table.parent / name.replace("\\", "/")) if name else None for name in (item["path"], values["mask_path"])
+    )
+    if split == "train" and of_itw_sm(Path(str(image))):
+        raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
+    if image is None:
+        raise LayoutError(f"{table} row {number}: names no path")
+    mask = mask if label else None
+    names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
+    kind = (values["kind"] or ("sp" if mask else _kind(label))).lower()
+    if kind not in KINDS:
+        raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
+    rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
+
+
+# Of a hub data set: columns that may hold the label
+LABEL_COLUMNS = ("label", "labels", "is_fake", "fake", "class", "target")
+
+
+def parquet_files(root: Path) -> list[Path]:
+    """The parquet files that ``root`` is or holds, in any case of the ending; what is hidden is passed over."""
+    if root.is_file() and _is_parquet(root.name):
+        return [root]
+    found, seen = [], set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        found += [Path(place) / name for name in names if _is_parquet(name)]
+    return sorted(found)
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet") and name[0] != "."
+
+
+def sound_parquet_files(root: Path) -> list[Path]:
+    """The parquet files of a data set.  Raises ``LayoutError`` that names all that are damaged or not downloaded."""
+    files = parquet_files(root)
+    damaged = [f"{shown(file)} ({why})" for file in files if (why := damage(file))]
+    if damaged:
+        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        raise LayoutError(f"{len(damaged)} of {len(files)} parquet files cannot be read: {'; '.join(damaged[:NAMED])}{more}")
+    if not files:
+        raise LayoutError(f"no parquet files in {root}; {contents(root)}")
+    return files
+
+
+def has_masks(root: Path) -> bool:
+    """Whether any file of a hub data set has a column ``mask``, and so the set serves Task B."""
+    return any(_mask_column(file) for file in sound_parquet_files(root))
+
+
+def _mask_column(file: Path) -> str | None:
+    return next((name for name in image_columns(file) if name.lower() == "mask"), None)
+
+
+def read_parquet(root: Path, entry: DataSet) -> Rows:
+    """A hub data set as downloaded: parquet files with an image column and a label, read where they lie.
+
+    The split is told by a column ``split``, else by the file's name (``train-00000-of-00010.parquet``) or folder, the class
+    by numbers (0 authentic, 1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask``
+    are read where there.  Where any file has masks, one without them may hold authentic images alone.
+    """
+    rows, files = Rows(), sound_parquet_files(root)
+    masked = any(_mask_column(file) for file in files)
+    for file in files:
+        mask = _mask_column(file)
+        images = [name for name in image_columns(file) if name != mask]
+        image = "image" if "image" in images else images[0] if len(images) == 1 else None
+        names = pq.read_schema(file).names
+        label = next((name for name in LABEL_COLUMNS if name in names), None)
+        if image is None or label is None:
+            raise LayoutError(f"{file} needs an image column and one of {', '.join(LABEL_COLUMNS)}; it has {', '.join(names)}")
+        generator = next((name for name in ("generator", "model") if name in names), None)
+        split = next((name for name in names if name.lower() == "split"), None)
+        table = _columns(file, [name for name in (label, generator, split) if name])
+        labels = _hub_labels(file, label, table.column(label).to_pylist())
+        if masked and mask is None and any(labels):
+            raise LayoutError(
+                f"{file} row {labels.index(1)}: manipulated, but this file has no column mask, as others of {root} have; "
+                "add one, or keep files with and without masks in two data sets"
+            )
+        generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
+        splits = _hub_splits(file, split, table.column(split).to_pylist()) if split else [None] * len(labels)
+        told = _default_split(root, file, entry)
+        places: dict[_Key, list[int]] = {}
+        for number, (of_row, *key) in enumerate(zip(splits, labels, generators, strict=True)):
+            places.setdefault((of_row or told, *key), []).append(number)
+        _add_members(rows, file, image, mask, places, root.stem)
+    return rows
+
+
+_Key = tuple[str | None, int, str | None]  # split, label and generator of rows that go together
+
+
+def _hub_words(file: Path, column: str, values: list[Any]) -> list[Any]:
+    """The values of a column, numbers of classes as the names that the hub gives them."""
+    names = class_names(file, column)
+    return [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+
+
+def _hub_splits(file: Path, column: str, values: list[Any]) -> list[str | None]:
+    """The split of each row; None of an empty field.  Raises ``LayoutError`` of a word that names none."""
+    words = _hub_words(file, column, values)
+    texts = ["" if word is None else str(word).strip() for word in words]
+    splits = [split_of(text) for text in texts]
+    for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
+        if text and split is None:
+            raise LayoutError(f"{file} row {number}: {column} is {text!r}; it must be train, val or test")
+    return splits
+
+
+def _columns(file: Path, names: list[str]) -> pa.Table:
+    try:
+        return pq.ParquetFile(file).read(names)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise LayoutError(f"{file}: {damaged_by(error)}") from None
+
+
+def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
+    """The split of a parquet file's rows that tell none themselves.  Raises ``LayoutError``."""
+    told = _split_of_shard(root, file)
+    if entry.split == "train" and told == "test":
+        raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
+    return entry.split or told
+
+
+def _split_of_shard(root: Path, file: Path) -> str | None:
+    """The split that a parquet file's name tells, else the nearest folder's up to the root, or the root's own name."""
+    folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
+    return next((split for name in (file.name, *folders) if (split := split_in(name))), None)
+
+
+def _add_members(rows: Rows, file: Path, image: str, mask: str | None, places: dict[_Key, list[int]], source: str) -> None:
+    for (split, label, generator), numbers in sorted(places.items(), key=lambda item: str(item[0])):
+        masks = [member_path(file, mask, number) for number in numbers] if mask and label else None
+        kind = "sp" if masks else _kind(label)
+        paths = [member_path(file, image, number) for number in numbers]
+        rows.add(paths, label, split, source, kind=kind, generator=generator if label else None, masks=masks)
+
+
+def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
+    words = _hub_words(file, column, values)
+    labels = [_label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
+    if None in labels:
+        number = labels.index(None)
+        raise LayoutError(
+            f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(CLASSES)}"
+        )
+    return labels
+
+
+def _label(word: str) -> int | None:
+    found = class_of(word)
+    return LABELS.get(word.strip().lower()) if found is None else found
+
+
+def _kind(label: int) -> str:
+    return "full" if label else "orig"
+
+
+READERS: dict[str, Reader] = {
+    "own": lambda root, _: read_task_a(root),
+    "cnndetection": read_cnndetection,
+    "corvi_ldm": read_corvi_ldm,
+    "itw_sm": read_itw_sm,
+    "genimage": read_genimage,
+    "community_forensics": read_community_forensics,
+    "folders": read_folders,
+    "table": read_table,
+    "parquet": read_parquet,
+    "tgif": lambda root, _: read_tgif(root),
+    "task_b_validation": lambda root, _: read_task_b_validation(root),
+    "sagi_d": read_sagi_d,
+}
+TASK_B_LAYOUTS = frozenset({"tgif", "task_b_validation", "sagi_d"})
+CONSTRAINED_LAYOUTS = frozenset({"cnndetection", "corvi_ldm", "itw_sm", "tgif", "task_b_validation", "own"})
+
+# What tells a layout, in the order of trial: patterns of which one must be there below the root
+_SIGNS: dict[str, tuple[str, ...]] = {
+    "task_b_validation": ("taskB_val.csv",),
+    "sagi_d": ("sagid.csv",),
+    "tgif": tuple(f"{folder}/*" for folder in (*TGIF_NAMES, *TGIF2_METHODS)),
+    "corvi_ldm": ("train/latent_diffusion_*", "valid/latent_diffusion_*"),
+}
+# What is looked for after those: where class folders lie, in any spelling
+_TREES = {
+    "own": "{train,val}/{0_real,1_fake}",
+    "itw_sm": "{0_real,1_fake} with files named for platforms",
+    "cnndetection": "[{train,val,test}/]{category}/{0_real,1_fake}",
+    "genimage": "{generator}/[...]/{train,val}/{ai,nature}",
+    "community_forensics": "{generator}/{real,fake}",
+    "folders": "{train,val,test}/{real,fake}, {real,fake}/{train,val,test} or {real,fake}",
+}
+
+
+def class_trees(root: Path, depth: int = 5) -> list[tuple[str, ...]]:
+    """The folders that are named for a class, as their parts below ``root``, at most ``depth`` folders down, sorted."""
+    found: list[tuple[str, ...]] = []
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        parts = waiting.pop()
+        if parts and class_of(parts[-1]) is not None:
+            found.append(parts)
+        elif len(parts) < depth:
+            waiting += [(*parts, name) for name in _folders_in(root.joinpath(*parts))]
+    return sorted(found)
+
+
+def _folders_in(place: Path) -> list[str]:
+    try:
+        with os.scandir(place) as entries:
+            return [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _layout_of_trees(root: Path) -> str | None:
+    """The layout that the places of class folders tell."""
+    trees = class_trees(root)
+    if not trees:
+        return None
+    tops, plain = {tree[0] for tree in trees}, all(tree[-1].lower() in TASK_A_LABELS for tree in trees)
+    flat = all(len(tree) == 1 for tree in trees)
+    if (plain and tops == {ITW_SM}) or (flat and holds_itw_sm(root)):
+        return "itw_sm"
+    if flat:
+        return "folders"
+    if all({tree[-1].lower()} <= {"ai", "nature"} and len(tree) > 1 and split_of(tree[-2]) for tree in trees):
+        return "genimage"
+    if plain and any(split_of(tree[0]) and len(tree) == 2 for tree in trees) and not tops & CNNDETECTION_CATEGORIES - {"train"}:
+        return "own"
+    if plain:
+        return "cnndetection"
+    told = any(split_of(part) for tree in trees for part in tree)
+    real_fake = all(tree[-1].lower() in ("real", "fake") and len(tree) > 1 for tree in trees)
+    return "community_forensics" if real_fake and not told else "folders"
+
+
+def detect_layout(root: Path) -> str:
+    """The layout of a folder (or of a ``.csv`` file) by what lies in it.  Raises ``LayoutError`` where none fits."""
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return "table"
+    if root.is_file() and _is_parquet(root.name):
+        return "parquet"
+    if layout := _sign_of(root):
+        return layout
+    if parquet_files(root):
+        return "parquet"
+    inner = [(path, layout) for path in sorted(root.glob("*/")) if (layout := _sign_of(path))]
+    hint = "".join(f" Did you mean root: {path} ({layout})?" for path, layout in inner[:3])
+    looked = "; ".join(f"{layout}: {' or '.join(patterns)}" for layout, patterns in _SIGNS.items())
+    looked += "".join(f"; {layout}: {pattern}" for layout, pattern in _TREES.items()) + "; parquet: **/*.parquet"
+    raise LayoutError(f"no known layout in {root}. Looked for {looked}. {contents(root)}.{hint}")
+
+
+def _sign_of(root: Path) -> str | None:
+    """The first layout of which something is there below ``root``."""
+    found = (name for name, patterns in _SIGNS.items() if any(next(root.glob(pattern), None) for pattern in patterns))
+    return next(found, None) or _layout_of_trees(root)

@@ -1,0 +1,1 @@
+"""How good the answers are: metrics, calibration, thresholds and robustness on validation images."""

@@ -1,0 +1,333 @@
+"""From a trained model to what is reported of it: validation scores, thresholds, examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from forensics_lib.data.duplicates import overlapping
+from forensics_lib.data.manifest import deciding, manipulation, problems, sampled, usable
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation.calibration import NOT_CALIBRATED, calibrated, expected_calibration_error, fit_calibration
+from forensics_lib.evaluation.metrics import (
+    best_f1_threshold,
+    best_iou_threshold,
+    bootstrap_intervals,
+    crossfit_f1,
+    f1_score,
+    image_metrics,
+    localization_intervals,
+    localization_metrics,
+    pixel_table,
+    roc_auc,
+    round_probs,
+)
+from forensics_lib.evaluation.predictions import Predictions, predict, truth_mask
+from forensics_lib.evaluation.robustness import robustness
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.predict import inference_settings, predict_mask
+from forensics_lib.models.combined import add_to_checkpoint, load_model
+from forensics_lib.run import Run
+from forensics_lib.utils.files import is_main, read_json, update_json, write_csv
+from forensics_lib.utils.processes import wait_for_all
+
+KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
+# How much of an image is manipulated: edges of the classes and their names
+SIZES = (0, 1e-9, 0.01, 0.05, 0.2, 1.01)
+SIZE_NAMES = ("none", "under 1%", "1 to 5%", "5 to 20%", "over 20%")
+INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")
+PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
+
+
+@dataclass
+class Evaluation:
+    """Predictions on labelled images, the thresholds in force, and the scores."""
+
+    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, platform, deciding, and pixel scores for Task B
+    thresholds: dict[str, float]
+    metrics: dict[str, float]  # of the images that decide
+    errors: list[str]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
+    without_overlap: dict[str, float] | None = None  # the scores without photographs that stand elsewhere in the data too
+    others: dict[str, float] | None = None  # the scores of the validation images that do not decide
+    uncalibrated: np.ndarray | None = None  # (N,) probabilities of a validation set as the model gave them
+    chosen_on: dict[str, Any] | None = None  # how the images that decide were found, and how many they are
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """The images that decide: what ``metrics`` are of."""
+        return self.table[self.table["deciding"]]
+
+    def summary(self) -> pd.DataFrame:
+        """The scores with their intervals, without overlapping photographs, and of the images that do not decide."""
+        columns = {"all images" if self.others is None else "deciding images": self.metrics}
+        for number, name in enumerate(("95% from", "to")):
+            columns[name] = {key: ends[number] for key, ends in self.intervals.items()}
+        if self.without_overlap is not None:
+            columns["without overlap"] = self.without_overlap
+        if self.others is not None:
+            columns["other validation images"] = self.others
+        return pd.DataFrame(columns).reindex(list(self.metrics)).rename_axis("metric").round(3)
+
+    def threshold_table(self) -> pd.DataFrame:
+        """F1 and false-positive rate at the stored threshold, at 0.5, and at the best threshold in hindsight."""
+        labels, probs = self.judged["label"].to_numpy(int), self.judged["prob"].to_numpy()
+        choices = {"stored": self.thresholds["threshold"], "0.5": 0.5, "best in hindsight": best_f1_threshold(labels, probs)}
+        lines = {name: image_metrics(labels, probs, value) for name, value in choices.items()}
+        return pd.DataFrame(lines).loc[["threshold", "f1", "fpr", "precision", "recall"]].T.round(3)
+
+    def most_wrong(self, count: int = 8) -> pd.DataFrame:
+        """The images whose probability is furthest on the wrong side of the threshold, half of each class."""
+        away = (self.table["prob"] - self.thresholds["threshold"]) * (1 - 2 * self.table["label"])
+        ranked = self.table.assign(away=away)[away >= 0].sort_values("away", ascending=False, kind="stable")
+        return pd.concat([ranked[ranked["label"] == label].head(count // 2) for label in (0, 1)]).drop(columns="away")
+
+    def surest(self, count: int = 8) -> pd.DataFrame:
+        """The images whose probability is furthest on the right side of the threshold, half of each class."""
+        ranked = self.table.sort_values("prob", ascending=False, kind="stable")
+        positive, authentic = ranked[ranked["label"] == 1], ranked[ranked["label"] == 0]
+        return pd.concat([authentic.tail(count // 2)[::-1], positive.head(count // 2)])
+
+    def by(self, *columns: str) -> pd.DataFrame:
+        """Scores of each group of images: how many, the share called positive, and for Task B the mean IoU.
+
+        ``auc`` is of the group against all images of the other class.
+        """
+        called = self.table.assign(called_positive=self.table["prob"] >= self.thresholds["threshold"])
+        called[list(columns)] = called[list(columns)].fillna("-")
+        wanted = {"images": ("prob", "size"), "mean_prob": ("prob", "mean"), "called_positive": ("called_positive", "mean")}
+        if "iou" in called:
+            called["iou"] = called["iou"].where(called["label"] == 1)
+            called[["best_pixel_f1", "pixel_auc"]] = called[["best_pixel_f1", "pixel_auc"]].where(called["label"] == 1)
+            wanted |= {"mean_iou": ("iou", "mean"), "best_pixel_f1": ("best_pixel_f1", "mean")}
+            wanted |= {"pixel_auc": ("pixel_auc", "mean"), "flagged_pixels": ("flagged", "mean")}
+        groups = called.groupby([*columns, "label"])
+        aucs = {name: self._auc_against_others(group) for name, group in groups}
+        return groups.agg(**wanted).assign(auc=pd.Series(aucs)).reset_index().round(3)
+
+    def _auc_against_others(self, group: pd.DataFrame) -> float:
+        others = self.table[self.table["label"] != group["label"].iloc[0]]
+        both = pd.concat([group, others])
+        return roc_auc(both["label"].to_numpy(int), both["prob"].to_numpy())
+
+
+def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
+    """Score the fine-tuned model on the whole validation set.
+
+    Calibration and thresholds are chosen on the images that decide (``manifest.deciding``), and the metrics are of them; the
+    others are scored beside them.  Writes ``_val_probs.csv`` and ``thresholds.json``, and puts calibration and thresholds into
+    the checkpoint.
+    """
+    rows = usable(manifest, "val")
+    result, table, errors = _predict_rows(run, task, rows, NOT_CALIBRATED)
+    table["deciding"], rule = deciding(run, task, rows[result.good()], usable(manifest, "train"))
+    decides, labels, raw = table["deciding"].to_numpy(), table["label"].to_numpy(int), result.probs[result.good()]
+    calibration = fit_calibration(labels[decides], raw[decides])
+    table["prob"] = round_probs(calibrated(raw, calibration))
+    probs, judged = table["prob"].to_numpy()[decides], labels[decides]
+    thresholds = {"threshold": best_f1_threshold(judged, probs), **calibration}
+    if task == "B":
+        thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()][decides])
+    _add_pixel_scores(task, table, result, thresholds)
+    scores = _scores(task, table, result, thresholds, decides)
+    scores |= {"f1_crossfit": crossfit_f1(judged, probs), "f1_at_half": f1_score(judged, probs >= 0.5)}
+    scores |= {"ece_uncalibrated": expected_calibration_error(judged, raw[decides])}
+    scores |= {"ece": expected_calibration_error(judged, probs), **calibration}
+    evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=round_probs(raw))
+    evaluation.chosen_on = {"rule": rule, "images": len(judged), "positive": int(judged.sum()), "others": int((~decides).sum())}
+    print(f"calibration and thresholds are chosen on {len(judged)} of {len(table)} validation images: {rule}")
+    evaluation.intervals = _all_intervals(task, evaluation, result)
+    evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
+    evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None
+    _store(run, task, evaluation, problems(manifest, repeats=False))
+    wait_for_all()
+    return evaluation
+
+
+def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
+    """Intervals of the scores of the images that decide, and of the thresholds."""
+    labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
+    threshold, groups = evaluation.thresholds["threshold"], evaluation.judged["group"].to_numpy()
+    intervals = _intervals(labels, probs, threshold, groups)
+    intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
+    if task == "B":
+        decides = evaluation.table["deciding"].to_numpy()
+        histograms, exact = (values[result.good()][decides] for values in (result.histograms, result.exact))
+        pixels = histograms, evaluation.thresholds["loc_threshold"], probs >= threshold, exact
+        intervals |= localization_intervals(*pixels, groups=groups)
+    return intervals
+
+
+def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: np.ndarray) -> dict[str, tuple[float, float]]:
+    def scores(drawn_labels: np.ndarray, drawn_probs: np.ndarray) -> dict[str, float]:
+        found = image_metrics(drawn_labels, drawn_probs, threshold)
+        return {key: found[key] for key in INTERVALS}
+
+    return bootstrap_intervals(scores, labels, probs, groups=groups)
+
+
+def _without_overlap(
+    task: str, manifest: pd.DataFrame, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]
+) -> dict[str, float] | None:
+    """The scores on photographs that stand in no other split or data set; None where that is all of them, or too few.
+
+    Of the Task B validation set 865 COCO photographs are TGIF's as well.
+    """
+    elsewhere = table["path"].isin(manifest.loc[overlapping(manifest), "path"]).to_numpy()
+    alone = table["deciding"].to_numpy() & ~elsewhere
+    if alone.sum() == table["deciding"].sum() or table.loc[alone, "label"].nunique() < 2:
+        return None
+    return _scores(task, table, result, thresholds, alone)
+
+
+def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation | None:
+    """Score labelled images that nothing was chosen on (TGIF's testing split) at the stored thresholds; None without any."""
+    rows = usable(manifest, "test")
+    if rows.empty:
+        return None
+    thresholds = stored_thresholds(run, task)
+    result, table, errors = _predict_rows(run, task, rows, thresholds)
+    table["deciding"] = True
+    _add_pixel_scores(task, table, result, thresholds)
+    evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
+    labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
+    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"], table["group"].to_numpy())
+    run.record(**{f"task{task}_held_out": evaluation.metrics})
+    return evaluation
+
+
+def _predict_rows(
+    run: Run, task: str, rows: pd.DataFrame, calibration: dict[str, float]
+) -> tuple[Predictions, pd.DataFrame, list[str]]:
+    model, _ = load_model(run.finetuned_model(task), task)
+    result = predict(model, task, rows, run.params, choose_machine(run.params))
+    good = result.good()
+    table = rows.loc[good, KEPT_COLUMNS].reset_index(drop=True)
+    table.insert(0, "image_id", [Path(path).name for path in table["path"]])
+    table.insert(1, "prob", round_probs(calibrated(result.probs[good], calibration)))
+    table["platform"] = [_platform(source, name) for source, name in zip(table["source"], table["image_id"], strict=True)]
+    return result, table, list(result.errors.values())
+
+
+def _platform(source: str, name: str) -> str | None:
+    """The social platform that an image's source (``itw_sm/facebook``) or name (``Facebook_real_1042.jpg``) tells."""
+    words = (source.rpartition("/")[2].lower(), name.partition("_")[0].lower())
+    return next((word for word in words if word in PLATFORMS), None)
+
+
+def _add_pixel_scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> None:
+    """Task B: add to ``table`` what each image's mask scores."""
+    if task == "A":
+        return
+    called = table["prob"].to_numpy() >= thresholds["threshold"]
+    good = result.good()
+    pixels = pixel_table(result.histograms[good], thresholds["loc_threshold"], called, result.exact[good])
+    for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
+        table[column] = pixels[column]
+    table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
+
+
+def _scores(
+    task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float], chosen: np.ndarray | slice = slice(None)
+) -> dict[str, float]:
+    """Image-level metrics, and for Task B the pixel-level ones, of the ``chosen`` (N,) bool rows of ``table``."""
+    labels, probs = table["label"].to_numpy(int)[chosen], table["prob"].to_numpy()[chosen]
+    scores = image_metrics(labels, probs, thresholds["threshold"])
+    if task == "B":
+        called = probs >= thresholds["threshold"]
+        histograms, exact = (values[result.good()][chosen] for values in (result.histograms, result.exact))
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called, exact)
+    return scores | {"images": len(labels)}
+
+
+def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) -> None:
+    if not is_main():
+        return
+    write_csv(run.val_probs(task), evaluation.table)
+    facts: dict[str, Any] = dict(evaluation.thresholds)
+    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
+    facts["chosen_on"] = evaluation.chosen_on
+    known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
+    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
+    if task == "B":
+        facts["loc_rule"] = "best mean IoU over manipulated validation images"
+    how = inference_settings(run.params, task)  # thresholds hold for images that are looked at in the same way
+    update_json(run.thresholds, **{task: facts | how})
+    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how["inference"])
+    unreadable = excluded["path"].tolist() + evaluation.errors
+    facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
+    facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
+    facts |= {"chosen_on": evaluation.chosen_on, "left_out": unreadable}
+    columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
+    if task == "B":
+        columns = {"source": ["source"], "method": ["kind", "method"], "size": ["kind", "size"]}
+    facts |= {f"by_{name}": evaluation.by(*keys).to_dict("records") for name, keys in columns.items()}
+    run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
+
+
+def stored_thresholds(run: Run, task: str) -> dict[str, float]:
+    """The thresholds chosen on validation.  Raises ``FileNotFoundError`` where none were stored."""
+    facts = read_json(run.thresholds).get(task)
+    if not facts:
+        raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
+    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature", "intercept") if key in facts}
+
+
+def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
+    """``robustness`` of a task on validation images at the stored thresholds, also kept in ``run.json``.
+
+    At most ``robustness_images`` of the images that decide are used, the same share of each class and source.
+    """
+    rows = usable(manifest, "val")
+    decides, _ = deciding(run, task, rows, usable(manifest, "train"))
+    rows = sampled(rows[decides], run.params.robustness_images, run.params.seed_for())
+    model, _ = load_model(run.finetuned_model(task), task)
+    table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
+    run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
+    return table
+
+
+# ---- Examples --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MaskExample:
+    """One image with its prediction, and its truth where that is known."""
+
+    title: str
+    image: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray  # (H, W) in [0, 1]
+    truth: np.ndarray | None  # (H, W) bool
+
+
+def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) -> list[MaskExample]:
+    """Images of an evaluation with their masks, predicted again for their pictures.
+
+    ``which``: ``best`` or ``worst`` (manipulated images by IoU), ``borderline`` (those next to the image threshold), or
+    ``alarms`` (authentic images with the most flagged pixels).
+    """
+    machine = choose_machine(run.params)
+    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
+    examples = []
+    for _, row in _chosen(evaluation, which).head(count).iterrows():
+        image = read_image(Path(row["path"]))
+        prob, mask = predict_mask(model, image, run.params, machine)
+        truth = truth_mask(row, image.shape[:2])
+        said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
+        what = manipulation(row) if row["label"] else "authentic"
+        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(prob, evaluation.thresholds):.2f}"
+        examples.append(MaskExample(title, image, mask, truth))
+    return examples
+
+
+def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
+    table = evaluation.table
+    if which == "borderline":
+        return table.iloc[(table["prob"] - evaluation.thresholds["threshold"]).abs().argsort(kind="stable")]
+    if which == "alarms":
+        return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
+    return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")

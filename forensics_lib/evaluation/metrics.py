@@ -1,0 +1,353 @@
+"""What the challenge ranks and what explains it: image-level scores, and pixel-level scores by histograms.
+
+Intervals are by bootstrap over photographs, since images that were made of one photograph are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedKFold
+
+from forensics_lib.utils.progress import progress
+
+DECIMALS = 6  # probabilities are written, and compared, with this many
+BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
+VALUES = 15_361  # the float16 numbers from 0 to 1, whose bit patterns are 0, 1, 2, ... in their order
+THRESHOLD_FREE = ("pixel_auc", "pixel_ap", "best_pixel_f1")  # scores of an image's pixels that need all VALUES
+_BIN_STARTS = (np.arange(BINS) / BINS).astype(np.float16).view(np.uint16)  # where among them each of the bins begins
+FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
+
+
+def round_probs(probs: np.ndarray) -> np.ndarray:
+    """Probabilities as they are written to files, so that labels agree with what a reader computes; NaN stays NaN.
+
+    They are kept one unit of the last decimal from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
+    """
+    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
+
+
+def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
+    """The threshold with the highest F1, about half-way between two neighbouring probabilities.
+
+    It has two decimals (51) more than probabilities are written with.  So no written probability ever equals it, also of
+    images that it was not chosen on, and ``prob > threshold`` and ``prob >= threshold`` call the same images positive; who
+    rounds it like a probability still has the same by ``>=``.  ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises
+    ``ValueError`` without a positive.
+    """
+    labels, probs = np.asarray(labels), round_probs(probs)
+    if not labels.any():
+        raise ValueError("no positive label: an F1 threshold needs at least one")
+    order = np.argsort(-probs, kind="stable")
+    ranked = probs[order]
+    f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
+    f1[:-1][ranked[1:] == ranked[:-1]] = -1  # equal probabilities cannot be parted
+    best = int(f1.argmax())
+    units = [round(prob * 10**DECIMALS) for prob in (*ranked[best : best + 2].tolist(), 0.0)[:2]]
+    return (sum(units) // 2 * 100 + 51) / 10 ** (DECIMALS + 2)
+
+
+def counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[int, int, int, int]:
+    """True positives, false positives, false negatives, true negatives."""
+    labels, predicted = np.asarray(labels).astype(bool), np.asarray(predicted).astype(bool)
+    return (
+        int((labels & predicted).sum()),
+        int((~labels & predicted).sum()),
+        int((labels & ~predicted).sum()),
+        int((~labels & ~predicted).sum()),
+    )
+
+
+def f1_score(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """F1 of binary predictions; 0 where nothing is positive and nothing predicted so."""
+    tp, fp, fn, _ = counts(labels, predicted)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+
+
+def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
+    """AUC, AP, EER and recall at 5% false positives of ``probs``; F1, accuracies and rates at ``threshold``.
+
+    The first four are NaN where one class is missing.
+    """
+    labels, probs = np.asarray(labels), round_probs(probs)
+    tp, fp, fn, tn = counts(labels, probs >= threshold)
+    recall, specificity = tp / max(tp + fn, 1), tn / max(tn + fp, 1)
+    both = 0 < labels.sum() < len(labels)
+    return {
+        "auc": roc_auc(labels, probs),
+        "ap": float(average_precision_score(labels, probs)) if both else math.nan,
+        "f1": f1_score(labels, probs >= threshold),
+        "accuracy": (tp + tn) / max(len(labels), 1),
+        "balanced_accuracy": (recall + specificity) / 2,
+        "precision": tp / max(tp + fp, 1),
+        "recall": recall,
+        "fpr": 1 - specificity if tn + fp else math.nan,
+        "eer": equal_error_rate(labels, probs) if both else math.nan,
+        "tpr_at_5_fpr": recall_at_fpr(labels, probs, 0.05) if both else math.nan,
+        "threshold": threshold,
+    }
+
+
+def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
+    """Area under the ROC curve; NaN where one class is missing."""
+    labels = np.asarray(labels)
+    return float(roc_auc_score(labels, round_probs(probs))) if 0 < labels.sum() < len(labels) else math.nan
+
+
+def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:
+    """The rate at which false positives and false negatives are equally frequent, between the curve's points."""
+    fpr, tpr, _ = roc_curve(labels, probs)
+    gap = fpr - (1 - tpr)  # rises from -1 to 1
+    return float(np.interp(0.0, gap, fpr))
+
+
+def recall_at_fpr(labels: np.ndarray, probs: np.ndarray, limit: float) -> float:
+    """The highest recall of a threshold whose false-positive rate is at most ``limit``."""
+    fpr, tpr, _ = roc_curve(labels, probs, drop_intermediate=False)
+    return float(tpr[fpr <= limit].max())
+
+
+def crossfit_f1(labels: np.ndarray, probs: np.ndarray, folds: int = 5, seed: int = 0) -> float:
+    """F1 with each fold's threshold chosen on the other folds: what a threshold gives on images it was not chosen on."""
+    labels, probs = np.asarray(labels), round_probs(probs)
+    folds = min(folds, int(np.bincount(labels, minlength=2).min()))
+    if folds < 2:
+        return math.nan
+    predicted = np.zeros(len(labels), bool)
+    for rest, fold in StratifiedKFold(folds, shuffle=True, random_state=seed).split(probs, labels):
+        predicted[fold] = probs[fold] >= best_f1_threshold(labels[rest], probs[rest])
+    return f1_score(labels, predicted)
+
+
+def bootstrap_interval(
+    score: Callable[[np.ndarray, np.ndarray], float],
+    labels: np.ndarray,
+    probs: np.ndarray,
+    rounds: int = 300,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """95% interval of ``score(labels, probs)`` over photographs drawn with replacement, as ``bootstrap_intervals``."""
+    return bootstrap_intervals(lambda y, p: {"score": score(y, p)}, labels, probs, rounds, seed, groups)["score"]
+
+
+def bootstrap_intervals(
+    scores: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    labels: np.ndarray,
+    probs: np.ndarray,
+    rounds: int = 300,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of several scores from the same draws; ``probs`` may be of several models, ``(N, M)``.
+
+    ``groups`` (N,) names the photograph of each image: photographs are drawn with replacement, each with all its images.
+    Without it every image is a photograph of its own.
+    """
+    labels, probs = np.asarray(labels), np.asarray(probs)
+    draws = progress(_draws(labels, groups, rounds, seed), "bootstrap", total=rounds)
+    return _intervals([scores(labels[drawn], probs[drawn]) for drawn in draws])
+
+
+def _intervals(rounds: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """What lies between the 2.5% and 97.5% quantiles of each score over all rounds; rounds with NaN do not count."""
+    table = pd.DataFrame(rounds)
+    return {name: (float(values.quantile(0.025)), float(values.quantile(0.975))) for name, values in table.items()}
+
+
+def _draws(labels: np.ndarray, groups: np.ndarray | None, rounds: int, seed: int) -> Iterator[np.ndarray]:
+    """For each round the positions of the images drawn: whole groups with replacement.
+
+    Groups of authentic images, of the others and of both are drawn among themselves, so that every draw has both classes.
+    """
+    labels = np.asarray(labels).astype(bool)
+    codes = np.arange(len(labels)) if groups is None else pd.factorize(np.asarray(groups))[0]
+    if (codes < 0).any():
+        raise ValueError(f"{(codes < 0).sum()} of {len(codes)} images have no group: name the photograph of each")
+    by_group, sizes = np.argsort(codes, kind="stable"), np.bincount(codes)
+    starts = sizes.cumsum() - sizes
+    manipulated = np.bincount(codes, labels)
+    kinds = (manipulated < sizes) + 2 * (manipulated > 0)
+    strata = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+    rng = np.random.default_rng(seed)
+    for _ in range(rounds):
+        drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
+        count = sizes[drawn]
+        ends = count.cumsum()
+        yield by_group[np.arange(ends[-1]) + np.repeat(starts[drawn] - (ends - count), count)]
+
+
+# ---- Pixels ----------------------------------------------------------------------------------------------------------
+
+
+def value_counts(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Pixel counts ``(2, 15361)`` by truth (authentic, manipulated) and probability, of which float16 has that many.
+
+    ``mask`` (H, W) in [0, 1], rounded to float16 as it is written; ``truth`` (H, W) bool.  Raises ``ValueError`` for
+    probabilities outside [0, 1].
+    """
+    bits = mask.astype(np.float16).view(np.uint16)
+    bits[bits == 1 << 15] = 0  # -0.0
+    if bits.max() >= VALUES:  # also where negative or not finite
+        raise ValueError(f"mask: probabilities from {mask.min()} to {mask.max()}; they must be from 0 to 1")
+    manipulated = np.bincount(bits[truth], minlength=VALUES)
+    return np.stack([np.bincount(bits.ravel(), minlength=VALUES) - manipulated, manipulated])
+
+
+def pixel_histogram(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """``value_counts`` in 256 bins of equal width, ``(2, 256)``."""
+    return binned(value_counts(mask, truth))
+
+
+def binned(counts: np.ndarray) -> np.ndarray:
+    """``value_counts`` ``(2, 15361)`` added up to ``(2, 256)``: bins of equal width, the last with 1.0."""
+    return np.add.reduceat(counts, _BIN_STARTS, axis=1)
+
+
+def threshold_free_scores(counts: np.ndarray) -> dict[str, float]:
+    """``THRESHOLD_FREE`` of one image's ``value_counts``; ``best_pixel_f1`` is F1 at the image's own best threshold."""
+    values = pixel_auc(counts[None])[0], pixel_ap(counts[None])[0], pixel_curves(counts[None])[1].max()
+    return dict(zip(THRESHOLD_FREE, map(float, values), strict=True))
+
+
+def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IoU, F1 and flagged share ``(N, B)`` of N images' counts ``(N, 2, B)`` at the lower end of each bin.
+
+    Those of ``pixel_histogram`` begin at 0, 1/256, ...  Where neither truth nor prediction marks a pixel, IoU and F1 are 1.
+    """
+    flagged = histograms[:, :, ::-1].cumsum(2)[:, :, ::-1].astype(float)
+    fp, tp = flagged[:, 0], flagged[:, 1]
+    positives = histograms[:, 1].sum(1, keepdims=True)
+    union, both = positives + fp, positives + fp + tp
+    iou = np.divide(tp, union, out=np.ones_like(tp), where=union > 0)
+    f1 = np.divide(2 * tp, both, out=np.ones_like(tp), where=both > 0)
+    return iou, f1, (fp + tp) / histograms.sum((1, 2))[:, None]
+
+
+def written_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask in [0, 1] as it is written: float16 with the last bit of each value cleared, so that none equals a threshold."""
+    return (mask.astype(np.float16).view(np.uint16) & 0xFFFE).view(np.float16)
+
+
+def bin_threshold(number: int) -> float:
+    """The threshold just below ``number`` / 256 (1 to 255): no pixel equals it, and it flags those from that bin on.
+
+    It lies between two neighbouring float16 values, so that ``>`` and ``>=`` flag the same pixels.  Code that compares in
+    float16 rounds it to the lower one, which ``written_mask`` never holds.
+    """
+    edge = np.float16(number / BINS)
+    below = np.nextafter(edge, np.float16(0))
+    return float(below) + (float(edge) - float(below)) / 4
+
+
+def threshold_bin(loc_threshold: float) -> int:
+    """The first of the histograms' bins that a localization threshold flags; see ``bin_threshold``."""
+    return round(loc_threshold * BINS)
+
+
+def best_iou_threshold(histograms: np.ndarray) -> float:
+    """The threshold (just below a multiple of 1/256) with the highest mean IoU over manipulated images.
+
+    Raises ``ValueError`` without a manipulated pixel.
+    """
+    manipulated = histograms[:, 1].sum(1) > 0
+    if not manipulated.any():
+        raise ValueError("no manipulated image: a localization threshold needs at least one")
+    return bin_threshold(_best_bin(pixel_curves(histograms[manipulated])[0]))
+
+
+def _best_bin(iou: np.ndarray) -> int:
+    """The bin from 1 on with the highest mean of N images' IoU ``(N, 256)``."""
+    return int(iou.mean(0)[1:].argmax()) + 1
+
+
+def pixel_auc(histograms: np.ndarray) -> np.ndarray:
+    """ROC AUC of the pixels of N images' counts ``(N, 2, B)``; NaN where all pixels are of one class.
+
+    Pixels in one bin count as equal: exact for ``value_counts``.
+    """
+    authentic, manipulated = histograms[:, 0].astype(float), histograms[:, 1].astype(float)
+    below = authentic.cumsum(1) - authentic / 2
+    pairs = authentic.sum(1) * manipulated.sum(1)
+    return np.divide((manipulated * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def pixel_ap(histograms: np.ndarray) -> np.ndarray:
+    """Average precision of the pixels, as ``pixel_auc``; NaN without manipulated pixels."""
+    manipulated = histograms[:, 1, ::-1].astype(float)
+    found, flagged = manipulated.cumsum(1), histograms[:, :, ::-1].sum(1).cumsum(1).astype(float)
+    precision = np.divide(found, flagged, out=np.zeros_like(found), where=flagged > 0)
+    total = manipulated.sum(1)
+    return np.divide((precision * manipulated).sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def pixel_table(
+    histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None, exact: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (see ``bin_threshold``), and ``exact``.
+
+    ``truth`` is the share of manipulated pixels.  ``exact`` (N rows) holds the images' ``threshold_free_scores``, which
+    histograms cannot tell.  ``called`` (N,) bool says which images are called manipulated: ``submitted_iou`` and
+    ``submitted_flagged`` are then of masks that are empty for the others.
+    """
+    column = threshold_bin(loc_threshold)
+    iou, f1, flagged = pixel_curves(histograms)
+    facts = {"iou": iou[:, column], "pixel_f1": f1[:, column], "flagged": flagged[:, column]}
+    if exact is not None:
+        facts |= {name: values.to_numpy() for name, values in exact.items()}
+    truth = histograms[:, 1].sum(1) / histograms.sum((1, 2))
+    if called is not None:
+        facts |= {"submitted_iou": np.where(called, facts["iou"], truth == 0), "submitted_flagged": facts["flagged"] * called}
+    return pd.DataFrame(facts | {"truth": truth})
+
+
+def localization_metrics(
+    histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None, exact: pd.DataFrame | None = None
+) -> dict[str, float]:
+    """Mean pixel scores, named by their convention; IoU, F1 and flagged shares are at ``loc_threshold``.
+
+    ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
+    ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
+    more than 1% of their pixels above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
+    images that are not ``called`` manipulated are empty.  Threshold-free scores are there where ``exact`` is: see
+    ``pixel_table``.
+    """
+    return _localization_means(pixel_table(histograms, loc_threshold, called, exact)) | {"loc_threshold": loc_threshold}
+
+
+def _localization_means(table: pd.DataFrame) -> dict[str, float]:
+    manipulated, authentic = table[table["truth"] > 0], table[table["truth"] == 0]
+    scores = ("iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "pixel_ap")
+    means = {f"{score}_manipulated": float(manipulated[score].mean()) for score in scores if score in table}
+    for kind in ("", "submitted_") if "submitted_iou" in table else ("",):
+        flagged = float((authentic[f"{kind}flagged"] > FLAGGED).mean()) if len(authentic) else math.nan
+        means |= {f"{kind}iou_manipulated": float(manipulated[f"{kind}iou"].mean())}
+        means |= {f"{kind}iou_all": float(table[f"{kind}iou"].mean()), f"{kind}flagged_authentic": flagged}
+    return means
+
+
+def localization_intervals(
+    histograms: np.ndarray,
+    loc_threshold: float,
+    called: np.ndarray | None = None,
+    exact: pd.DataFrame | None = None,
+    rounds: int = 300,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of ``localization_metrics``, by bootstrap over photographs as ``bootstrap_intervals``.
+
+    That of ``loc_threshold`` is of the threshold chosen anew on every draw.
+    """
+    table, iou = pixel_table(histograms, loc_threshold, called, exact), pixel_curves(histograms)[0]
+    manipulated, lines = (table["truth"] > 0).to_numpy(), []
+    iou = iou[manipulated]
+    for drawn in progress(_draws(manipulated, groups, rounds, seed), "bootstrap of masks", total=rounds):
+        times = np.bincount(drawn, minlength=len(table))[manipulated]
+        best = int((times @ iou)[1:].argmax()) + 1
+        lines.append(_localization_means(table.iloc[drawn]) | {"loc_threshold": bin_threshold(best)})
+    return _intervals(lines)

@@ -1,0 +1,112 @@
+"""What a model says of labelled images: probabilities, and for Task B how its pixels agree with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from forensics_lib.device import Machine
+from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, threshold_free_scores, value_counts
+from forensics_lib.images.io import ImageError, read_mask
+from forensics_lib.inference.predict import check_finite, predict_masks, predict_probabilities
+from forensics_lib.models.combined import CombinedModel
+from forensics_lib.params import Params
+from forensics_lib.utils.processes import gathered, rank, world
+
+Transform = Callable[[np.ndarray], np.ndarray]  # from image to image
+
+
+@dataclass
+class Predictions:
+    """What a model says of the labelled rows of a manifest; rows that failed have NaN."""
+
+    probs: np.ndarray  # (N,)
+    errors: dict[int, str]
+    histograms: np.ndarray | None = None  # (N, 2, 256) pixel counts, Task B
+    exact: pd.DataFrame | None = None  # (N) metrics.threshold_free_scores of the masks, Task B
+
+    def good(self) -> np.ndarray:
+        return np.isfinite(self.probs)
+
+
+def predict(
+    model: CombinedModel,
+    task: str,
+    rows: pd.DataFrame,
+    params: Params,
+    machine: Machine,
+    change: Transform | None = None,
+    title: str | None = None,
+) -> Predictions:
+    """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
+
+    ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
+    divide the rows among themselves and each has the whole result.  Raises ``BrokenModelError`` where an answer to an image
+    that could be read is not finite.
+    """
+    mine = np.arange(rank(), len(rows), world())
+    of_task = _probabilities if task == "A" else _masks
+    parts = gathered((mine, of_task(model, rows.iloc[mine], params, machine, change, title)))
+    everything = Predictions(np.full(len(rows), np.nan), {})
+    if task == "B":
+        everything.histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    for places, part in parts:
+        everything.probs[places] = part.probs
+        everything.errors |= {int(places[number]): reason for number, reason in part.errors.items()}
+        if part.histograms is not None:
+            everything.histograms[places] = part.histograms
+    if task == "B":
+        everything.exact = pd.concat([part.exact.set_axis(places) for places, part in parts]).sort_index()
+    everything.errors = dict(sorted(everything.errors.items()))
+    check_finite(rows["path"], everything.probs, [everything.errors.get(number) for number in range(len(rows))])
+    return everything
+
+
+def _probabilities(
+    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+) -> Predictions:
+    found = list(predict_probabilities(model, rows, params, machine, change, title or "probabilities"))
+    return Predictions(np.array([p.prob for p in found]), {p.index: p.error for p in found if p.error})
+
+
+def _masks(
+    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+) -> Predictions:
+    probs, errors = np.full(len(rows), np.nan), {}
+    histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    exact: dict[int, dict[str, float]] = {}
+    for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):
+        row = rows.iloc[prediction.index]
+        try:
+            if prediction.error:
+                raise ImageError(prediction.error)
+            shape = prediction.mask.shape
+            truth = truth_mask(row, shape) if change is None else _scaled(truth_mask(row, _size(row)), shape)
+        except ImageError as error:
+            errors[prediction.index] = str(error)
+            continue
+        if np.isfinite(prediction.prob):
+            counts = value_counts(prediction.mask, truth)
+            histograms[prediction.index] = binned(counts)
+            exact[prediction.index] = threshold_free_scores(counts)
+        probs[prediction.index] = prediction.prob
+    table = pd.DataFrame.from_dict(exact, "index", float, THRESHOLD_FREE).reindex(range(len(rows)))
+    return Predictions(probs, errors, histograms, table)
+
+
+def _size(row: pd.Series) -> tuple[int, int]:
+    return int(row["height"]), int(row["width"])
+
+
+def _scaled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def truth_mask(row: pd.Series, size: tuple[int, int]) -> np.ndarray:
+    """The true mask ``(H, W)`` bool of a labelled row: empty for an authentic image."""
+    return read_mask(Path(row["mask_path"]), size) if row["label"] else np.zeros(size, bool)

@@ -1,0 +1,1 @@
+"""Pixels: reading files, masks, crops, degradations and spectra."""

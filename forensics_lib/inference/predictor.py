@@ -1,0 +1,147 @@
+"""A trained checkpoint on any images, in three lines of Python and without a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+
+from forensics_lib.data.layouts import LayoutError, Rows, contents
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation.calibration import calibrated
+from forensics_lib.evaluation.metrics import round_probs
+from forensics_lib.images.io import ImageError, as_file
+from forensics_lib.inference.predict import check_finite, predict_masks, predict_probabilities
+from forensics_lib.models.combined import CheckpointError, load_model
+from forensics_lib.params import Params
+from forensics_lib.utils.disk import shown
+
+WANTED = "a path, an array (H, W, 3) or (H, W) of uint8, a PIL image, the bytes of an image file, or an open binary file"
+ONE = (str, PathLike, np.ndarray, Image.Image, bytes, bytearray, memoryview)
+Source = str | PathLike | np.ndarray | Image.Image | bytes | bytearray | memoryview | BinaryIO
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image: what it is called, its file's content where it is not read from ``name``, and why it cannot be read."""
+
+    name: str
+    content: bytes | None = None
+    error: str | None = None
+
+
+def predict(
+    images: Source | Iterable[Source], checkpoint: str | Path, device: str = "auto"
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """What a model says of images: a table with a row per image, and for Task B the masks by the table's ``path``.
+
+    ``images`` is one image, a folder, or any number of both in any mixture (of which only paths take no memory):
+
+    - a path; a folder gives the images in it by name, then those of its folders, whatever their files' endings;
+    - an array ``(H, W, 3)`` RGB or ``(H, W)`` grey of uint8, or an open PIL image (its pixels as they are, made RGB as those of
+      files are); the bytes of an image file, or a file opened with "rb".
+
+    The table has the columns path (``image 0`` for the first row where that is no file; a second row of the same file ends in
+    `` (2)``), prob (calibrated, in [0, 1]), label (1 where prob is at least the checkpoint's threshold) and error; an image
+    that cannot be read, or is not there, has NaN and the reason.  Masks are float16 ``(H, W)`` in [0, 1] as predicted,
+    whatever the label.
+
+    Raises ``TypeError`` or ``ValueError`` for what cannot be an image, such as an array of floats, ``LayoutError`` for a folder
+    without images, ``CheckpointError`` for a checkpoint without thresholds, such as that of step 1, and
+    ``BrokenModelError`` where answers are not finite.
+    """
+    items = _items(images)
+    names = _distinct(item.name for item in items)
+    model, content = load_model(Path(checkpoint).expanduser())
+    if "thresholds" not in content:
+        raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")
+    task, thresholds = content["config"]["task"], content["thresholds"]
+    params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
+    machine = choose_machine(params)
+    bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
+    sources = pd.DataFrame({"path": [item.name for item in items], "content": bytes_of})
+    masks: dict[str, np.ndarray] = {}
+    answers = []
+    for answer in (predict_probabilities if task == "A" else predict_masks)(model, sources, params, machine):
+        name, item = names[answer.index], items[answer.index]
+        told = answer.error and re.sub("^image bytes", lambda _, name=name: name, answer.error)
+        answers.append((name, answer.prob, item.error or told))
+        if task == "B" and answer.mask is not None:
+            masks[name] = answer.mask
+    rows = pd.DataFrame(answers, columns=["path", "prob", "error"], dtype=object).astype({"path": str, "prob": float})
+    check_finite(rows["path"], rows["prob"], rows["error"])
+    rows["prob"] = round_probs(calibrated(rows["prob"].to_numpy(float), thresholds))
+    rows["label"] = (rows["prob"] >= thresholds["threshold"]).astype("Int64").where(rows["prob"].notna())
+    return rows[["path", "prob", "label", "error"]], masks
+
+
+def _items(images: Source | Iterable[Source]) -> list[_Item]:
+    of_names = isinstance(images, np.ndarray) and images.dtype.kind in "OUT"  # NumPy's arrays of objects and of texts
+    if not of_names and (isinstance(images, ONE) or hasattr(images, "read")):
+        images = [images]
+    elif not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise TypeError(f"images is of type {type(images).__name__}; wanted {WANTED}, or any number of these")
+    items: list[_Item] = []
+    for image in images:
+        name = f"image {len(items)}"
+        items += _of_path(image, name) if isinstance(image, str | PathLike) else [_in_memory(image, name)]
+    if not items:
+        raise ValueError(f"there are no images to predict: an empty {type(images).__name__} was given")
+    return items
+
+
+def _of_path(path: str | PathLike, name: str) -> list[_Item]:
+    """The file, or the images below the folder."""
+    if not fspath(path):
+        raise ValueError(f"{name}: its path is empty")
+    if re.match(r"https?://", fspath(path)):
+        raise ValueError(f"{name}: {fspath(path)} is an address; download it first, images are read from files")
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return [_Item(shown(place))]
+    rows = Rows()
+    items = [_Item(found) for folder in rows.walk(place, by_content=True) for found in folder.paths]
+    if not items:
+        raise LayoutError(f"no images in the folder or below; {contents(place)}")
+    for note in rows.notes():
+        print(note)
+    return items
+
+
+def _in_memory(image: np.ndarray | Image.Image | bytes | bytearray | memoryview | BinaryIO, name: str) -> _Item:
+    """An image that is no file.  Raises ``TypeError`` and ``ValueError`` for what cannot be one."""
+    if hasattr(image, "read"):
+        image = image.read()
+        if not isinstance(image, bytes):
+            raise TypeError(f'{name}: a file opened as text; open it with "rb"')
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _Item(name, bytes(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise ValueError(f"{name}: an array of shape {image.shape}, {image.dtype}; wanted (H, W, 3) or (H, W), uint8")
+    elif not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: of type {type(image).__name__}; wanted {WANTED}")
+    try:
+        return _Item(name, as_file(image))
+    except ImageError as error:
+        return _Item(name, b"", f"{name}: {error}")
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names in order, the second of a kind with `` (2)`` at its end and so on."""
+    taken: dict[str, None] = {}
+    for name in names:
+        number, distinct = 1, name
+        while distinct in taken:
+            number += 1
+            distinct = f"{name} ({number})"
+        taken[distinct] = None
+    return list(taken)

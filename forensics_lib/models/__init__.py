@@ -1,0 +1,1 @@
+"""The network of both tasks, its backbones, and its checkpoints."""

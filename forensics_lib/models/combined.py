@@ -1,0 +1,428 @@
+"""``CombinedModel``: a timm backbone with a classification branch and, for Task B, a segmentation branch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import group_parameters
+from torch import nn
+
+from forensics_lib.models.residuals import FRONTENDS, NoiseResidual
+from forensics_lib.params import Params
+from forensics_lib.utils.disk import LFS_POINTER, broken_link, is_lfs_pointer
+from forensics_lib.utils.files import from_home, locked, whole
+
+CHECKPOINT_FORMAT = 2
+EVIDENCE = (0.002, 0.998)  # probabilities of the mask are cut to these before their log-odds are taken
+STRIDE = 32  # images are padded to multiples of this before they go in
+
+
+def padded_side(side: int) -> int:
+    """The next multiple of ``STRIDE``."""
+    return -(-side // STRIDE) * STRIDE
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+class Output(NamedTuple):
+    """What the model says of a batch of N images."""
+
+    logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
+    mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
+    features: torch.Tensor  # (N, C): what the backbone's pooled features are
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Group normalisation whose result does not depend on the number of threads, which channels last would bring on CPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, group normalisation (so that batch size does not matter), GELU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
+        _GroupNorm(8, channels_out),
+        nn.GELU(),
+    )
+
+
+class SegmentationBranch(nn.Module):
+    """Backbone stages and noise residuals to mask logits at input resolution.
+
+    A feature pyramid (Lin et al., CVPR 2017) brings all stages from stride 4 on to the finest one's stride, where they are
+    fused as in UPerNet (Xiao et al., ECCV 2018).  With ``residual_branch`` a shallow branch on SRM residuals adds what is
+    finer, and the result is refined at stride 2.
+    """
+
+    def __init__(self, stage_channels: list[int], channels: int, *, residual_branch: bool) -> None:
+        super().__init__()
+        fine = max(8, channels // 4 // 8 * 8) if residual_branch else 0
+        self.lateral = nn.ModuleList(_conv(stage, channels, 1) for stage in stage_channels)
+        self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
+        self.fuse = _conv(channels * len(stage_channels), channels)
+        self.shallow = None
+        if residual_branch:
+            self.shallow = nn.Sequential(NoiseResidual(), _conv(9, fine, stride=2), _conv(fine, fine))
+        self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
+        nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
+
+    def forward(self, image: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
+        levels = [lateral(stage) for lateral, stage in zip(self.lateral, stages[-len(self.lateral) :], strict=True)]
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + _resize_like(levels[i], levels[i - 1])
+        smooth = [_resize_like(layer(level), levels[0]) for layer, level in zip(self.smooth, levels, strict=True)]
+        merged = self.fuse(torch.cat(smooth, 1))
+        if self.shallow is not None:
+            fine = self.shallow(image)
+            merged = torch.cat([_resize_like(merged, fine), fine], 1)
+        return _resize_like(_linear_in_fp32(self.refine[-1], self.refine[:-1](merged)), image)
+
+
+def _linear_in_fp32(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution as a matrix product, whose result in fp32 does not depend on the number of threads."""
+    with _in_fp32(x):
+        return F.linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def _in_fp32(x: torch.Tensor) -> AbstractContextManager:
+    """No mixed precision on the device of ``x``."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class CombinedModel(nn.Module):
+    """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 32, to ``Output``.
+
+    Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (log-odds of the
+    mean, and of the strongest twentieth of the pixels) also goes to the classifier, which begins by following it, so that
+    both agree.  The classifier sees means over the image, so that it can be asked once for an image whose tiles were
+    looked at one by one.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        backbone: str,
+        *,
+        frontend: str = "rgb",
+        decoder_channels: int = 128,
+        residual_branch: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        pretrained: bool = False,
+        pretrained_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "task": task,
+            "backbone": backbone,
+            "frontend": frontend,
+            "decoder_channels": decoder_channels,
+            "residual_branch": residual_branch,
+            "drop_path": drop_path,
+            "dropout": dropout,
+        }
+        residual, extra = FRONTENDS.get(frontend, (None, 0))
+        self.backbone = _create_backbone(backbone, drop_path, pretrained, pretrained_file)
+        self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
+        statistics = timm.data.resolve_data_config({}, model=self.backbone)
+        self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
+        self.residual = residual() if residual else None
+        stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info if stage["reduction"] >= 4]
+        self.segmentation = None
+        if task == "B":
+            self.segmentation = SegmentationBranch(stage_channels, decoder_channels, residual_branch=residual_branch)
+        _learn_depthwise_in_fp32(self)
+        evidence = 2 if task == "B" else 0
+        features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        self.norm = nn.LayerNorm(features)
+        self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
+        if evidence:  # at first the image's log-odds are half those of its strongest pixels
+            with torch.no_grad():
+                self.classifier.weight[:, features:] = torch.tensor([[-0.25, 0.0], [0.25, 0.0]])
+
+    def forward(self, images: torch.Tensor) -> Output:
+        return self.decide(images, *self.encode(images))
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The backbone's last feature map, and those of its stages, finest first."""
+        height, width = images.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            works = f"{padded_side(height)} x {padded_side(width)}"
+            raise ValueError(f"images of {height} x {width}: sides must be multiples of {STRIDE}; {works} would work")
+        x = (images - self.mean) / self.std
+        if self.residual is not None:
+            x = torch.cat([x, self.residual(images)], 1)
+        return self.backbone.forward_intermediates(x)
+
+    def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
+        """Both branches on what ``encode`` gave for the same images."""
+        with _in_fp32(final):
+            features = self.backbone.forward_head(final.float(), pre_logits=True)
+        if self.segmentation is None:
+            return Output(self.classify(features), None, features)
+        mask_logits = self.segmentation(images, stages)
+        found = mask_logits.detach().float().sigmoid()  # the image's loss must not draw masks: redrawn images need none
+        return Output(self.classify(features, found), mask_logits, features)
+
+    def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``.
+
+        In fp32 also where the backbone computes in bf16, which alone would move probabilities by up to 0.02.
+        """
+        with _in_fp32(features):
+            features = self.dropout(self.norm(features.float()))
+            return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask.float())], 1))
+
+    def train(self, mode: bool = True) -> CombinedModel:
+        """As usual, but whatever has no trainable parameter left stays in evaluation mode: frozen means frozen."""
+        super().train(mode)
+        if mode:
+            for module in self.backbone.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                    module.eval()
+        return self
+
+    def freeze_backbone(self, trainable_stages: int | str = 0) -> None:
+        """Freeze the backbone but for its last stages (by timm's own coarse grouping), or nothing for ``"all"``."""
+        groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
+        layer_of = {name: int(layer) for name, layer in groups.items()}
+        last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
+        first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
+        for name, parameter in self.backbone.named_parameters():
+            trained = layer_of[name] >= first or name == self.first_conv  # which has learned nothing of residuals yet
+            parameter.requires_grad_(trainable_stages != 0 and trained)
+
+
+class _DepthwiseInFp32:
+    """A depthwise convolution that learns in fp32 on a CPU: its backward pass in bf16 takes two to four times as long."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(torch.bfloat16)
+
+
+def _learn_depthwise_in_fp32(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (_DepthwiseInFp32, kind), {})
+
+
+def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
+    """Give the first convolution ``extra`` input channels; returns its weight's name.
+
+    Pretrained weights for RGB stay and the new ones begin at zero, so that the network begins as it was.
+    """
+    name = backbone.pretrained_cfg.get("first_conv")
+    old = backbone.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(old, nn.Conv2d) or old.groups != 1:
+        raise ValueError(
+            f"backbone: {backbone.pretrained_cfg.get('architecture')} has no single first convolution; set frontend: rgb"
+        )
+    options = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    with torch.random.fork_rng(devices=[]):  # of the same type, since some of timm's pad by themselves
+        new = type(old)(old.in_channels + extra, old.out_channels, bias=old.bias is not None, **options)
+    if pretrained:
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[:, : old.in_channels] = old.weight
+            if old.bias is not None:
+                new.bias.copy_(old.bias)
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, new)
+    return f"{name}.weight"
+
+
+def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
+    """``(N, 1, H, W)`` probabilities to log-odds ``(N, 2)``: of the strongest twentieth of a coarse map, and of its mean."""
+    coarse = F.avg_pool2d(mask, 8, ceil_mode=True).flatten(1)
+    top = coarse.topk(max(1, coarse.shape[1] // 20), 1).values
+    return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
+
+
+def _create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
+    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be had."""
+    if not timm.is_model(name.split(".")[0]):
+        close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
+        raise ValueError(f"backbone: timm has no model {name!r}; some it has: {', '.join(close) or 'see timm.list_models()'}")
+    overlay = _weights_of(file, name) if file else None
+    if pretrained:
+        print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
+    options = {"pretrained": pretrained, "num_classes": 0, "pretrained_cfg_overlay": overlay}
+    try:
+        backbone = _seeded_backbone(name, options, drop_path)
+        backbone.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
+        if file:
+            _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
+    except Exception as error:  # readers of weights raise nearly anything on damaged files
+        if not pretrained:
+            raise
+        raise OSError(_no_weights_message(name, file, error)) from error
+    if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
+        raise ValueError(f"backbone: timm's {name} gives no intermediate features; choose another, such as convnext_base")
+    return backbone
+
+
+def _weights_of(file: str, name: str) -> dict[str, Any]:
+    """Where timm takes the weights of ``pretrained_file`` from: the file, or of a run's checkpoint its backbone's.
+
+    Raises ``FileNotFoundError``, and ``ValueError`` where the checkpoint holds another backbone.
+    """
+    path = from_home(file)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"pretrained_file: {broken_link(path) or f'no file {path}'}; give a .pth or .safetensors file of {name}"
+        )
+    content = run_checkpoint(file)
+    if content is None:
+        return {"file": str(path)}
+    config = content["config"]
+    if (config["backbone"], config["frontend"]) != (name, "rgb"):
+        raise ValueError(
+            f"pretrained_file: {path} is a run's checkpoint of {config['backbone']} with frontend {config['frontend']}; a run "
+            f"with {name} can start from one with backbone {name} and frontend rgb"
+        )
+    weights = {key.removeprefix("backbone."): value for key, value in content["model"].items() if key.startswith("backbone.")}
+    return {"state_dict": weights}
+
+
+def run_checkpoint(file: str) -> dict[str, Any] | None:
+    """The content of ``pretrained_file`` where it is a checkpoint that a run made, else None."""
+    try:
+        content = torch.load(from_home(file), map_location="cpu", weights_only=True)
+    except Exception:  # weights of another kind, or damaged: timm says what is wrong with them
+        return None
+    return content if isinstance(content, dict) and {"format", "config", "model"} <= set(content) else None
+
+
+def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
+    """A timm model whose initial weights are the same for the same state of torch's generator."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return timm.create_model(name, drop_path_rate=drop_path, **options)
+        except TypeError:  # a model without stochastic depth
+            return timm.create_model(name, **options)
+
+
+def _check_loaded(backbone: nn.Module, fresh: nn.Module) -> None:
+    """timm only warns where a file holds none of a model's weights: weights that are still the initial ones tell."""
+    initial = dict(fresh.named_parameters())
+    weights = [(name, p) for name, p in backbone.named_parameters() if p.ndim > 1]
+    missing = [name for name, p in weights if torch.equal(p, initial[name])]
+    if missing:
+        raise RuntimeError(f"{len(missing)} of {len(weights)} weights are not in the file, such as {missing[0]}")
+
+
+def _no_weights_message(name: str, file: str | None, error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if file and is_lfs_pointer(from_home(file)):
+        return f"pretrained_file: {file} is {LFS_POINTER}"
+    if file:
+        return f"the weights in {file} do not load into {name}: {error}"
+    cache = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
+    return (
+        f"cannot load the pretrained weights of {name}: no network, and they are not in the cache {cache}.\n"
+        f"Either bring them as a file and set pretrained_file: /path/to/{name}.safetensors,\n"
+        f"or train from scratch with pretrained: false.\n"
+        f"({type(error).__name__}: {str(error).splitlines()[0]})"
+    )
+
+
+def build_model(params: Params, task: str) -> CombinedModel:
+    """The model that a run trains for a task.
+
+    Raises ``ValueError`` where a constrained run would start from another run, whose data are not known here.
+    """
+    if params.run_type == "constrained" and params.pretrained_file and run_checkpoint(params.pretrained_file):
+        raise ValueError(
+            f"pretrained_file: {params.pretrained_file} is a run's checkpoint, which may have been trained on other "
+            "than official data: give a constrained run timm's weights of the backbone, or set run_type: open"
+        )
+    return CombinedModel(
+        task,
+        params.backbone,
+        frontend=params.frontend,
+        decoder_channels=params.decoder_channels,
+        residual_branch=params.residual_branch,
+        drop_path=params.drop_path,
+        dropout=params.dropout,
+        pretrained=params.pretrained,
+        pretrained_file=params.pretrained_file,
+    )
+
+
+def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
+    """Write weights with what rebuilds the model; ``facts`` (thresholds, metrics) are plain values, no objects."""
+    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
+    with whole(path) as temporary:
+        torch.save(content, temporary)
+
+
+def add_to_checkpoint(path: Path, **facts: Any) -> None:
+    """Set plain values in a checkpoint that is already there."""
+    with locked(path.parent):
+        derive_checkpoint(path, path, **facts)
+
+
+def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
+    """Write a checkpoint's content with other plain values to ``target``."""
+    content = read_checkpoint(source) | facts
+    with whole(target) as temporary:
+        torch.save(content, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this version of the project (format {CHECKPOINT_FORMAT} expected): train again"
+        )
+    return content
+
+
+def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
+
+    Raises ``CheckpointError`` where it belongs to another task than the one wanted, or its weights do not fit.
+    """
+    content = read_checkpoint(path)
+    config = content["config"]
+    if task is not None and config["task"] != task:
+        raise CheckpointError(f"{path} was trained for Task {config['task']}, not for Task {task}")
+    model = CombinedModel(**config)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}"
+        ) from None
+    return model.eval(), content

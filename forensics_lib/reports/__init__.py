@@ -1,0 +1,1 @@
+"""Figures, galleries, report and model card."""

@@ -1,0 +1,375 @@
+"""Browsers for JupyterLab: one image at a time, chosen from a list that can be filtered and sorted.
+
+``MaskBrowser`` shows masks with sliders for threshold and opacity, ``ImageBrowser`` what Task A saw of an image.  Images are
+read and predicted when they are chosen, thumbnails when their page is shown.  Where nobody can use widgets
+(``FORENSICS_HEADLESS``, a printed notebook) none are made, and the galleries of ``plots`` stand in.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+from PIL import Image, ImageDraw
+
+from forensics_lib.data.datasets import chosen_places
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation.evaluate import Evaluation, MaskExample, stored_thresholds
+from forensics_lib.evaluation.predictions import truth_mask
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.inference.predict import load_mask, predict_mask
+from forensics_lib.models.combined import load_model
+from forensics_lib.reports.attribution import grad_cam
+from forensics_lib.reports.figures import ORANGE, decided
+from forensics_lib.run import Run
+from forensics_lib.utils.files import whole
+from forensics_lib.utils.progress import headless
+
+MASK_VIEWS = ("side by side", "overlay", "image", "probability")
+IMAGE_VIEWS = ("side by side", "image", "crops", "attribution")
+ZOOMS = {"1:1": 1, "2:1": 2, "4:1": 4}
+EVERY = "all"
+GALLERIES = "*Executed headlessly: the galleries above stand in. With a running kernel images can be seen one by one.*"
+THUMBNAILS, SIDE = 8, 96  # on a page, and their longer side in pixels
+
+
+class Browser:
+    """A list of images with filters, an order and thumbnails, and the picture of the chosen one at native pixels.
+
+    ``table`` has one row per image with its ``path`` and a ``name`` for the list; the columns in ``filters`` can be filtered
+    by; ``orders`` gives for each name of an order the column to sort by and whether upwards.  In the box with the image's
+    number the arrow keys go from image to image (JupyterLab keeps them for itself elsewhere).  ``folder`` is where pictures
+    are saved.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        filters: list[str],
+        orders: dict[str, tuple[str, bool]],
+        views: tuple[str, ...],
+        folder: Path,
+    ) -> None:
+        if table.empty:
+            raise ValueError("no image to browse")
+        self._table, self._orders, self._folder = table.reset_index(drop=True), orders, folder
+        self._table[filters] = self._table[filters].fillna("-").astype(str)
+        self.filters = {
+            name: widgets.Dropdown(options=[EVERY, *sorted(self._table[name].unique())], description=name) for name in filters
+        }
+        self.order = widgets.Dropdown(options=list(orders), description="order")
+        self.chosen = widgets.Select(rows=10, layout=widgets.Layout(width="auto", min_width="380px"))
+        self.number = widgets.BoundedIntText(1, min=1, description="number", layout=widgets.Layout(width="170px"))
+        self.back, self.forth = widgets.Button(description="previous"), widgets.Button(description="next")
+        self.export, self.said = widgets.Button(description="save picture"), widgets.Label()
+        self.view = widgets.ToggleButtons(options=views, description="view")
+        self.zoom = widgets.ToggleButtons(options=ZOOMS, description="zoom")
+        self.text, self.picture = widgets.Label(), widgets.Image(format="png")
+        self.page = widgets.HBox()
+        self._thumbnail = lru_cache(maxsize=2000)(_thumbnail)
+        self.back.on_click(lambda _: self._step(-1))
+        self.forth.on_click(lambda _: self._step(1))
+        self.export.on_click(self._export)
+        for control in (*self.filters.values(), self.order):
+            control.observe(self._list, "value")
+        self.chosen.observe(self._choose, "value")
+        self.number.observe(self._count, "value")
+        for control in (self.view, self.zoom):
+            control.observe(self._draw, "value")
+        self._page_shown: tuple[int, ...] = ()
+        self._filling = False  # while the list changes, its number and its choice do not answer to each other
+        self._loaded: int | None = None  # the image that is shown
+        self._list()
+
+    def controls(self) -> list[widgets.Widget]:
+        """Further controls of a kind of browser."""
+        return []
+
+    def load(self, index: int) -> None:
+        """Make the image at a position of the table the current one."""
+        raise NotImplementedError
+
+    def panels(self) -> list[np.ndarray]:
+        """What the chosen view shows of the current image, side by side; ``(H, W, 3)`` in [0, 1] each."""
+        raise NotImplementedError
+
+    def sentence(self) -> str:
+        """What there is to say of the current image."""
+        raise NotImplementedError
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        first = widgets.VBox([*self.filters.values(), self.order])
+        buttons = widgets.HBox([self.number, self.back, self.forth, self.export, self.said])
+        scrolled = widgets.Box([self.picture], layout=widgets.Layout(overflow="auto", max_height="640px"))
+        rows = [widgets.HBox([self.chosen, first]), self.page, buttons, *self.controls(), self.view, self.zoom, self.text]
+        display(widgets.VBox([*rows, scrolled]))
+
+    def _list(self, _: Any = None) -> None:
+        """Fill the list by filters and order."""
+        rows = self._table
+        for name, control in self.filters.items():
+            if control.value != EVERY:
+                rows = rows[rows[name] == control.value]
+        column, upwards = self._orders[self.order.value]
+        rows = rows.sort_values(column, ascending=upwards, kind="stable")
+        self._shown = rows.index.tolist()
+        self.said.value = "" if self._shown else "no image fits these filters"
+        self._filling = True
+        try:
+            self.chosen.options = list(zip(rows["name"], self._shown, strict=True))
+            self.chosen.value = self._shown[0] if self._shown else None
+            self.number.max = max(1, len(self._shown))
+            self.number.value = 1
+        finally:
+            self._filling = False
+        self._choose()
+
+    def _step(self, by: int) -> None:
+        if self.chosen.value is not None:
+            self.chosen.value = self._shown[(self._shown.index(self.chosen.value) + by) % len(self._shown)]
+
+    def _count(self, _: Any = None) -> None:
+        if self.chosen.value is not None and not self._filling:
+            self.chosen.value = self._shown[self.number.value - 1]
+
+    def _choose(self, _: Any = None) -> None:
+        if self._filling:
+            return
+        self._loaded = None
+        if self.chosen.value is None:
+            self._page_shown, self.page.children = (), ()
+            self._show_nothing("")
+            return
+        self.number.value = self._shown.index(self.chosen.value) + 1
+        self._show_page()
+        try:
+            self.load(self.chosen.value)
+        except (ImageError, OSError) as error:  # also a mask that was removed
+            self._show_nothing(str(error))
+            return
+        self._loaded = self.chosen.value
+        self._draw()
+
+    def _show_nothing(self, why: str) -> None:
+        self.picture.value, self.text.value = b"", why
+
+    def _show_page(self) -> None:
+        """The thumbnails around the chosen image, each above a button that chooses it."""
+        place = self._shown.index(self.chosen.value) // THUMBNAILS * THUMBNAILS
+        members = tuple(self._shown[place : place + THUMBNAILS])
+        if members == self._page_shown:
+            return
+        self._page_shown = members
+        boxes = []
+        for offset, index in enumerate(members):
+            button = widgets.Button(description=str(place + offset + 1), layout=widgets.Layout(width=f"{SIDE}px"))
+            button.on_click(lambda _, index=index: self._pick(index))
+            boxes.append(widgets.VBox([widgets.Image(value=self._thumbnail(self._table["path"][index])), button]))
+        self.page.children = boxes
+
+    def _pick(self, index: int) -> None:
+        if index in self._shown:  # a click may come from a page that has just gone
+            self.chosen.value = index
+
+    def _draw(self, _: Any = None) -> None:
+        if self._loaded is None:
+            return
+        panels = self.panels()
+        height = max(panel.shape[0] for panel in panels)
+        level = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=1.0) for p in panels]
+        pixels = (np.concatenate(level, 1) * 255).round().clip(0, 255).astype(np.uint8)
+        zoom = self.zoom.value
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(buffer, "PNG", compress_level=1)
+        self.picture.value = buffer.getvalue()
+        self.picture.layout = widgets.Layout(width=f"{pixels.shape[1] * zoom}px", flex="0 0 auto")
+        self.text.value = self.sentence()
+
+    def _export(self, _: Any = None) -> None:
+        if self._loaded is None:
+            return
+        stem = re.sub(r"[^\w.-]", "_", Path(self._table["path"][self._loaded]).stem)
+        target = self._folder / f"browsed_{stem[:80]}.png"
+        with whole(target) as temporary:
+            temporary.write_bytes(self.picture.value)
+        self.said.value = f"saved {target}"
+
+
+def _thumbnail(path: str) -> bytes:
+    """A small PNG of an image; a grey square where it cannot be read."""
+    try:
+        image = Image.fromarray(read_image(path))
+    except ImageError:
+        image = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class MaskBrowser(Browser):
+    """Masks: probability, and hits and errors at a threshold that can be moved; ``example`` gives them by position."""
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        filters: list[str],
+        orders: dict[str, tuple[str, bool]],
+        folder: Path,
+        example: Callable[[int], MaskExample],
+        loc_threshold: float,
+    ) -> None:
+        self._get = example
+        self.threshold = widgets.FloatSlider(loc_threshold, min=0.0, max=1.0, step=0.01, description="threshold")
+        self.opacity = widgets.FloatSlider(0.65, min=0.0, max=1.0, step=0.05, description="opacity")
+        super().__init__(table, filters, orders, MASK_VIEWS, folder)
+        for control in (self.threshold, self.opacity):
+            control.observe(self._draw, "value")
+
+    def controls(self) -> list[widgets.Widget]:
+        return [widgets.HBox([self.threshold, self.opacity])]
+
+    def load(self, index: int) -> None:
+        self._example = self._get(index)
+
+    def panels(self) -> list[np.ndarray]:
+        overlay = decided(self._example, self.threshold.value, self.opacity.value)
+        probability = np.repeat(self._example.mask.astype(float)[..., None], 3, 2)
+        image = self._example.image / 255
+        single = {"overlay": [overlay], "image": [image], "probability": [probability]}
+        return single.get(self.view.value, [image, probability, overlay])
+
+    def sentence(self) -> str:
+        example, flagged = self._example, self._example.mask >= self.threshold.value
+        text = f"{example.image.shape[1]} x {example.image.shape[0]} pixels, {flagged.mean():.1%} flagged"
+        if example.truth is None:
+            return text
+        union, both = (flagged | example.truth).sum(), (flagged & example.truth).sum()
+        return f"{text}, {example.truth.mean():.1%} manipulated, IoU {both / union if union else 1:.3f}"
+
+
+class ImageBrowser(Browser):
+    """Task A: an image with its probability, the crops that were scored, and where the model sees signs of generation."""
+
+    def __init__(self, run: Run, table: pd.DataFrame, filters: list[str], orders: dict[str, tuple[str, bool]]) -> None:
+        self._run, self._machine = run, choose_machine(run.params)
+        self._model = load_model(run.finetuned_model("A"), "A")[0].to(self._machine.device)
+        super().__init__(table, filters, orders, IMAGE_VIEWS, run.folder / "figures")
+
+    def load(self, index: int) -> None:
+        self._row = self._table.loc[index]
+        self._image = read_image(self._row["path"])
+        self._heat: np.ndarray | None = None
+
+    def panels(self) -> list[np.ndarray]:
+        image, view = self._image / 255, self.view.value
+        if view == "image":
+            return [image]
+        shown = {"crops": self._crops, "attribution": self._attribution}
+        return [shown[view]()] if view in shown else [image, self._crops(), self._attribution()]
+
+    def _crops(self) -> np.ndarray:
+        """The image with the outlines of the crops that were scored."""
+        picture, size = Image.fromarray(self._image), self._run.params.crop_size
+        draw = ImageDraw.Draw(picture)
+        for top, left in chosen_places(self._image, size, self._run.params.crops_per_image):
+            draw.rectangle([left, top, left + size - 1, top + size - 1], outline=ORANGE, width=2)
+        return np.asarray(picture) / 255
+
+    def _attribution(self) -> np.ndarray:
+        if self._heat is None:
+            shown, heat = grad_cam(self._model, self._image, self._machine)
+            grey = np.repeat(shown.mean(2, keepdims=True) / 255, 3, 2)
+            warm = np.stack([heat, heat * 0.45, np.zeros_like(heat)], 2)
+            self._heat = grey * (1 - 0.6 * heat[..., None]) + 0.6 * warm
+        return self._heat
+
+    def sentence(self) -> str:
+        height, width = self._image.shape[:2]
+        known = "" if pd.isna(self._row.get("label")) else f", is {'synthetic' if self._row['label'] else 'authentic'}"
+        return f"{width} x {height} pixels, probability {self._row['prob']:.3f}{known}"
+
+
+# ---- What notebooks call -----------------------------------------------------------------------------------------------
+
+
+def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown:
+    """The masks that were written for the readable test images; a note in a headless run."""
+    if headless():
+        return Markdown(GALLERIES)
+    table = results[results["error"].isna()].reset_index(drop=True)
+    table = table.assign(name=[f"{prob:.2f}  {name}" for prob, name in zip(table["prob"], table["image_id"], strict=True)])
+    table = _called(table, stored_thresholds(run, "B")["threshold"])
+
+    def example(index: int) -> MaskExample:
+        path = Path(table["path"][index])
+        return MaskExample(table["name"][index], read_image(path), load_mask(run.masks / f"{path.stem}.npz"), None)
+
+    orders = {"highest probability": ("prob", False), "lowest probability": ("prob", True), "borderline": ("doubt", True)}
+    return MaskBrowser(table, ["called"], orders, run.folder / "figures", example, stored_thresholds(run, "B")["loc_threshold"])
+
+
+def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Markdown:
+    """The images of an evaluation with their truth, predicted when an image is chosen; a note in a headless run."""
+    if headless():
+        return Markdown(GALLERIES)
+    table = _called(evaluation.table, evaluation.thresholds["threshold"])
+    table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
+    said = [
+        f"{'IoU' if row['label'] else 'clean'} {row['score']:.2f}  {row['kind']}  {row['method']}  {row['image_id']}"
+        for _, row in table.fillna({"kind": "-", "method": "-"}).iterrows()
+    ]
+    table["name"] = said
+    machine = choose_machine(run.params)
+    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
+
+    def example(index: int) -> MaskExample:
+        row = table.loc[index]
+        image = read_image(Path(row["path"]))
+        return MaskExample(
+            said[index], image, predict_mask(model, image, run.params, machine)[1], truth_mask(row, image.shape[:2])
+        )
+
+    orders = {"worst": ("score", True), "best": ("score", False), "borderline": ("doubt", True), "name": ("image_id", True)}
+    filters = ["kind", "method", "source", "size", "verdict"]
+    return MaskBrowser(table, filters, orders, run.folder / "figures", example, evaluation.thresholds["loc_threshold"])
+
+
+def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | Markdown:
+    """Task A: the images of an evaluation; a note in a headless run."""
+    if headless():
+        return Markdown(GALLERIES)
+    table = _called(evaluation.table, evaluation.thresholds["threshold"])
+    wrong = (table["prob"] - evaluation.thresholds["threshold"]) * (1 - 2 * table["label"])
+    named = [
+        f"{prob:.2f}  {source}  {name}" for prob, source, name in table[["prob", "source", "image_id"]].itertuples(index=False)
+    ]
+    orders = {
+        "most wrong": ("wrong", False),
+        "surest": ("wrong", True),
+        "borderline": ("doubt", True),
+        "name": ("image_id", True),
+    }
+    return ImageBrowser(
+        run, table.assign(wrong=wrong, name=named), ["source", "generator", "platform", "format", "verdict"], orders
+    )
+
+
+def _called(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """With what an image is called, how near it is to the threshold, and where its label is known the verdict."""
+    positive = table["prob"] >= threshold
+    facts: dict[str, Any] = {"called": np.where(positive, "positive", "authentic"), "doubt": (table["prob"] - threshold).abs()}
+    if "label" in table:
+        verdicts = np.array([["right, authentic", "false alarm"], ["missed", "right, positive"]])
+        facts["verdict"] = verdicts[table["label"].to_numpy(int), positive.to_numpy(int)]
+    return table.reset_index(drop=True).assign(**facts)

@@ -1,0 +1,257 @@
+"""The figures of a run, in one style.  Each function returns a figure; ``save_figure`` keeps it with the run.
+
+Colours are from the Okabe-Ito palette, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from forensics_lib.device import choose_machine
+from forensics_lib.evaluation.calibration import reliability
+from forensics_lib.evaluation.evaluate import Evaluation, MaskExample, mask_examples
+from forensics_lib.evaluation.metrics import counts
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.predict import load_mask
+from forensics_lib.models.combined import load_model
+from forensics_lib.reports.attribution import grad_cam
+from forensics_lib.run import Run
+from forensics_lib.utils.files import whole
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
+CLASS_COLOURS = {0: BLUE, 1: ORANGE}
+CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
+EXAMPLES = {  # choices of ``mask_examples``: what their galleries are called
+    "best": "Validation: the best masks",
+    "worst": "Validation: the worst masks",
+    "borderline": "Validation: probabilities next to the threshold",
+    "alarms": "Validation: authentic images with the most flagged pixels",
+}
+plt.rcParams["text.parse_math"] = False  # names of files and sources are shown, and dollar signs in them begin no formula
+STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    plt.close(figure)  # a notebook shows the returned figure once
+    return figure, axes
+
+
+def save_figure(run: Run, figure: Figure, name: str) -> Figure:
+    """Keep a figure as ``figures/<name>.png`` and ``.svg`` of the run; returns it, so that a cell ends with this call."""
+    if run.sample:
+        figure.suptitle(f"{figure.get_suptitle()}  [sample data]".strip(), fontsize=10)
+    write_figure(figure, run.folder / "figures" / name)
+    return figure
+
+
+def write_figure(figure: Figure, target: Path) -> None:
+    """Write ``<target>.png`` and ``<target>.svg``."""
+    for ending in ("png", "svg"):
+        with whole(target.with_name(f"{target.name}.{ending}")) as temporary:
+            figure.savefig(temporary, dpi=110)
+
+
+def submitted_probabilities(table: pd.DataFrame, task: str) -> Figure:
+    """The distribution of the submitted probabilities (columns ``prob``, ``label``, ``threshold``), by submitted label."""
+    figure, axes = new_figure(1, 1, 6, 2.6)
+    axis, threshold = axes[0, 0], float(table["threshold"].iloc[0])
+    groups = [table.loc[table["label"] == label, "prob"] for label in CLASS_COLOURS]
+    names = [f"called {CLASS_NAMES[task][label]}: {len(group)}" for label, group in enumerate(groups)]
+    axis.hist(groups, np.linspace(0, 1, 41), stacked=True, color=list(CLASS_COLOURS.values()), label=names)
+    axis.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
+    axis.set(xlabel="probability", ylabel="test images")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"Task {task}: what is submitted", fontsize=10)
+    return figure
+
+
+def hide_axes(axes: np.ndarray) -> None:
+    for axis in axes.flat:
+        axis.set_axis_off()
+
+
+def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
+    """Training loss and validation scores over the epochs of both steps."""
+    figure, axes = new_figure(1, 2, 8, 2.8)
+    epochs = np.arange(1, len(metrics) + 1)
+    axes[0, 0].plot(epochs, metrics["train_loss"], color=BLUE, marker=".")
+    axes[0, 0].set(xlabel="epoch", ylabel="training loss")
+    axes[0, 1].plot(epochs, metrics["val_auc"], color=BLUE, marker=".", label="AUC")
+    if "val_iou" in metrics:
+        axes[0, 1].plot(epochs, metrics["val_iou"], color=ORANGE, marker=".", label="mean IoU, manipulated")
+    axes[0, 1].set(xlabel="epoch", ylabel="validation", ylim=(0, 1.02))
+    axes[0, 1].legend(loc="lower right", frameon=False)
+    for axis in axes.flat:
+        axis.axvline((metrics["step"] == "head").sum() + 0.5, color=GREY, lw=1, ls=":")
+    figure.suptitle(f"Task {task}: learning (dotted line: step 2 begins)", fontsize=10)
+    return figure
+
+
+def score_curves(evaluation: Evaluation, task: str) -> Figure:
+    """ROC, precision-recall, and the distribution of probabilities with the threshold."""
+    table, threshold = evaluation.judged, evaluation.thresholds["threshold"]
+    figure, axes = new_figure(1, 3, 10, 3)
+    roc, pr, hist = axes.flat
+    fpr, tpr, _ = roc_curve(table["label"], table["prob"])
+    precision, recall, _ = precision_recall_curve(table["label"], table["prob"])
+    roc.plot(fpr, tpr, color=BLUE)
+    roc.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
+    roc.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    pr.step(recall, precision, where="post", color=BLUE)
+    pr.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.05))
+    for axis, text in ((roc, f"AUC {evaluation.metrics['auc']:.3f}"), (pr, f"AP {evaluation.metrics['ap']:.3f}")):
+        axis.text(0.95, 0.08, text, ha="right", transform=axis.transAxes)
+    for label, colour in CLASS_COLOURS.items():
+        chosen = table.loc[table["label"] == label, "prob"]
+        hist.hist(chosen, np.linspace(0, 1, 26), color=colour, alpha=0.6, label=CLASS_NAMES[task][label])
+    hist.axvline(threshold, color="black", lw=1, label=f"threshold {threshold:.3f}")
+    hist.set(title="probabilities", xlabel="probability", ylabel="images", ylim=(0, hist.get_ylim()[1] * 1.4))  # legend
+    hist.legend(frameon=False)
+    figure.suptitle(f"Task {task}: validation", fontsize=10)
+    return figure
+
+
+def reliability_diagram(evaluation: Evaluation, task: str) -> Figure:
+    """What share of images is positive at each predicted probability, before and after calibration."""
+    figure, axes = new_figure(1, 1, 4, 3.4)
+    axis, labels = axes[0, 0], evaluation.judged["label"].to_numpy(int)
+    decides = evaluation.table["deciding"].to_numpy()
+    axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="exact")
+    scores = evaluation.metrics
+    for name, probs, error, colour in (
+        ("as trained", evaluation.uncalibrated[decides], scores["ece_uncalibrated"], ORANGE),
+        ("calibrated", evaluation.judged["prob"].to_numpy(), scores["ece"], BLUE),
+    ):
+        found = reliability(labels, probs)
+        axis.plot(found[:, 0], found[:, 1], color=colour, marker="o", ms=4, label=f"{name}: ECE {error:.3f}")
+    axis.set(xlabel="predicted probability", ylabel=f"share {CLASS_NAMES[task][1]}", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Task {task}: calibration on validation", fontsize=10)
+    return figure
+
+
+def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
+    """AUC, F1, false-positive rate and for Task B mean IoU at the stored thresholds after each change of ``robustness``."""
+    changes = [name for name in table["change"].unique() if name != "unchanged"]
+    start = table[table["change"] == "unchanged"].iloc[0]
+    figure, axes = new_figure(2, -(-len(changes) // 2), 2.7 * -(-len(changes) // 2), 4.6)
+    for axis, name in zip(axes.flat, changes, strict=False):
+        rows = table[table["change"] == name]
+        places = np.arange(len(rows) + 1)
+        lines = [("auc", BLUE, "AUC"), ("f1", GREEN, "F1"), ("fpr", RED, "false-positive rate"), ("iou", ORANGE, "mean IoU")]
+        for key, colour, label in (line for line in lines if line[0] in table):
+            axis.plot(places, [start[key], *rows[key]], color=colour, marker=".", label=label)
+        axis.set_xticks(places, ["none", *(f"{value:g}" for value in rows["strength"])])
+        axis.set(xlabel=name, ylim=(0, 1.02))
+    for axis in axes.flat[len(changes) :]:
+        axis.set_axis_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    figure.suptitle(f"Task {task}: what is left after common changes, {int(start['images'])} validation images", fontsize=10)
+    return figure
+
+
+def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
+    """Task A images of an evaluation, and below each where the model sees signs of generation; says so where there are none."""
+    if rows.empty:
+        return _no_image(title)
+    figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
+    hide_axes(axes)
+    model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)
+    for column, (_, row) in zip(axes.T, rows.iterrows(), strict=False):
+        shown, heat = grad_cam(model, read_image(row["path"]), machine)
+        column[0].imshow(shown, interpolation="nearest")
+        column[1].imshow(shown.mean(2), cmap="gray", vmin=0, vmax=255)
+        column[1].imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+        column[0].set_title(f"{row['source']}\n{CLASS_NAMES['A'][row['label']]}, prob {row['prob']:.2f}", fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _no_image(title: str) -> Figure:
+    """The figure of a gallery without an image."""
+    figure, axes = new_figure(1, 1, 5, 0.9)
+    hide_axes(axes)
+    axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def confusion(evaluation: Evaluation, task: str) -> Figure:
+    """The confusion matrix at the chosen threshold, as counts."""
+    called = evaluation.judged["prob"] >= evaluation.thresholds["threshold"]
+    tp, fp, fn, tn = counts(evaluation.judged["label"].to_numpy(), called.to_numpy())
+    matrix = np.array([[tn, fp], [fn, tp]])
+    figure, axes = new_figure(1, 1, 3.4, 3)
+    axis, names = axes[0, 0], CLASS_NAMES[task]
+    axis.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    for (y, x), value in np.ndenumerate(matrix):
+        dark = value > matrix[y].sum() / 2
+        axis.text(x, y, str(value), ha="center", va="center", color="white" if dark else "black", fontsize=12)
+    axis.set(xticks=[0, 1], yticks=[0, 1], xticklabels=names, yticklabels=names, xlabel="called", ylabel="is")
+    figure.suptitle(f"Task {task}: threshold {evaluation.thresholds['threshold']:.3f}", fontsize=10)
+    return figure
+
+
+def example_gallery(run: Run, evaluation: Evaluation, which: str) -> Figure:
+    """``mask_gallery`` of one of the choices of ``mask_examples``."""
+    return mask_gallery(mask_examples(run, evaluation, which), evaluation.thresholds["loc_threshold"], EXAMPLES[which])
+
+
+def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
+    """A column per image: the image, its truth, the predicted probability, and hits and errors at ``loc_threshold``.
+
+    Images without a known truth show what is flagged instead; without any image the figure says so.
+    """
+    if not examples:
+        return _no_image(title)
+    known = examples[0].truth is not None
+    rows = 4 if known else 3
+    figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
+    hide_axes(axes)
+    for column, example in zip(axes.T, examples, strict=True):
+        panels = [example.image, *([example.truth] if known else []), example.mask, decided(example, loc_threshold)]
+        for axis, panel in zip(column, panels, strict=True):
+            axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}), interpolation="nearest")
+        column[0].set_title(example.title, fontsize=7)
+    names = ["image", *(["truth"] if known else []), "probability", "decision"]
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        axis.text(-0.06, 0.5, name, rotation=90, va="center", ha="right", transform=axis.transAxes, fontsize=9)
+    labels = {GREEN: "found", RED: "falsely flagged", BLUE: "missed"} if known else {RED: "flagged"}
+    figure.legend(
+        handles=[Patch(color=c, label=n) for c, n in labels.items()], loc="outside lower center", ncols=3, frameon=False
+    )
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def decided(example: MaskExample, loc_threshold: float, opacity: float = 0.65) -> np.ndarray:
+    """The image in grey with found, falsely flagged and missed pixels in colour; ``(H, W, 3)`` in [0, 1]."""
+    grey = np.repeat(example.image.mean(2, keepdims=True) / 255, 3, 2) * 0.6 + 0.3
+    flagged = example.mask >= loc_threshold
+    truth = np.zeros_like(flagged) if example.truth is None else example.truth
+    for where, colour in ((flagged & truth, GREEN), (flagged & ~truth, RED), (~flagged & truth, BLUE)):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        grey[where] = (1 - opacity) * grey[where] + opacity * rgb
+    return grey
+
+
+def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: int = 6) -> Figure:
+    """Test images with the masks that were written for them, from the highest probability to the lowest."""
+    readable = results[results["error"].isna()].sort_values("prob", ascending=False, kind="stable")
+    examples = []
+    places = np.linspace(0, len(readable) - 1, count).round().astype(int) if len(readable) else []
+    for _, row in readable.iloc[np.unique(places)].iterrows():
+        mask = load_mask(run.masks / f"{Path(row['path']).stem}.npz")
+        examples.append(
+            MaskExample(f"{row['image_id'][:14]}\nprob {row['prob']:.2f}", read_image(Path(row["path"])), mask, None)
+        )
+    return mask_gallery(examples, loc_threshold, "Test images and their masks as predicted")

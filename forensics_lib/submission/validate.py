@@ -1,0 +1,559 @@
+"""The challenge's archives: built from a run's files, and checked as an outsider would who has only the archive.
+
+Sources of the format: the README of the challenge's repository for 2025 (zip with one CSV; masks as npz) and for 2026
+(Task A as plain CSV).
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import filecmp
+import io
+import itertools
+import math
+import re
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from forensics_lib.data.layouts import contents, mask_clashes, mask_names, read_test
+from forensics_lib.evaluation.evaluate import stored_thresholds
+from forensics_lib.evaluation.metrics import DECIMALS
+from forensics_lib.images.io import ImageError, read_header
+from forensics_lib.inference.predict import MASK_KEY, load_mask
+from forensics_lib.run import Run, require_same_kind
+from forensics_lib.utils.files import home, read_json, update_json, whole
+from forensics_lib.utils.locks import exclusive
+from forensics_lib.utils.progress import progress
+
+HEADERS = {
+    "A": ["image_id", "prob", "label", "threshold"],
+    "B": ["image_id", "prob", "label", "threshold", "loc_threshold"],
+}
+SCORES = "scores.csv"
+SHOWN_FAULTS = 20
+MAX_MEMBER_BYTES = 4 << 30  # of one file inside an archive, unpacked
+WRITE_MASK = "np.savez_compressed(name, mask.astype(np.float16)) of a mask of shape (H, W) in [0, 1]"
+MAGIC = {
+    b"\x93NUMPY": "a bare NumPy array (.npy)",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"PK\x03\x04": "a zip archive, as spreadsheets are too",
+    b"\x1f\x8b": "a gzip file",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x80": "a pickle",
+}
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz")
+ADDED = re.compile(r"(^|[\\/])(__MACOSX[\\/]|\.[^\\/]*$|(Thumbs\.db|desktop\.ini)$)", re.IGNORECASE)  # by file managers
+SEPARATOR = re.compile(r"[\\/]")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time in archives: the same results give the same bytes
+
+
+class SubmissionError(ValueError):
+    """A submission that would not be valid; the message lists its faults."""
+
+
+@dataclass
+class Validation:
+    """What the validator found in an archive."""
+
+    path: Path
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # not faults, but worth knowing
+    rows: int = 0
+    masks: int = 0
+    authentic: set[str] = field(default_factory=set)  # the images whose label is 0
+    marked: list[str] = field(default_factory=list)  # those of them whose masks are not empty
+    full: list[str] = field(default_factory=list)  # images whose masks are 1 everywhere
+
+    @property
+    def valid(self) -> bool:
+        return not self.faults
+
+    def report(self) -> str:
+        """The verdict and the findings as text."""
+        masks = f", {self.masks} masks" if self.masks else ""
+        lines = [f"{self.path.name}: {'VALID' if self.valid else f'{len(self.faults)} FAULT(S)'} ({self.rows} rows{masks})"]
+        lines += [f"  fault: {fault}" for fault in self.faults[:SHOWN_FAULTS]]
+        if len(self.faults) > SHOWN_FAULTS:
+            lines.append(f"  ... and {len(self.faults) - SHOWN_FAULTS} more")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+# ---- Building --------------------------------------------------------------------------------------------------------
+
+
+def archive_path(run: Run, task: str) -> Path:
+    """Where a task's archive goes; a sample run's carries ``sample`` in its name."""
+    if task == "A":
+        parts, ending = [run.params.team, run.params.run_type], ".zip" if run.params.edition == 2025 else ".csv"
+    else:
+        parts, ending = [run.params.team, "localization_masks"], ".zip"
+        parts += ["open"] if run.params.run_type == "open" else []
+    parts += ["sample"] if run.sample else []
+    return run.submission / f"{'_'.join(parts)}{ending}"
+
+
+def scores_path(run: Run) -> Path:
+    """The copy of ``scores.csv`` that lies beside the Task B archive."""
+    marks = (("_open", run.params.run_type == "open"), ("_sample", run.sample))
+    return run.submission / f"scores{''.join(mark for mark, on in marks if on)}.csv"
+
+
+def build_submission(run: Run, task: str) -> Validation:
+    """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``.
+
+    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.  Where
+    another run's archive has the name, that one is kept under a name that says its run.
+    """
+    target = archive_path(run, task)
+    table = submission_table(run, task)
+    text = table.to_csv(index=False, float_format=_exactly)
+    with whole(target) as temporary:
+        if target.suffix == ".csv":
+            temporary.write_text(text, encoding="utf-8")
+        else:
+            _write_zip(run, task, temporary, text, f"{target.stem}.csv" if task == "A" else SCORES, table)
+        result = validate_submission(temporary, task, run.test_folder(task))
+        result.path = target
+        if not result.valid:
+            raise SubmissionError(f"{target.name} was not written:\n{result.report()}")
+        _claim(run, target, temporary)
+    if task == "B":
+        with whole(scores_path(run)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            _claim(run, scores_path(run), temporary)
+    run.record(**{f"task{task}_submission": str(target)})
+    return result
+
+
+def _exactly(value: float) -> str:
+    """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
+    return np.format_float_positional(value, min_digits=DECIMALS)
+
+
+def _claim(run: Run, path: Path, new: Path) -> None:
+    """Note in ``run.json`` that the file ``path`` is this run's from now on; what another run left there is kept beside it."""
+    lock = home() / "outputs" / ".submission.lock"
+    with exclusive(lock, f"another process writes to {run.submission}: waiting for it"):
+        records = {record.parent.name: read_json(record) for record in (home() / "outputs").glob("*/run.json")}
+        owners = [name for name, facts in records.items() if str(path) in _archives(facts)]
+        same = path.is_file() and not owners and filecmp.cmp(path, new, shallow=False)
+        if path.is_file() and owners != [run.name] and not same:
+            kept = _kept(path, owners[0] if len(owners) == 1 else None)
+            path.replace(kept)
+            for name in set(owners) - {run.name}:
+                _rename_archive(name, records[name], path, kept)
+            said = f"was made by run {', '.join(owners)}" if owners else "was made by no run in outputs/"
+            print(f"{path.name} {said}: it is kept as {kept.name}, and is now of run {run.name}")
+        run.record(archives=sorted({*_archives(records.get(run.name, {})), str(path)}))
+
+
+def _archives(facts: dict[str, Any]) -> set[str]:
+    """The files in ``submission/`` that are a run's, from its ``run.json``."""
+    latest = [facts[key] for key in ("taskA_submission", "taskB_submission") if key in facts]
+    return {*latest, *facts.get("archives", [])}
+
+
+def _kept(path: Path, owner: str | None) -> Path:
+    """Where the earlier file of a name goes: of a known run to the one place of that run, else to a new one."""
+    if owner:
+        return path.with_name(f"{path.stem}_of_run_{owner}{path.suffix}")
+    names = (f"{path.stem}_earlier{number or ''}{path.suffix}" for number in itertools.count())
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+
+
+def _rename_archive(name: str, facts: dict[str, Any], path: Path, kept: Path) -> None:
+    renamed = {key: str(kept) for key in ("taskA_submission", "taskB_submission") if facts.get(key) == str(path)}
+    archives = sorted({*_archives(facts), str(kept)} - {str(path)})
+    update_json(home() / "outputs" / name / "run.json", archives=archives, **renamed)
+
+
+def submission_table(run: Run, task: str) -> pd.DataFrame:
+    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row.
+
+    Raises ``SubmissionError`` where an image has no probability.
+    """
+    path = run.test_probs(task)
+    if not path.is_file():
+        raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
+    table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
+    require_same_kind(run, task)
+    inferred = read_json(run.folder / "run.json").get(f"task{task}_inferred")
+    thresholds, chosen_with = stored_thresholds(run, task), read_json(run.thresholds)[task].get("inference")
+    if inferred and (inferred["thresholds"] != thresholds or inferred.get("inference", chosen_with) != chosen_with):
+        raise SubmissionError(
+            f"the Task {task} thresholds of run {run.name} were chosen anew since its test images were predicted: run 04_infer "
+            "of this run again (shards that still hold are taken up)"
+        )
+    probs = pd.to_numeric(table["prob"], errors="coerce")
+    if len(missing := table.loc[~np.isfinite(probs), "image_id"]):
+        named = ", ".join(missing[:SHOWN_FAULTS])
+        raise SubmissionError(
+            f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
+        )
+    table["prob"] = probs
+    table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
+    for name in HEADERS[task][3:]:
+        table[name] = thresholds[name]
+    return table
+
+
+def _write_zip(run: Run, task: str, path: Path, text: str, csv_name: str, table: pd.DataFrame) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(csv_name, _EPOCH), text, zipfile.ZIP_DEFLATED)
+        if task == "B":
+            names = mask_names(table["image_id"]).values()
+            for name, label in progress(list(zip(names, table["label"], strict=True)), "archive"):
+                mask = run.masks / name
+                if not mask.is_file():
+                    raise FileNotFoundError(f"no mask {mask}; run 04_infer of this run again")
+                content = mask.read_bytes() if label else _empty_like(mask)
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_STORED)
+
+
+def _empty_like(mask: Path) -> bytes:
+    """An all-zero mask file of the size of another."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{MASK_KEY: np.zeros_like(load_mask(mask))})
+    return buffer.getvalue()
+
+
+# ---- Validation ------------------------------------------------------------------------------------------------------
+
+
+def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
+    """Check an archive (or plain CSV) against the folder of test images, and name every fault by row or file.
+
+    A lone ``scores.csv`` is not a Task B submission: its rows are checked, and the missing masks are a fault.
+    """
+    result = Validation(path)
+    images = {Path(path).name: Path(path) for path in read_test(test_folder).paths}
+    if not path.is_file():
+        result.faults.append(f"no file to check: {contents(path)}")
+        return result
+    if path.suffix.lower() == ".csv":
+        if task == "B":
+            result.faults.append(
+                f"masks are missing: a Task B submission is a zip with {SCORES} and {len(images)} masks, of which this is the "
+                "table alone; validate the zip"
+            )
+        _check_csv(path.read_bytes(), path.name, task, images, result)
+        return result
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises nearly anything on damaged directories
+        with path.open("rb") as file:
+            start = file.read(4096)
+        cut = f"it begins as one, but is truncated, damaged or of an unknown kind ({error}); build or download it again"
+        found = cut if start.startswith(b"PK\x03\x04") else _looks_like(start)
+        result.faults.append(f"not a zip archive: {found or error}")
+        return result
+    with archive:
+        _check_archive(archive, task, images, result)
+    return result
+
+
+Entries = list[tuple[str, zipfile.ZipInfo]]  # names without folders
+
+
+def _check_archive(archive: zipfile.ZipFile, task: str, images: dict[str, Path], result: Validation) -> None:
+    entries = _check_members(archive, result)
+    tables = sorted((entry for entry in entries if entry[0].lower().endswith(".csv")), key=lambda entry: entry[0] != SCORES)
+    if len(tables) != 1 or (task == "B" and tables[0][0] != SCORES):
+        found = ", ".join(sorted(name for name, _ in tables)) or "none"
+        result.faults.append(f"expected {'one CSV' if task == 'A' else f'one CSV named {SCORES}'}, found {found}")
+    for name, info in tables[:1]:
+        content = _read(archive, info, result)
+        if content is not None:
+            _check_csv(content, name, task, images, result)
+    others = [entry for entry in entries if entry not in tables]
+    if task == "A":
+        result.faults += [f"{name}: does not belong in the archive{_nested(name)}" for name, _ in others]
+        return
+    result.faults += mask_clashes(list(images))
+    _check_masks(archive, others, images, result)
+    if result.marked:
+        result.notes.append(
+            f"{len(result.marked)} image(s) with label 0 have masks that are not all zero, such as {result.marked[0]}; "
+            "the challenge asks for zeros where nothing is detected"
+        )
+    if result.full:
+        result.notes.append(f"{len(result.full)} mask(s) are 1 everywhere, such as that of {result.full[0]}")
+
+
+def _check_members(archive: zipfile.ZipFile, result: Validation) -> Entries:
+    """The files of an archive by their names without folders; those that file managers add are left out, as a fault."""
+    members = [info for info in archive.infolist() if not info.filename.endswith("/")]  # is_dir() fails on an empty name
+    added = [info.filename for info in members if ADDED.search(info.filename)]
+    if added:
+        result.faults.append(
+            f"{len(added)} hidden or system file(s), such as {added[0]}, that a file manager added: take them out, for "
+            f"example by  zip -d {result.path.name} '__MACOSX/*' '*.DS_Store' '*Thumbs.db'"
+        )
+    entries = [(SEPARATOR.split(info.filename)[-1], info) for info in members if not ADDED.search(info.filename)]
+    deeper = [info.filename for name, info in entries if name != info.filename]
+    if deeper:
+        result.faults.append(
+            f"{deeper[0]}: lies in a folder{f', as do {len(deeper) - 1} more' if len(deeper) > 1 else ''}; files belong at "
+            "the top of the archive: zip the files, not the folder that holds them"
+        )
+    if any(not name for name, _ in entries):
+        result.faults.append("a file in the archive has no name")
+    counts = Counter(name for name, _ in entries)
+    result.faults += [f"{name}: {times} times in the archive" for name, times in counts.items() if times > 1]
+    return entries
+
+
+def _nested(name: str) -> str:
+    return ": an archive inside of the archive; put its files in instead" if name.lower().endswith(ARCHIVES) else ""
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, result: Validation) -> bytes | None:
+    """A member's bytes; None with a fault where it is damaged, encrypted or too large."""
+    try:
+        if info.flag_bits & 1:
+            result.faults.append(f"{info.filename}: is encrypted; zip without a password")
+        elif info.file_size > MAX_MEMBER_BYTES:
+            result.faults.append(f"{info.filename}: {info.file_size:,} bytes unpacked; at most {MAX_MEMBER_BYTES:,} are read")
+        else:
+            return archive.read(info)
+    except Exception as error:  # zlib, CRC, unknown compression: all mean the same to the reader
+        result.faults.append(f"{info.filename}: cannot be unpacked: {error}; make the archive again")
+    return None
+
+
+def _looks_like(content: bytes) -> str | None:
+    """What some bytes are that should be something else, in words; None where nothing is known of them."""
+    if not content:
+        return "it is empty (0 bytes)"
+    for start, name in MAGIC.items():
+        if content.startswith(start):
+            return f"it is {name}"
+    start = content[:1000].decode("ascii", errors="replace")
+    return "it is text" if all(c.isascii() and (c.isprintable() or c.isspace()) for c in start) else None
+
+
+def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], result: Validation) -> None:
+    if content.startswith(tuple(MAGIC)):
+        result.faults.append(f"{name}: not a CSV: {_looks_like(content)}")
+        return
+    try:
+        text = _decoded(content, name, result)
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        result.faults.append(f"{name}: not a UTF-8 CSV: {error}")
+        return
+    header = HEADERS[task]
+    found = rows[0] if rows else []
+    if found != header:
+        result.faults.append(
+            f"{name}: header is {','.join(found) or 'missing'}; expected {','.join(header)}{_remedy(found, header, images)}"
+        )
+        if [column.strip().lower() for column in found] != header:
+            return
+    result.rows = len(rows) - 1
+    _check_rows(rows[1:], name, header, images, result)
+    if "\r" in text:
+        result.notes.append(f"{name}: lines end as on Windows (CRLF) or old Macs (CR), which is allowed")
+
+
+def _decoded(content: bytes, name: str, result: Validation) -> str:
+    """A CSV's text, after a fault where it is UTF-16 or begins with a byte order mark.  Raises ``UnicodeDecodeError``."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:100]:
+        result.faults.append(f"{name}: is in UTF-16; save it as UTF-8 (Excel: 'CSV', pandas: encoding='utf-8')")
+        return content.decode("utf-16")
+    if content.startswith(codecs.BOM_UTF8):
+        result.faults.append(
+            f"{name}: begins with a byte order mark, which many readers take for a part of the first column's name; save it as "
+            "UTF-8 without one (Excel: 'CSV', not 'CSV UTF-8'; pandas: encoding='utf-8', not 'utf-8-sig')"
+        )
+    return content.decode("utf-8-sig")
+
+
+def _remedy(found: list[str], header: list[str], images: dict[str, Path]) -> str:
+    """What to do about a header, as the end of a sentence."""
+    near = [column.strip().lower() for column in found]
+    if near == header:
+        return ": write the names in small letters without spaces"
+    if len(found) == 1 and (separators := [sign for sign in ";\t|" if sign in found[0]]):
+        sign = "tabs" if separators[0] == "\t" else separators[0]
+        return f": fields are separated by {sign}; write commas, and decimal points"
+    if found and (found[0] in images or _meant(found[0], _by_near_name(images))):
+        return ": the first row is an image's; write the header above it"
+    if sorted(near) == sorted(header):
+        return ": put the columns in this order"
+    less = [column for column in header if column not in near]
+    more = [column or "a column without a name (pandas: index=False)" for column in near if column not in header]
+    parts = [f"{verb} {', '.join(names)}" for verb, names in (("lacks", less), ("has in addition", more)) if names]
+    return f": it {' and '.join(parts)}" if found and parts else ""
+
+
+def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dict[str, Path], result: Validation) -> None:
+    near, seen = _by_near_name(images), Counter()
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            remedy = "" if row else ": take the empty line out"
+            result.faults.append(f"{name} row {number}: {len(row)} fields; expected {len(header)}{remedy}")
+            continue
+        image = row[0] if row[0] in images else _meant(row[0], near)
+        seen[image or row[0]] += 1
+        result.authentic |= {image or row[0]} if row[2] == "0" else set()
+        result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in _row_faults(row)]
+        if image is None:
+            result.faults.append(f"{name} row {number} ({row[0]}): extra, no such test image")
+        elif image != row[0]:
+            result.faults.append(
+                f"{name} row {number} ({row[0]}): no such test image; {image} seems to be meant. image_id is the exact file "
+                "name with its ending and without folders"
+            )
+    result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
+    missing = [image for image in images if image not in seen]
+    result.faults += _dropped_endings(missing, list(images), name)
+    result.faults += [f"{name}: {image} is missing" for image in missing]
+    if list(seen) != sorted(seen):
+        result.notes.append(f"{name}: rows are not sorted by image_id")
+    whole_rows = [row for row in rows if len(row) == len(header)]
+    if level := [row[0] for row in whole_rows if _number(row[1]) == _number(row[3])]:
+        result.notes.append(
+            f"{name}: the probability of {len(level)} image(s), such as {level[0]}, equals the threshold: a scorer that takes "
+            "prob > threshold reads label 0 from them, one that takes prob >= threshold label 1"
+        )
+    for column in range(3, len(header)):
+        values = {_number(row[column]): row[column] for row in whole_rows}
+        if len(values) > 1:
+            found = ", ".join(sorted(values.values())[:3])
+            result.faults.append(f"{name}: {len(values)} different values of {header[column]} ({found}); one is allowed")
+    result.notes += _turned_around(whole_rows, name)
+
+
+def _by_near_name(images: dict[str, Path]) -> dict[str, str]:
+    """Test images by their names in small letters, with and without endings."""
+    return {Path(image).stem.casefold(): image for image in images} | {image.casefold(): image for image in images}
+
+
+def _meant(written: str, near: dict[str, str]) -> str | None:
+    """The test image that a name seems to mean: one with a folder, with another ending or none, or in other case."""
+    name = SEPARATOR.split(written.strip())[-1].casefold()
+    return near.get(name) or near.get(Path(name).stem)
+
+
+def _dropped_endings(missing: list[str], images: list[str], name: str) -> list[str]:
+    """Endings that no row has, where other endings have rows: what a filter by ending leaves out."""
+    absent, there = (Counter(Path(image).suffix or "no ending" for image in names) for names in (missing, images))
+    dropped = {ending: count for ending, count in absent.items() if count == there[ending]}
+    if not dropped or len(missing) == len(images):
+        return []
+    found = ", ".join(f"{ending} ({count})" for ending, count in sorted(dropped.items()))
+    return [f"{name}: no row for any test image with the ending {found}: was the folder listed by other endings alone?"]
+
+
+def _turned_around(rows: list[list[str]], name: str) -> list[str]:
+    """Notes on probabilities that look like something else than that of label 1; of at least two contradictions."""
+    facts = [(row[2], _number(row[1]), _number(row[3])) for row in rows if row[2] in ("0", "1")]
+    wrong = [(label, prob >= threshold) for label, prob, threshold in facts if (prob >= threshold) != (label == "1")]
+    authentic = sum(label == "0" for label, _, _ in facts)
+    if len(wrong) < 2 or not authentic:
+        return []
+    if len(wrong) == len(facts):
+        return [f"{name}: every label contradicts its prob; is prob the probability of label 0? It must be that of label 1"]
+    if [label for label, _ in wrong] == ["0"] * authentic:
+        return [f"{name}: every prob of label 0 is above the threshold; is prob the confidence in the label? It must be "
+                "the probability of label 1 (synthetic or manipulated) in all rows"]  # fmt: skip
+    return []
+
+
+def _number(text: str) -> float:
+    """A number as the challenge's readers take it, with or without an exponent; NaN for anything else."""
+    return float(text) if NUMBER.fullmatch(text.strip()) else math.nan
+
+
+def _row_faults(row: list[str]) -> list[str]:
+    """Faults of one row: values that are no numbers in [0, 1], and a label that contradicts prob and threshold."""
+    faults, values = [], []
+    for column, text in zip(("prob", "threshold", "loc_threshold"), [row[1], *row[3:]], strict=False):
+        value = _number(text)
+        if not 0 <= value <= 1:
+            remedy = ": write a decimal point" if re.fullmatch(r"\s*\d+,\d+\s*", text) else ""
+            faults.append(f"{column} is {text!r}; expected a number in [0, 1]{remedy}")
+        values.append(value)
+    if row[2] not in ("0", "1"):
+        whole_number = _number(row[2]) in (0, 1) or row[2].strip().lower() in ("true", "false")
+        faults.append(f"label is {row[2]!r}; expected 0 or 1{': write whole numbers (pandas: astype(int))' * whole_number}")
+    elif not faults and int(row[2]) != (values[0] >= values[1]):
+        faults.append(f"label {row[2]} contradicts prob {row[1]} and threshold {row[3]} (1 where prob >= threshold)")
+    return faults
+
+
+def _check_masks(archive: zipfile.ZipFile, entries: Entries, images: dict[str, Path], result: Validation) -> None:
+    expected = {f"{Path(name).stem}.npz": path for name, path in images.items()}
+    near, names = _by_near_name(images), {name for name, _ in entries}
+    wanted = {name: name if name in expected else _mask_meant(name, near, names) for name in names}
+    there = set(wanted.values())
+    result.faults += [f"{name}: mask is missing" for name in expected if name not in there]
+    for name, info in progress(entries, "checking masks"):
+        mask = wanted[name]
+        if mask is None:
+            result.faults.append(f"{name}: extra, belongs to no test image{_nested(name)}")
+            continue
+        if mask != name:
+            result.faults.append(f"{name}: must be called {mask}, as its image without the ending, and .npz")
+        result.masks += 1
+        content = _read(archive, info, result)
+        if content is not None:
+            result.faults += [f"{name}: {fault}" for fault in _mask_faults(content, expected[mask], result)]
+
+
+def _mask_meant(name: str, near: dict[str, str], names: set[str]) -> str | None:
+    """The mask that a wrong name seems to mean (``a.NPZ``, ``a.jpg.npz``, ``a.npy``), where that one is not there itself."""
+    image = _meant(name, near) or _meant(Path(name).stem, near)
+    mask = f"{Path(image).stem}.npz" if image else None
+    return None if mask in names else mask
+
+
+def _mask_faults(content: bytes, image: Path, result: Validation) -> list[str]:
+    if not content.startswith(b"PK"):  # as every zip, and so every npz
+        return [f"not a readable npz: {_looks_like(content) or 'it is no zip archive'}; write it by {WRITE_MASK}"]
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            names = arrays.files
+            mask = arrays[names[0]] if len(names) == 1 else None
+    except Exception as error:  # numpy raises nearly anything on damaged files
+        return [f"not a readable npz: {error}; write it by {WRITE_MASK}"]
+    if mask is None:
+        return [f"holds {len(names)} arrays; expected one: write it by {WRITE_MASK}"]
+    if not isinstance(mask, np.ndarray):  # numpy hands on as bytes what is no array
+        return [f"holds {names[0]}, which is no array; write it by {WRITE_MASK}"]
+    if mask.dtype != np.float16 or mask.ndim != 2:
+        return [f"{mask.dtype} array of shape {mask.shape}; expected float16 of shape (H, W): write it by {WRITE_MASK}"]
+    low, high = (mask.min(), mask.max()) if mask.size else (0, 0)
+    if np.isnan(low) or np.isnan(high):
+        return ["holds values that are not finite (NaN); expected [0, 1]"]
+    if low < 0 or high > 1:
+        return [f"values outside [0, 1] or not finite: {low} to {high}{'; divide by 255' if 1 < high <= 255 else ''}"]
+    if image.name in result.authentic and high > 0:
+        result.marked.append(image.name)
+    if low == 1:
+        result.full.append(image.name)
+    return _size_faults(mask.shape, image, result)
+
+
+def _size_faults(shape: tuple[int, ...], image: Path, result: Validation) -> list[str]:
+    try:
+        header = read_header(image)
+    except ImageError as error:
+        result.notes.append(f"{image.name} cannot be read, so the size of its mask {shape} was not checked ({error})")
+        return []
+    size = (header.height, header.width)
+    if shape == size:
+        return []
+    turned = "; height and width are the wrong way round: write mask.T" if shape == size[::-1] else ""
+    return [f"shape {shape}; its image has {size} (height, width){turned}"]

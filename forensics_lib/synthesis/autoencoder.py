@@ -1,0 +1,145 @@
+"""The project's own neural generator: a small convolutional autoencoder.
+
+It stands in for the decoder of a latent diffusion model wherever no larger generator can be had: an image that went
+through it carries the traces of a learned decoder (lost noise, correlated residuals) while its content, size and codec
+stay those of the photograph.  The weights in ``assets/autoencoder.safetensors`` were made by
+
+    python -m forensics_lib.synthesis.autoencoder
+
+from the training photographs of the built-in sample, with the seed and the settings below.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from forensics_lib.utils.progress import progress
+
+WEIGHTS = Path(__file__).parents[1] / "assets" / "autoencoder.safetensors"
+PADDING = 32  # images are padded to multiples of this: few distinct shapes are faster than many
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; keeps the shape ``(N, channels, H, W)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Autoencoder(nn.Module):
+    """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 4, to images of the same shape (not clipped).
+
+    The latent has ``latent`` channels at a quarter of the resolution: with 6 of them, 8 values in become 1.
+    """
+
+    def __init__(self, latent: int = 6, width: tuple[int, int] = (32, 64)) -> None:
+        super().__init__()
+        fine, coarse = width
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, fine, 3, padding=1),
+            ResidualBlock(fine),
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1),
+            ResidualBlock(coarse),
+            ResidualBlock(coarse),
+            nn.Conv2d(coarse, latent, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, coarse, 3, padding=1),
+            ResidualBlock(coarse),
+            ResidualBlock(coarse),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(coarse, fine, 3, padding=1),
+            ResidualBlock(fine),
+            nn.Conv2d(fine, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x))
+
+
+def load_autoencoder(weights: Path = WEIGHTS) -> Autoencoder:
+    """The trained autoencoder in evaluation mode."""
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"no autoencoder weights at {weights}; restore it, or run 'python -m forensics_lib.synthesis.autoencoder'"
+        )
+    model = Autoencoder()
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+@torch.no_grad()
+def regenerate(model: Autoencoder, image: np.ndarray) -> np.ndarray:
+    """Pass one ``(H, W, 3)`` uint8 image of any size through the autoencoder; the same shape and type come back."""
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((0, -height % PADDING), (0, -width % PADDING), (0, 0)), mode="symmetric")
+    tensor = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
+    pixels = model(tensor)[0].permute(1, 2, 0)[:height, :width]
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch: int = 24, size: int = 64) -> Autoencoder:
+    """Train on random ``size`` x ``size`` crops of ``(H, W, 3)`` uint8 photographs.
+
+    The loss is L1 on pixels plus L1 on their horizontal and vertical differences (so that edges stay sharp); the
+    learning rate follows one cycle.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = Autoencoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], float)
+    bar = progress(range(steps), "autoencoder")
+    for step in bar:
+        crops = [_random_crop(photos[i], size, rng) for i in rng.choice(len(photos), batch, p=areas / areas.sum())]
+        x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+        y = model(x)
+        loss = F.l1_loss(y, x) + F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            psnr = -10 * torch.log10(F.mse_loss(y.detach().clamp(0, 1), x))
+            bar.note(f"loss {loss.item():.4f}, PSNR {psnr.item():.1f} dB")
+    return model.eval()
+
+
+def _random_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    top = rng.integers(photo.shape[0] - size + 1)
+    left = rng.integers(photo.shape[1] - size + 1)
+    crop = photo[top : top + size, left : left + size]
+    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
+
+
+def main() -> None:
+    from forensics_lib.synthesis.sample import PHOTOS, load_photo
+
+    parser = argparse.ArgumentParser(description="Train the sample's autoencoder and write its weights.")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps (default 1600)")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
+    arguments = parser.parse_args()
+    photos = [load_photo(name) for name, photo in PHOTOS.items() if photo.split == "train"]
+    model = train_autoencoder(photos, arguments.steps)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
+    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    main()

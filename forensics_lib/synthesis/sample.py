@@ -1,0 +1,304 @@
+"""The built-in sample: a small data set in the official layout, made on any machine without network.
+
+Real images are crops of freely licensed photographs that installed packages ship.  Synthetic ones are the same crops
+after the project's own autoencoder (``autoencoder.py``), and manipulated ones carry a region with other content that
+the autoencoder made: spliced (``sp``: only the region is regenerated) or fully regenerated (``fr``: the whole image
+went through it).  Photographs never cross a split, both classes pass through the same codec with the same settings,
+and the same code gives the same bytes every time.
+
+It shows that everything works and what it looks like.  It says nothing about how a detector does on real generators.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import skimage
+import sklearn
+from PIL import Image
+
+from forensics_lib.data.generated import Autoencode, load_autoencode
+from forensics_lib.synthesis.forgeries import composed, enlarged, outlined
+from forensics_lib.utils.locks import exclusive
+from forensics_lib.utils.progress import progress
+
+VERSION = 1  # raise it when the bytes change: older copies are then rebuilt
+MARKER = "sample.json"  # written last: a folder without it is not a finished sample
+
+_SKIMAGE = Path(skimage.__file__).parent / "data"
+_SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
+_MATPLOTLIB = Path(matplotlib.get_data_path()) / "sample_data"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph of an installed package: where it is, which split it belongs to, who made it."""
+
+    path: Path
+    split: str
+    licence: str
+    scale: float = 1.0  # photographs that were enlarged at their source are shrunk back
+
+
+PHOTOS: dict[str, Photo] = {
+    "astronaut": Photo(_SKIMAGE / "astronaut.png", "train", "public domain, NASA"),
+    "brick": Photo(_SKIMAGE / "brick.png", "train", "CC0, CC0Textures"),
+    "chelsea": Photo(_SKIMAGE / "chelsea.png", "train", "CC0, Stefan van der Walt"),
+    "china": Photo(_SKLEARN / "china.jpg", "train", "CC BY 2.0, danielbuechele"),
+    "gravel": Photo(_SKIMAGE / "gravel.png", "train", "CC0, CC0Textures"),
+    "grace_hopper": Photo(_MATPLOTLIB / "grace_hopper.jpg", "train", "public domain, US Navy"),
+    "rocket": Photo(_SKIMAGE / "rocket.jpg", "train", "public domain, SpaceX"),
+    "camera": Photo(_SKIMAGE / "camera.png", "val", "CC0, Lav Varshney"),
+    "coffee": Photo(_SKIMAGE / "coffee.png", "val", "CC0, Rachel Michetti"),
+    "flower": Photo(_SKLEARN / "flower.jpg", "val", "CC BY 2.0, vultilion"),
+    "grass": Photo(_SKIMAGE / "grass.png", "val", "CC0, linolafett"),
+    "coins": Photo(_SKIMAGE / "coins.png", "test", "no known restrictions, Brooklyn Museum"),
+    "hubble": Photo(_SKIMAGE / "hubble_deep_field.jpg", "test", "public domain, NASA"),
+    "tissue": Photo(_SKIMAGE / "ihc.png", "test", "no known restrictions, CMMI"),
+    "moon": Photo(_SKIMAGE / "moon.png", "open_train", "public domain, NASA"),
+    "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.25),
+}
+TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops a photograph
+TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # photographs' crops in the TGIF tree, a photograph
+TASK_B_OFFICIAL = {"validation": 4, "test": 5}  # crops a photograph in the Task B validation and test folders
+CATEGORIES = ("apple", "bird", "cat", "teddy bear", "vase")  # TGIF's; here they are names only
+TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
+
+
+@lru_cache
+def load_photo(name: str) -> np.ndarray:
+    """One of ``PHOTOS`` as ``(H, W, 3)`` uint8."""
+    photo = PHOTOS[name]
+    if not photo.path.is_file():
+        raise FileNotFoundError(
+            f"the sample's photograph {name!r} is missing at {photo.path}; reinstall the environment ('make clean-env setup')"
+        )
+    with Image.open(photo.path) as image:
+        image = image.convert("RGB")
+        if photo.scale != 1:
+            image = image.resize([round(side * photo.scale) for side in image.size], Image.Resampling.LANCZOS)
+        return np.asarray(image)
+
+
+def build_sample(root: Path) -> Path:
+    """Make the sample under ``root`` unless a finished one of this version is there; returns ``root``.
+
+    The data set is made beside its place and moved there whole, so that a stopped build leaves nothing behind that
+    could be taken for a finished one.  Where several processes want it at once, one makes it and the others wait.
+    """
+    if _finished(root):
+        return root
+    with exclusive(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
+        if not _finished(root):
+            for left in root.parent.glob(f".{root.name}-*/"):  # by a build that was killed: none goes on while this one may
+                shutil.rmtree(left)
+            _build_beside(root)
+    return root
+
+
+def _finished(root: Path) -> bool:
+    marker = root / MARKER
+    return marker.is_file() and json.loads(marker.read_text())["version"] == VERSION
+
+
+def _build_beside(root: Path) -> None:
+    building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        _build(building)
+        _move_into_place(building, root)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _move_into_place(building: Path, root: Path) -> None:
+    building.chmod(0o755)  # mkdtemp makes folders for the owner alone
+    if root.exists():
+        if any(root.iterdir()) and not (root / MARKER).is_file():
+            raise FileExistsError(f"{root} holds files that are not a sample; move them away, then run 'make sample'")
+        shutil.rmtree(root)
+    building.replace(root)
+
+
+def _build(root: Path) -> None:
+    autoencode = load_autoencode("own")
+    jobs: list[Callable[[], None]] = []
+    for index, name in enumerate(PHOTOS):
+        jobs.append(lambda n=name, i=index: _write_task_a(root, n, np.random.default_rng([1, i]), autoencode))
+    for split, source in TGIF_SPLITS.items():
+        jobs.append(lambda s=split, p=source: _write_tgif(root, s, p, autoencode))
+    jobs.append(lambda: _write_task_b_validation(root, autoencode))
+    jobs.append(lambda: _write_task_b_test(root, autoencode))
+    for job in progress(jobs, "sample data"):
+        job()
+    credits = [f"{name}: {photo.licence}" for name, photo in PHOTOS.items()]
+    (root / "README.txt").write_text("\n".join([__doc__ or "", "Photographs:", *credits, ""]))
+    (root / MARKER).write_text(json.dumps({"version": VERSION}))
+
+
+# ---- Task A ----------------------------------------------------------------------------------------------------------
+
+
+def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: Autoencode) -> None:
+    """Crops of one photograph and their synthetic twins, both as JPEG of the same quality."""
+    photo, split = load_photo(name), PHOTOS[name].split
+    for index in range(TASK_A_COUNTS[split]):
+        real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
+        fake = enlarged(autoencode)(real) if split.startswith("open") else autoencode(real)
+        quality, subsampling = int(rng.integers(82, 97)), int(rng.choice([0, 2]))
+        for label, image in enumerate((real, fake)):
+            path = _task_a_path(root, split, name, label, index, rng)
+            _save(path, image, quality=quality, subsampling=subsampling)
+
+
+def _task_a_path(root: Path, split: str, name: str, label: int, index: int, rng: np.random.Generator) -> Path:
+    if split == "test":  # names say nothing, as in the challenge
+        return root / "test" / "taskA" / f"{rng.bytes(6).hex()}.jpg"
+    folder = "dataset_open" if split.startswith("open") else "dataset"
+    source = ("photographs", "autoencoder")[label]
+    return root / folder / split.removeprefix("open_") / ("0_real", "1_fake")[label] / source / f"{name}_{index:03d}.jpg"
+
+
+def _textured_crop(photo: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """The most textured of four random crops of ``size`` (height, width)."""
+    height, width = (min(side, limit) for side, limit in zip(size, photo.shape[:2], strict=True))
+    tops = rng.integers(photo.shape[0] - height + 1, size=4)
+    lefts = rng.integers(photo.shape[1] - width + 1, size=4)
+    crops = [photo[t : t + height, x : x + width] for t, x in zip(tops, lefts, strict=True)]
+    return max(crops, key=lambda crop: float(np.abs(np.diff(crop.astype(np.int16), axis=0)).mean()))
+
+
+# ---- Task B ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Scene:
+    """One crop of a photograph, the place to change in it, and other content of the same size."""
+
+    base: np.ndarray
+    mask: np.ndarray
+    donor: np.ndarray
+    segm: bool
+
+
+def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
+    photo = load_photo(name)
+    base = _textured_crop(photo, tuple(rng.integers(208, 257, 2)), rng)
+    donors = [other for other, info in PHOTOS.items() if info.split == split and other != name]
+    donor = _textured_crop(load_photo(str(rng.choice(donors))), base.shape[:2], rng)
+    donor = np.asarray(Image.fromarray(donor).resize((base.shape[1], base.shape[0]), Image.Resampling.LANCZOS))
+    segm = bool(rng.random() < 0.5)
+    box = (base.shape[0] // 8, base.shape[1] // 8, base.shape[0] * 3 // 4, base.shape[1] * 3 // 4)
+    return _Scene(base, outlined(base.shape[:2], box, segm, rng), donor, segm)
+
+
+def _spliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
+    """Only the region is regenerated; every other pixel is the photograph's."""
+    return composed(scene.base, scene.mask, scene.donor, autoencode)
+
+
+def _respliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
+    """As ``_spliced`` with the region generated at 1.5 times its size."""
+    return _spliced(scene, enlarged(autoencode))
+
+
+def _fully(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
+    """New content in the region, then the whole image regenerated."""
+    return autoencode(_spliced(scene, autoencode))
+
+
+def _fully_enlarged(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
+    """As ``_fully`` with the whole image regenerated at 1.5 times its size."""
+    return enlarged(autoencode)(_spliced(scene, autoencode))
+
+
+def _inner(scene: _Scene) -> _Scene:
+    """The inner crop that TGIF calls 512: three quarters of each side, around the region."""
+    height, width = (side * 3 // 4 // 8 * 8 for side in scene.base.shape[:2])
+    top, left = (scene.base.shape[0] - height) // 2, (scene.base.shape[1] - width) // 2
+    cut = (slice(top, top + height), slice(left, left + width))
+    return _Scene(scene.base[cut], scene.mask[cut], scene.donor[cut], scene.segm)
+
+
+def _outer(scene: _Scene) -> _Scene:
+    """The crop that TGIF calls 1024: sides cut to multiples of 8."""
+    cut = tuple(slice(0, side // 8 * 8) for side in scene.base.shape[:2])
+    return _Scene(scene.base[cut], scene.mask[cut], scene.donor[cut], scene.segm)
+
+
+def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> None:
+    """TGIF's tree and names for one split: an original and four manipulated images of each scene, all PNG."""
+    tgif = root / "dataset_taskB" / "TGIF"
+    names = [name for name, photo in PHOTOS.items() if photo.split == source]
+    for number, name in enumerate(names * TASK_B_COUNTS[split]):
+        rng = np.random.default_rng([2, list(TGIF_SPLITS).index(split), number])
+        scene, category = _scene(name, source, rng), str(rng.choice(CATEGORIES))
+        identity = 9_000_000 + 10_000 * list(TGIF_SPLITS).index(split) + number  # beyond the ids of COCO
+        mask_name = f"{identity}_mask_{'segm' if scene.segm else 'bbox'}"
+        inner, outer = _inner(scene), _outer(scene)
+        images = {
+            f"orig/{split}/{category}/{identity}_orig.png": scene.base,
+            f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
+            f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
+            f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
+            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _respliced(scene, autoencode),
+            f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
+            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": _fully_enlarged(outer, autoencode),
+            f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
+            f"masks/{split}/{category}/{mask_name}_512.png": _as_png(inner.mask),
+            f"masks/{split}/{category}/{mask_name}_1024.png": _as_png(outer.mask),
+        }
+        for path, pixels in images.items():
+            _save(tgif / path, pixels)
+
+
+def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
+    """The official validation layout: originals, manipulated JPEGs, masks, and ``taskB_val.csv``."""
+    folder, rows = root / "dataset_taskB" / "validation", []
+    names = [name for name, photo in PHOTOS.items() if photo.split == "val"]
+    for number, name in enumerate(names * TASK_B_OFFICIAL["validation"]):
+        rng = np.random.default_rng([3, number])
+        scene = _scene(name, "val", rng)
+        quality = int(rng.integers(85, 97))
+        source = ("coco", "raise")[number % 2]
+        stem = f"{9_050_000 + number:012d}" if source == "coco" else f"r{9_050_000 + number:x}t_Q{quality}"
+        original = f"{source}/original/{stem}.jpg"
+        _save(folder / original, scene.base, quality=quality)
+        for method, kind, make in (("paste", "sp", _spliced), ("redraw", "fr", _fully)):
+            name_out = f"{source}_{stem}_{method}_autoencoder_1_None"
+            image, mask = f"{source}/{method}/image/{name_out}.jpg", f"{source}/{method}/mask/{name_out}_mask.png"
+            _save(folder / image, make(scene, autoencode), quality=quality)
+            _save(folder / mask, _as_png(scene.mask))
+            rows.append({"img_path": image, "mask_path": mask, "src_path": original, "type": kind})
+    table = pd.DataFrame(rows)
+    for column in ("img_path", "mask_path", "src_path"):  # as the official file writes its paths
+        table[column] = "sagid\\val\\" + table[column].str.replace("/", "\\")
+    table.to_csv(folder / "taskB_val.csv", index=False, lineterminator="\r\n")
+
+
+def _write_task_b_test(root: Path, autoencode: Autoencode) -> None:
+    """Unlabelled JPEGs with names that say nothing: a third each authentic, spliced and fully regenerated."""
+    names = [name for name, photo in PHOTOS.items() if photo.split == "test"]
+    makers = (lambda scene, _: scene.base, _spliced, _fully)
+    for number, name in enumerate(names * TASK_B_OFFICIAL["test"]):
+        rng = np.random.default_rng([4, number])
+        image = makers[number // len(names) % 3](_scene(name, "test", rng), autoencode)
+        _save(root / "test" / "taskB" / f"{rng.bytes(6).hex()}.jpg", image, quality=int(rng.integers(85, 97)))
+
+
+def _as_png(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8) * 255
+
+
+def _save(path: Path, pixels: np.ndarray, **jpeg: int) -> None:
+    """Write pixels as JPEG with these options, or as PNG where there are none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **(jpeg or {"compress_level": 2}))

@@ -1,0 +1,1 @@
+"""Training in two steps, with everything needed to go on after a stop."""

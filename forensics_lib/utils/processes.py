@@ -1,0 +1,170 @@
+"""Several processes that work on one run together, started by torchrun or by ``processes`` in the parameters.
+
+Each of them calls the very functions that a notebook calls.  They divide batches and images among themselves, the first
+one writes what all of them found, and all see one file system.  A single process is a group of one: nothing here then
+does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.files import is_main
+
+PATIENCE = timedelta(days=1)  # how long processes wait for one that makes twins; torchrun ends all when one dies
+T = TypeVar("T")
+TORCHRUN_ENDS = re.compile(r"[WE]\d{4} .*(closing signal|failed \(exitcode|Received \d+ death signal)")
+LAUNCHED = "FORENSICS_LAUNCHED"  # set in processes that this module started
+
+
+class WorkerError(RuntimeError):
+    """A process of a group failed; the message holds the end of the group's log."""
+
+
+def join_group() -> None:
+    """Join the processes that torchrun started, if it did; cores and GPUs of a node are divided among them.
+
+    Only the first process prints.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.set_num_threads(max(1, usable_cores() // local_processes()))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    if not is_main():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def leave_group() -> None:
+    """Wait for the others and end the group, if there is one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_processes() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def wait_for_all() -> None:
+    """Go on only when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's ``value``, in order of rank, in every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def totals(*values: int) -> list[int]:
+    """The sum of every process's value, of each of them."""
+    if not dist.is_initialized():
+        return list(values)
+    numbers = torch.tensor(values)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def as_one(model: nn.Module) -> None:
+    """Give every process the first one's weights and buffers."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def first_then_others(make: Callable[[], T]) -> T:
+    """``make()`` in the first process and then in the others, who find what it left on disk."""
+    if not is_main():
+        wait_for_all()
+    made = make()
+    if is_main():
+        wait_for_all()
+    return made
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """A view of ``model`` whose gradients are averaged over the processes; the model itself where there is but one."""
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
+    )
+
+
+def launch(processes: int, *arguments: str) -> None:
+    """Run ``python -m forensics_lib`` with ``arguments`` in ``processes`` processes here, and print what they print.
+
+    Raises ``WorkerError`` where one of them fails; ``KeyboardInterrupt`` says what they kept.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, "-m", "forensics_lib", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        process_group=0,  # Ctrl-C is for this process, which then tells torchrun once
+    )
+    said: deque[str] = deque(maxlen=30)  # by the processes, before torchrun tells at length that it ends them
+    try:
+        ended = False
+        for line in process.stdout or ():
+            ended = ended or bool(TORCHRUN_ENDS.match(line))
+            if not ended:
+                print(line, end="", flush=True)
+                said.append(line)
+    except KeyboardInterrupt:
+        process.terminate()
+        rest, _ = process.communicate()
+        raise KeyboardInterrupt(next((line for line in rest.splitlines() if line.startswith("stopped")), "")) from None
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        status = process.wait()
+    if status:
+        raise WorkerError(f"one of {processes} processes failed; the last that they said:\n{''.join(said)}")
+
+
+def launches(processes: int) -> bool:
+    """Whether work is to be handed to new processes: more than one is wanted and this is not one of them."""
+    return processes > 1 and world() == 1 and not launched()
+
+
+def launched() -> bool:
+    """Whether ``launch`` started this process."""
+    return LAUNCHED in os.environ
