@@ -8,11 +8,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forensics_lib.settings import SettingError, parse_settings
+from forensics_lib.params import SettingError, parse_settings
 from forensics_lib.utils.files import home, write_traceback
 
 if TYPE_CHECKING:
     from forensics_lib.run import Run
+
 
 DEFAULT = "params/constrained.yaml"  # as of make run-constrained and of the notebooks
 
@@ -116,11 +117,11 @@ def _run(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace) -> Run:
     """The run of a command, opened by every process of its group; its tasks are those of the command line."""
     from forensics_lib.run import open_run
-    from forensics_lib.utils.processes import first_then_others, join_group
+    from forensics_lib.utils.processes import join_group, main_process_first
 
     join_group()
     overrides = _overrides(options)
-    run = first_then_others(lambda: open_run(options.params, overrides))
+    run = main_process_first(lambda: open_run(options.params, overrides))
     run.describe()
     return run
 
@@ -129,11 +130,11 @@ def _train(options: argparse.Namespace) -> int:
     from forensics_lib.data.manifest import build_manifest
     from forensics_lib.evaluation.evaluate import evaluate, evaluate_held_out
     from forensics_lib.training.loop import train
-    from forensics_lib.utils.processes import first_then_others, launched, leave_group
+    from forensics_lib.utils.processes import launched, leave_group, main_process_first
 
     run = _open(options)
     for task in run.params.tasks:
-        manifest = first_then_others(lambda task=task: build_manifest(run, task))
+        manifest = main_process_first(lambda task=task: build_manifest(run, task))
         train(run, task, manifest)
         if not launched():  # a notebook goes on by itself
             print(evaluate(run, task, manifest).summary().to_string())
@@ -157,7 +158,7 @@ def _infer(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace) -> int:
     from forensics_lib.reports.report import build_report
-    from forensics_lib.submission.validate import build_submission
+    from forensics_lib.submission.build import build_submission
 
     run = _open(options)
     for task in run.params.tasks:
@@ -187,7 +188,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from forensics_lib.reproduce import reproduce
+    from forensics_lib.pipeline import reproduce
 
     table = reproduce(options.run)
     if not table["equal"].all():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from forensics_lib.params import Params
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.processes import local_processes
 
 # From where on compiling pays, which takes as long for a GPU, though that is about a hundred times as fast.
@@ -106,7 +106,7 @@ class CompiledForBatches(nn.Module):
         return (self.compiled if len(images) == self.size else self.model)(images)
 
 
-def learning_view(model: nn.Module, task: str, size: int, pixels: float) -> nn.Module:
+def compiled_for_training(model: nn.Module, task: str, size: int, pixels: float) -> nn.Module:
     """A model's view for learning from batches of ``size`` images, compiled where ``pixels`` of training pay for that.
 
     Compiling takes up to a minute.  On a CPU it speeds up models for Task A of which a part is frozen, by 5 to 50%, and

@@ -5,12 +5,10 @@ Unknown keys, wrong types and contradictions fail with the key, what was found a
 
 from __future__ import annotations
 
-import ast
 import difflib
-import io
+import json
 import re
-import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -394,63 +392,85 @@ def _problem(item: dict[str, Any]) -> str:
     return f"{key}: found {item['input']!r}; {message[0].lower() + message[1:]} ({meaning})"
 
 
-def notebook_parameters() -> dict[str, Any]:
-    """The parameters set in the running notebook's ``# Parameters`` cells: its own, then papermill's injected one.
+KEY = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=")
+QUOTED = re.compile(r""""(?:\\.|[^"\\])*"|'(?:''|[^'])*'""")
+PLAIN = re.compile(r"[\w./@%+:,~-]+")
+NOTHING = ("", "null", "~")  # how a text parameter that may be left out is set to nothing
+OPTIONAL = {name for name in TEXT if Params.model_fields[name].annotation is not str}
 
-    Only names assigned in those cells, as each was last executed, count: neither variables of other cells nor a line that
-    was taken out are parameters.  Where the kernel keeps no history of cells (under nbval), every plain value counts.
+
+class SettingError(ValueError):
+    """A setting that cannot be read, or a parameter that is set twice; the message says what to write."""
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``["batch_size=8", "tasks=[A] team=007"]`` to a dict; values are read as YAML, those of text parameters stay text.
+
+    An entry may hold several settings: a new one begins at ``KEY=`` outside of quotes and brackets, so that values may
+    hold blanks.  Raises ``SettingError``.
     """
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    if shell is None:
-        raise RuntimeError("notebook_parameters() works in a notebook; elsewhere call load_params(path)")
-    return parameters_in(shell.user_ns)
-
-
-def parameters_in(namespace: dict[str, Any]) -> dict[str, Any]:
-    """The parameters among the names of a kernel; see ``notebook_parameters``."""
-    cells = _parameters_cells(namespace.get("In", []))
-    names = {name for source in cells for name in assigned_names(source)}
-    if not cells:
-        plain = (str, int, float, list, dict, type(None))
-        names = {name for name, value in namespace.items() if isinstance(value, plain) and name not in ("In", "Out")}
-    return {name: namespace[name] for name in sorted(names) if name in namespace and not name.startswith("_")}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        for key, text in _pairs(setting):
+            value = _value(key, text)
+            if key in found:
+                raise SettingError(f"{key} is set twice, to {found[key]!r} and to {value!r}; leave one of them out")
+            found[key] = value
+    return found
 
 
-def _parameters_cells(history: list[str]) -> list[str]:
-    """The ``# Parameters`` cells of a kernel's history as each was last executed: the notebook's own, then papermill's.
-
-    Papermill's is told by what it holds, plain assignments, and by where it was first executed: right after the notebook's
-    own, of which it repeats no line.
-    """
-    own = injected = None
-    before = ""
-    for source in history:
-        if source.lstrip().startswith("# Parameters") and (plain := _plain_assignments(source)) is not None:
-            repeats = own is not None and set(source.splitlines()[1:]) & set(own.splitlines()[1:])
-            if plain and own is not None and not repeats and (injected is not None or before == own):
-                injected = source
-            else:
-                own = source
-        before = source
-    return [source for source in (own, injected) if source is not None]
+def settings_text(values: dict[str, Any]) -> str:
+    """Values as ``parse_settings`` reads them again from one string."""
+    return " ".join(f"{key}={_written(value)}" for key, value in values.items())
 
 
-def _plain_assignments(source: str) -> bool | None:
-    """Whether a cell has neither types nor comments after its first line, as papermill writes one; None: it is not Python."""
+def _written(value: Any) -> str:
+    if isinstance(value, str) and PLAIN.fullmatch(value) and value not in NOTHING:
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _pairs(setting: str) -> Iterator[tuple[str, str]]:
+    setting = setting.strip()
+    starts = list(KEY.finditer(setting))
+    if not starts or starts[0].start():
+        raise SettingError(
+            f"a setting is KEY=VALUE, such as batch_size=8; found {setting!r} (a value with blanks stands in quotes: "
+            "--set 'tasks=[A, B]')"
+        )
+    current = starts[0]
+    for following in starts[1:]:
+        if _complete(setting[current.end() : following.start()]):
+            yield current[1], setting[current.end() : following.start()]
+            current = following
+    yield current[1], setting[current.end() :]
+
+
+def _complete(text: str) -> bool:
+    """Whether a value ends here: its quotes and brackets are closed."""
+    text = text.strip()
+    if text.startswith(('"', "'")):
+        return QUOTED.fullmatch(text) is not None
+    if text.startswith(("[", "{")):
+        bare = QUOTED.sub("", text)
+        return sum(map(bare.count, "[{")) <= sum(map(bare.count, "]}"))
+    return True
+
+
+def _value(key: str, text: str) -> Any:
+    text = text.strip()
     try:
-        typed = any(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
-    except SyntaxError:
-        return None
-    comments = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT]
-    return not typed and len(comments) == 1
-
-
-def assigned_names(source: str) -> list[str]:
-    """The names that a cell's source assigns at its top level, in order."""
-    names = []
-    for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+        quoted = QUOTED.fullmatch(text) is not None
+        if quoted:
+            text = str(yaml.safe_load(text))
+        if key not in TEXT:
+            return yaml.safe_load(text)
+        if not quoted and text.startswith(('"', "'")):
+            raise SettingError(f"{key}={text}: the quote is not closed")
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or "not YAML"
+        raise SettingError(
+            f"{key}={text}: the value cannot be read ({why}); lists are [A, B], mappings {{name: value}}, true and false "
+            f"are truth values; in a shell all of it stands in quotes: --set '{key}=...'"
+        ) from None
+    return None if key in OPTIONAL and not quoted and text in NOTHING else text

@@ -14,10 +14,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from forensics_lib.data.layouts import split_folders
-from forensics_lib.params import InferenceKeys, Params, keys_of, load_params, notebook_parameters
-from forensics_lib.utils.disk import broken_link, usable_cores
-from forensics_lib.utils.files import from_home, home, is_main, project_root, read_json, update_json, write_text
+from forensics_lib.params import InferenceKeys, Params, keys_of, load_params
+from forensics_lib.utils.cores import usable_cores
+from forensics_lib.utils.files import broken_link, from_home, home, is_main, project_root, read_json, update_json, write_text
+from forensics_lib.utils.names import split_folders
+from forensics_lib.utils.notebook_cells import notebook_parameters
 
 PROVENANCE = ("params", "params_file", "data", "python", "machine", "versions", "git", "updated")
 OF_TRAINING = ("shortcut_auc", "equalized", "shortcut_auc_of_crops")  # facts that notebook 01 finds anew at any time
@@ -174,7 +175,7 @@ def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -
         run = Run(_sample_params(params, overrides), run.data)
         print(fallback_message(missing, run))
     if run.sample:
-        from forensics_lib.synthesis.sample import build_sample  # imports torch, which looking at data does not need
+        from forensics_lib.synthesis.sample import build_sample
 
         run = Run(_named_sample(run.params), build_sample(home() / "data" / "sample"))
     run = replace(run, params_file=str(params_file))
@@ -239,9 +240,6 @@ def _provenance(run: Run) -> dict[str, Any]:
         "git": _git_state(),
         "updated": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-# ---- What trained a run ----------------------------------------------------------------------------------------------
 
 
 def record_trained(run: Run, task: str, trained_with: dict[str, Any], taken_up: bool) -> None:
@@ -337,3 +335,11 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def stored_thresholds(run: Run, task: str) -> dict[str, float]:
+    """The thresholds chosen on validation.  Raises ``FileNotFoundError`` where none were stored."""
+    facts = read_json(run.thresholds).get(task)
+    if not facts:
+        raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
+    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature", "intercept") if key in facts}

@@ -10,11 +10,13 @@ from conftest import mid_greys, photo_table, picture, save
 from PIL import Image
 
 from forensics_lib.data import generated as aligned
-from forensics_lib.data.generated import _encoding_of, _subsampling, load_autoencode, make_twins
+from forensics_lib.data.generated import _encoding_of, _subsampling, make_twins
 from forensics_lib.data.manifest import build_manifest, sources, usable
-from forensics_lib.images.io import read_header, read_image
+from forensics_lib.images.headers import read_header
+from forensics_lib.images.io import read_image
 from forensics_lib.params import Aligned, ParamsError, make_params
 from forensics_lib.run import Run
+from forensics_lib.synthesis.autoencoder import load_autoencode
 
 
 def smear(image: np.ndarray) -> np.ndarray:
@@ -137,7 +139,7 @@ def test_twins_of_an_earlier_rule_or_of_other_code_are_made_again(photos, tmp_pa
     assert make_twins(photos, settings, smear)["path"][0] == paths[0]
     (tmp_path / "my_vae.py").write_text("def load():\n    return lambda image: 255 - image\n")
     paths.append(make_twins(photos, settings, smear)["path"][0])
-    monkeypatch.setattr(aligned, "RULE", aligned.RULE + 1)
+    monkeypatch.setattr(aligned, "TWIN_VERSION", aligned.TWIN_VERSION + 1)
     paths.append(make_twins(photos, settings, smear)["path"][0])
     assert len(set(paths)) == 3
 

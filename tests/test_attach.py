@@ -8,9 +8,9 @@ import pytest
 from filelock import FileLock
 
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.training.loop import _epoch_lines, read_metrics, train
+from forensics_lib.training.loop import train
+from forensics_lib.training.resume import epoch_lines, only_trainer, read_history
 from forensics_lib.utils import locks as attach
-from forensics_lib.utils.locks import only_trainer
 
 HOLD = """
 import sys, time
@@ -73,7 +73,7 @@ def test_interrupting_the_wait_leaves_the_other_alone(tiny_run, monkeypatch):
     with pytest.raises(KeyboardInterrupt), only_trainer(tiny_run, "A", list):
         pass
     assert lock.is_locked
-    assert read_metrics(tiny_run, "A").empty
+    assert read_history(tiny_run, "A").empty
 
 
 def test_a_killed_trainer_keeps_nobody_out(tiny_run):
@@ -108,9 +108,9 @@ def test_epochs_of_a_training_that_replaces_another_are_shown_from_its_first_on(
 
 def test_epochs_of_the_training_before_are_not_shown_as_those_of_one_without_an_epoch(tiny_run):
     train(tiny_run, "A", build_manifest(tiny_run, "A"))
-    assert len(_epoch_lines(tiny_run, "A")) == 2
+    assert len(epoch_lines(tiny_run, "A")) == 2
     (tiny_run.folder / "checkpoints" / "begun").mkdir()
     (tiny_run.folder / "checkpoints" / "begun" / "taskB_head_best.pth").touch()
-    assert len(_epoch_lines(tiny_run, "A")) == 2
+    assert len(epoch_lines(tiny_run, "A")) == 2
     (tiny_run.folder / "checkpoints" / "begun" / "taskA_head_best.pth").touch()
-    assert _epoch_lines(tiny_run, "A") == []
+    assert epoch_lines(tiny_run, "A") == []

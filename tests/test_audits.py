@@ -18,15 +18,16 @@ from forensics_lib.data.audit import (
     mask_areas,
     mask_findings,
     shortcut_audit,
+    training_crops,
 )
 from forensics_lib.data.check import check_data
 from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.images.io import read_header, read_mask
+from forensics_lib.images.headers import read_header
+from forensics_lib.images.masks import read_mask
 from forensics_lib.images.spectra import average_spectrum, radial_profile
 from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.reports import data_figures as data_plots
 from forensics_lib.run import Run
-from forensics_lib.training.epoch import training_crops
 from forensics_lib.utils.files import project_root
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))

@@ -13,15 +13,16 @@ from conftest import picture
 from PIL import Image, ImageCms, features
 
 from forensics_lib.data.datasets import TrainingCrops
-from forensics_lib.data.headers import file_facts
+from forensics_lib.data.headers import read_headers
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
-from forensics_lib.images.io import ImageError, facts_of, read_image
+from forensics_lib.images.headers import facts_of
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.masks import load_mask
 from forensics_lib.inference import shards as module
-from forensics_lib.inference.predict import load_mask
 from forensics_lib.inference.shards import infer
 from forensics_lib.params import Degradations
-from forensics_lib.submission.validate import build_submission
+from forensics_lib.submission.build import build_submission
 from forensics_lib.training.loop import train
 
 SIZE = (40, 56)  # height and width of most of them
@@ -208,7 +209,7 @@ def test_listing_refuses_what_reading_refuses(folder):
 
 
 def test_listing_in_other_processes_says_the_same(folder, tmp_path):
-    facts = file_facts([str(folder / name) for name in CASES], tmp_path / "facts.parquet")
+    facts = read_headers([str(folder / name) for name in CASES], tmp_path / "facts.parquet")
     assert set(np.array(list(CASES))[facts["error"].notna().to_numpy()]) == set(REFUSED) - UNSEEN
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from forensics_lib.data.generated import load_autoencode
+from forensics_lib.synthesis.autoencoder import load_autoencode
 from forensics_lib.utils.files import project_root
 
 BENCHMARKS = project_root() / "tests" / "benchmarks"

@@ -9,7 +9,7 @@ from conftest import picture, save
 from PIL import Image
 
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation.evaluate import MaskExample, evaluate
+from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.io import read_image
 from forensics_lib.inference.shards import infer
 from forensics_lib.reports.browser import (
@@ -23,6 +23,7 @@ from forensics_lib.reports.browser import (
     browse_evaluated_masks,
     browse_test_masks,
 )
+from forensics_lib.reports.figures import MaskExample
 from forensics_lib.training.loop import train
 
 ORDERS = {"worst": ("score", True), "best": ("score", False)}

@@ -5,11 +5,11 @@ from scipy.special import expit, logit
 from forensics_lib.evaluation.calibration import (
     LIMITS,
     NOT_CALIBRATED,
-    calibrated,
     expected_calibration_error,
     fit_calibration,
     reliability,
 )
+from forensics_lib.inference.probabilities import calibrated
 
 
 def overconfident(rng, temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

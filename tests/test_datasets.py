@@ -15,14 +15,13 @@ from forensics_lib.data.datasets import (
     Columns,
     TrainingBatches,
     TrainingCrops,
-    chosen_crops,
-    chosen_places,
     collate,
-    drawing_groups,
+    drawing_strata,
     epoch_order,
     numbered_draws,
 )
 from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.images.crops import chosen_crops, chosen_places
 from forensics_lib.params import Degradations, Params
 
 
@@ -210,13 +209,13 @@ def test_pasted_regions_are_marked_and_count_as_manipulated(rows):
 def test_spliced_and_regenerated_images_are_drawn_by_their_share():
     rows = pd.DataFrame({"label": [0] * 40 + [1] * 60, "kind": ["orig"] * 40 + ["sp"] * 10 + ["fr"] * 50, "source": "s"})
     for share in (0.0, 0.25, 0.5, 1.0):
-        groups, shares = drawing_groups(rows, "B", Params(fr_share=share))
+        groups, shares = drawing_strata(rows, "B", Params(fr_share=share))
         drawn = rows.iloc[epoch_order(rows["label"].to_numpy(), 0, 0, groups, shares)]
         assert len(drawn) == 100
         assert (drawn["label"] == 0).sum() == 50
         assert (drawn["kind"] == "fr").sum() == pytest.approx(50 * share, abs=1)
     one_kind = rows[rows["kind"] != "fr"].reset_index(drop=True)
-    groups, shares = drawing_groups(one_kind, "B", Params(fr_share=1.0))
+    groups, shares = drawing_strata(one_kind, "B", Params(fr_share=1.0))
     assert (one_kind["label"].iloc[epoch_order(one_kind["label"].to_numpy(), 0, 0, groups, shares)] == 1).sum() == 25
 
 

@@ -16,10 +16,11 @@ from conftest import TINY
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import infer
-from forensics_lib.models.combined import read_checkpoint
+from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.run import Run
-from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.training.loop import train
+from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import project_root, read_json
 from forensics_lib.utils.processes import WorkerError, launch
 
@@ -68,7 +69,7 @@ def test_two_processes_learn_what_one_does(task, homes, tmp_path):
     two = homes("two", **values)
     output = succeeded(torchrun(tmp_path / "two", two, "train", "--tasks", task))
     assert "2 processes" in output
-    together = read_metrics(two, task)
+    together = read_history(two, task)
     columns = ["train_loss", "val_auc"] if task == "A" else ["val_auc", "val_iou"]
     near = 2e-3 if task == "A" else 5e-3  # the IoU is of the two official images, where few pixels count
     pd.testing.assert_frame_equal(together[columns], metrics[columns], atol=near, rtol=near)
@@ -108,11 +109,11 @@ def result_files(run: Run, task: str) -> list[Path]:
 def test_training_goes_on_with_another_number_of_processes(homes, tmp_path):
     run = homes("home", epochs_finetune=2)
     first = torchrun(tmp_path / "home", run, "train", "--tasks", "A")
-    wait_until(lambda: len(read_metrics(run, "A")) >= 1 and list(run.folder.rglob("*state.pt")))
+    wait_until(lambda: len(read_history(run, "A")) >= 1 and list(run.folder.rglob("*state.pt")))
     stop(first)
-    before = read_metrics(run, "A")
+    before = read_history(run, "A")
     assert len(train(run, "A", build_manifest(run, "A"))) == 3
-    pd.testing.assert_frame_equal(read_metrics(run, "A").iloc[: len(before)], before)
+    pd.testing.assert_frame_equal(read_history(run, "A").iloc[: len(before)], before)
 
 
 def wait_until(true, seconds: float = 120) -> None:
@@ -154,7 +155,7 @@ def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, sett
     values = settings | {"dropout": 0.5, "epochs_head": 1, "epochs_finetune": 1}
     undisturbed = homes("one", **values)
     succeeded(torchrun(tmp_path / "one", undisturbed, "train", "--tasks", task))
-    expected = read_metrics(undisturbed, task)
+    expected = read_history(undisturbed, task)
 
     run = homes("two", **values)
     script = tmp_path / "stops.py"
@@ -166,7 +167,7 @@ def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, sett
     assert state["part"]["batches"] == 2, stopped.stdout + stopped.stderr
     succeeded(torchrun(tmp_path / "two", run, "train", "--tasks", task))
     columns = ["train_loss", "val_auc", "lr"]
-    pd.testing.assert_frame_equal(read_metrics(run, task)[columns], expected[columns], rtol=1e-9)
+    pd.testing.assert_frame_equal(read_history(run, task)[columns], expected[columns], rtol=1e-9)
     weights = [read_checkpoint(r.finetuned_model(task))["model"] for r in (undisturbed, run)]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     facts = [read_json(r.folder / "run.json").get(f"task{task}_unreadable_in_training") for r in (undisturbed, run)]

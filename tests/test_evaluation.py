@@ -12,7 +12,8 @@ from forensics_lib.evaluation import evaluate as evaluation
 from forensics_lib.evaluation import robustness
 from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, f1_score, threshold_free_scores, value_counts
 from forensics_lib.evaluation.predictions import Predictions
-from forensics_lib.models.combined import build_model, save_checkpoint
+from forensics_lib.models.checkpoint import save_checkpoint
+from forensics_lib.models.combined import build_model
 from forensics_lib.reports import compare
 from forensics_lib.reports import figures as plots
 from forensics_lib.reports.browser import browse_evaluated_masks

@@ -10,13 +10,13 @@ import timm
 import torch
 from conftest import TINY, picture, save
 
-from forensics_lib.data.layouts import LayoutError
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.data.readers import read_data_set, task_of
+from forensics_lib.data.rows import LayoutError
 from forensics_lib.images.degradations import degrade
 from forensics_lib.inference.shards import infer
 from forensics_lib.models import combined as model_module
-from forensics_lib.models.combined import CheckpointError, load_model
+from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
@@ -79,7 +79,7 @@ def test_a_layout_of_ones_own(modules, tiny_run, rng):
     ],
 )
 def test_a_reader_that_does_wrong_is_told_so(code, fault, tmp_path, monkeypatch):
-    (home() / "wrong_reader.py").write_text(f"from forensics_lib.data.layouts import Rows\n\n\n{code}\n")
+    (home() / "wrong_reader.py").write_text(f"from forensics_lib.layouts import Rows\n\n\n{code}\n")
     monkeypatch.delitem(sys.modules, "wrong_reader", raising=False)
     monkeypatch.syspath_prepend(str(home()))
     with pytest.raises(ValueError, match=fault):

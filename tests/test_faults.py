@@ -14,15 +14,16 @@ from conftest import picture, save
 
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.images.masks import save_mask
 from forensics_lib.inference import shards as module
-from forensics_lib.inference.predict import save_mask
 from forensics_lib.inference.shards import infer
-from forensics_lib.models.combined import build_model, save_checkpoint
+from forensics_lib.models.checkpoint import save_checkpoint
+from forensics_lib.models.combined import build_model
 from forensics_lib.reports.figures import new_figure
 from forensics_lib.reports.report import build_report
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
-from forensics_lib.utils.files import WriteError, whole, write_text
+from forensics_lib.utils.files import WriteError, atomic_write, write_text
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -70,7 +71,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(code, tmp_path, monkeypatch
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="of its own") as told, whole(tmp_path / "a.txt"):
+    with pytest.raises(RuntimeError, match="of its own") as told, atomic_write(tmp_path / "a.txt"):
         raise RuntimeError("of its own")
     assert not isinstance(told.value, WriteError)
 

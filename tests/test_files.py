@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from forensics_lib.models.combined import build_model, read_checkpoint, save_checkpoint
-from forensics_lib.training.loop import read_metrics
-from forensics_lib.utils.files import locked, project_root, read_json, update_json, whole, write_text
+from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
+from forensics_lib.models.combined import build_model
+from forensics_lib.training.resume import read_history
+from forensics_lib.utils.files import atomic_write, locked, project_root, read_json, update_json, write_text
 from forensics_lib.utils.progress import progress
 
 
@@ -34,7 +35,7 @@ def at_once(imports: str, code: str, *arguments) -> None:
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder" / "x.txt"
-    with pytest.raises(RuntimeError), whole(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert list(path.parent.iterdir()) == []
@@ -46,7 +47,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_an_old_file_stays_where_a_new_one_fails(tmp_path):
     path = tmp_path / "x.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), whole(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("new, but")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -79,7 +80,7 @@ def test_progress_passes_everything_on():
 
 def test_entries_that_two_processes_set_at_once_are_all_kept(tmp_path):
     code = "for i in range(150): update_json(Path(sys.argv[2]), **{sys.argv[1] + str(i): i})"
-    at_once("from forensics_lib.utils.files import update_json", code, tmp_path / "run.json")
+    at_once("from forensics_lib.files import update_json", code, tmp_path / "run.json")
     assert len(read_json(tmp_path / "run.json")) == 300
 
 
@@ -89,17 +90,17 @@ run = Run(Params(run_name="tiny"), Path("."))
 for i in range(50):
     _append_metrics(run, {"task": {"x": "A", "y": "B"}[sys.argv[1]], "step": "head", "epoch": i})
 """
-    imports = "from forensics_lib.params import Params; from forensics_lib.run import Run"
-    at_once(f"{imports}; from forensics_lib.training.loop import _append_metrics", code)
+    imports = "from forensics_lib.params import Params; from forensics_lib.runs import Run"
+    at_once(f"{imports}; from forensics_lib.training import _append_metrics", code)
     for task in "AB":
-        assert read_metrics(tiny_run, task)["epoch"].tolist() == list(range(50))
+        assert read_history(tiny_run, task)["epoch"].tolist() == list(range(50))
 
 
 def test_facts_that_two_processes_add_to_a_checkpoint_are_all_kept(tiny_run, tmp_path):
     path = tmp_path / "m.pth"
     save_checkpoint(path, build_model(tiny_run.params, "A"))
     code = "for i in range(6): add_to_checkpoint(Path(sys.argv[2]), **{sys.argv[1] + str(i): i})"
-    at_once("from forensics_lib.models.combined import add_to_checkpoint", code, path)
+    at_once("from forensics_lib.model import add_to_checkpoint", code, path)
     assert {f"{name}{i}" for name in "xy" for i in range(6)} <= set(read_checkpoint(path))
 
 
@@ -149,7 +150,7 @@ def test_many_files_in_a_folder_are_not_looked_through_for_each(tmp_path, monkey
 
 
 def test_a_killed_process_locks_no_folder(tmp_path):
-    code = "import sys; from pathlib import Path; from forensics_lib.utils.files import locked\n"
+    code = "import sys; from pathlib import Path; from forensics_lib.files import locked\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     other = python(code, tmp_path)
     assert other.stdout.readline() == "held\n"

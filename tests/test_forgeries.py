@@ -7,11 +7,14 @@ import pytest
 from conftest import TINY, mid_greys, photo_table, picture, save
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 
+from forensics_lib.data import generated as forgeries
+from forensics_lib.data.generated import make_forgeries
 from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.images.io import read_image, read_mask
+from forensics_lib.images.crops import fitted
+from forensics_lib.images.io import read_image
+from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Forgeries, Params, ParamsError, make_params
 from forensics_lib.run import Run
-from forensics_lib.synthesis import forgeries
 from forensics_lib.synthesis.forgeries import (
     METHODS,
     SHARES,
@@ -20,9 +23,7 @@ from forensics_lib.synthesis.forgeries import (
     composed,
     enlarged,
     filled,
-    fitted,
     forge,
-    make_forgeries,
     moved,
     object_mask,
     pasted,
@@ -172,7 +173,7 @@ def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
 
 def test_forgeries_of_an_earlier_rule_are_made_again(photos, monkeypatch):
     first = make_forgeries(photos, Forgeries(side=64), darker)
-    monkeypatch.setattr(forgeries, "RULE", forgeries.RULE + 1)
+    monkeypatch.setattr(forgeries, "FORGERY_VERSION", forgeries.FORGERY_VERSION + 1)
     assert not set(make_forgeries(photos, Forgeries(side=64), darker)["path"]) & set(first["path"])
 
 

@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from forensics_lib.data.layouts import LayoutError
 from forensics_lib.data.readers import read_data_set
-from forensics_lib.images.io import ImageError, facts_of, read_image, read_mask
-from forensics_lib.inference.predict import save_mask
+from forensics_lib.data.rows import LayoutError
+from forensics_lib.images.headers import facts_of
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.masks import read_mask, save_mask
 from forensics_lib.params import DataSet, Params, ParamsError, load_params
 from forensics_lib.submission.validate import validate_submission
 

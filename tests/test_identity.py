@@ -7,8 +7,8 @@ import pytest
 from conftest import TINY, make_tiny_data, picture, save
 from test_readers import touch, with_data
 
-from forensics_lib.data.layouts import LayoutError
 from forensics_lib.data.manifest import build_manifest, data_sets
+from forensics_lib.data.rows import LayoutError
 from forensics_lib.params import Params
 from forensics_lib.run import Run
 

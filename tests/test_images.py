@@ -10,7 +10,10 @@ from conftest import picture, save
 from PIL import Image, ImageFilter
 
 from forensics_lib.images import io as images
-from forensics_lib.images.io import ImageError, hashes_of, mask_facts, pad_to, read_header, read_image, read_mask
+from forensics_lib.images.crops import pad_to
+from forensics_lib.images.headers import hashes_of, read_header
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.masks import mask_facts, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

@@ -12,15 +12,16 @@ from filelock import FileLock
 
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation import predictions as scoring
-from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness, stored_thresholds
-from forensics_lib.evaluation.metrics import written_mask
+from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
+from forensics_lib.images.masks import load_mask, written_mask
 from forensics_lib.inference import shards as module
-from forensics_lib.inference.predict import BrokenModelError, load_mask
 from forensics_lib.inference.predictor import predict
+from forensics_lib.inference.probabilities import BrokenModelError
 from forensics_lib.inference.shards import InferenceError, Shards, infer
-from forensics_lib.models.combined import build_model, read_checkpoint, save_checkpoint
-from forensics_lib.run import Run
-from forensics_lib.submission.validate import SubmissionError, build_submission
+from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
+from forensics_lib.models.combined import build_model
+from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.submission.build import SubmissionError, build_submission
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import read_json, update_json
 

@@ -10,14 +10,8 @@ from conftest import TINY, picture, save
 from PIL import Image
 
 from forensics_lib.device import Machine, choose_machine
-from forensics_lib.inference.predict import (
-    load_mask,
-    predict_mask,
-    predict_masks,
-    predict_probabilities,
-    save_mask,
-    tile_starts,
-)
+from forensics_lib.images.masks import load_mask, save_mask
+from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities, tile_starts
 from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 

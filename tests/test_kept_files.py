@@ -12,7 +12,7 @@ from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import InferenceError, infer
 from forensics_lib.params import DataKeys, InferenceKeys, MachineKeys, ModelKeys, Params, RunKeys, TrainingKeys
 from forensics_lib.run import Run
-from forensics_lib.submission.validate import build_submission
+from forensics_lib.submission.build import build_submission
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import picture, records, save
 from PIL import Image
 
-from forensics_lib.data.layouts import LayoutError, Rows, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.images.io import FORMATS, SUFFIXES
 from forensics_lib.utils.files import project_root
 

@@ -11,11 +11,17 @@ from conftest import TINY, picture, save
 from torch.torch_version import TorchVersion
 
 from forensics_lib import device as module
-from forensics_lib.device import COMPILES_BACKWARD, CompiledForBatches, choose_machine, compile_where_it_pays, learning_view
+from forensics_lib.device import (
+    COMPILES_BACKWARD,
+    CompiledForBatches,
+    choose_machine,
+    compile_where_it_pays,
+    compiled_for_training,
+)
 from forensics_lib.inference.predict import predict_mask, predict_probabilities
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 
 PARAMS = Params(**TINY | {"crop_size": 64, "tile_size": 64})
 
@@ -109,7 +115,7 @@ def test_no_more_threads_than_allotted_cores(large_machine):
 @pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset here")
 def test_taskset_limits_a_real_process():
     core = min(os.sched_getaffinity(0))
-    program = "from forensics_lib.utils.disk import usable_cores; print(usable_cores())"
+    program = "from forensics_lib.disk import usable_cores; print(usable_cores())"
     command = [shutil.which("taskset"), "-c", str(core), sys.executable, "-c", program]
     assert subprocess.check_output(command, text=True).strip() == "1"  # noqa: S603 (fixed arguments)
 
@@ -172,10 +178,10 @@ def test_a_model_learns_compiled_where_that_pays(task, stages, pixels, determini
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     model = partly_frozen(task, stages)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.1+cpu"))
-    view = learning_view(model, task, 4, pixels)
+    view = compiled_for_training(model, task, 4, pixels)
     assert isinstance(view, CompiledForBatches) if compiled else view is model
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
-    assert learning_view(model, task, 4, pixels) is model
+    assert compiled_for_training(model, task, 4, pixels) is model
 
 
 def loss_and_gradients(model: CombinedModel, view: torch.nn.Module, count: int) -> tuple[torch.Tensor, ...]:
@@ -188,7 +194,7 @@ def loss_and_gradients(model: CombinedModel, view: torch.nn.Module, count: int) 
 @pytest.mark.skipif(torch.__version__ < COMPILES_BACKWARD, reason=f"PyTorch {torch.__version__} may fail to compile this")
 def test_a_compiled_model_learns_what_it_would_learn_as_it_is():
     model = partly_frozen()
-    view = learning_view(model, "A", 4, pixels=2e9)
+    view = compiled_for_training(model, "A", 4, pixels=2e9)
     plain, compiled = loss_and_gradients(model, model, 4), loss_and_gradients(model, view, 4)
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
     plain, uncompiled = loss_and_gradients(model, model, 3), loss_and_gradients(model, view, 3)

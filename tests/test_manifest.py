@@ -9,7 +9,7 @@ from conftest import picture, save, square_mask
 
 from forensics_lib.data import headers as facts
 from forensics_lib.data.audit import audit
-from forensics_lib.data.layouts import LayoutError, Rows
+from forensics_lib.data.headers import Looks, look
 from forensics_lib.data.manifest import (
     apportioned,
     build_manifest,
@@ -23,10 +23,10 @@ from forensics_lib.data.manifest import (
     taken_for,
     usable,
 )
+from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.images import io as images
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run
-from forensics_lib.utils.disk import Looks, look
 from forensics_lib.utils.files import home
 
 
@@ -190,7 +190,7 @@ def test_many_files_are_looked_at_in_other_processes_with_the_same_answers(tmp_p
     mixed = [str(tmp_path / "missing.png"), *paths, str(tmp_path)]
     np.testing.assert_array_equal(looks.at(mixed), look(mixed))
     monkeypatch.setattr(facts, "_HEADERS", 500)  # headers are read by the same processes
-    found = facts.file_facts(mixed, tmp_path / "cache.parquet", looks)
+    found = facts.read_headers(mixed, tmp_path / "cache.parquet", looks)
     assert (found["width"] == 56).sum() == 2100 and found["error"].notna().sum() == 2
 
 

@@ -27,14 +27,14 @@ from forensics_lib.evaluation.metrics import (
     pixel_histogram,
     pixel_table,
     roc_auc,
-    round_probs,
     threshold_bin,
     threshold_free_scores,
     value_counts,
-    written_mask,
 )
 from forensics_lib.images.io import read_image
+from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.predict import predict_mask
+from forensics_lib.inference.probabilities import round_probs
 from forensics_lib.models.combined import build_model
 
 
@@ -388,11 +388,11 @@ def test_predictions_have_the_exact_scores_of_each_mask(tiny_run, monkeypatch, p
     model, machine = build_model(params, "B").eval(), choose_machine(params)
     parts = []
     monkeypatch.setattr(scoring, "world", lambda: processes)
-    monkeypatch.setattr(scoring, "gathered", lambda part: parts.append(part) or parts)
+    monkeypatch.setattr(scoring, "all_gather", lambda part: parts.append(part) or parts)
     monkeypatch.setattr(scoring, "check_finite", lambda *_: None)  # which would miss what the next process answers
     for number in range(processes):
         monkeypatch.setattr(scoring, "rank", lambda number=number: number)
-        found = scoring.predict(model, "B", rows, params, machine)  # the last one sees all parts
+        found = scoring.predict_labelled(model, "B", rows, params, machine)  # the last one sees all parts
     expected = expected_scores(model, rows.drop(index=broken), params, machine)
     assert expected["pixel_auc"].notna().any()
     pd.testing.assert_frame_equal(found.exact[found.good()][["pixel_auc", "pixel_ap"]], expected, rtol=0, atol=1e-9)

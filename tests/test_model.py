@@ -7,16 +7,8 @@ import timm
 import torch
 from conftest import TINY, picture
 
-from forensics_lib.models.combined import (
-    CheckpointError,
-    CombinedModel,
-    _widen,
-    add_to_checkpoint,
-    build_model,
-    load_model,
-    read_checkpoint,
-    save_checkpoint,
-)
+from forensics_lib.models.checkpoint import CheckpointError, add_to_checkpoint, load_model, read_checkpoint, save_checkpoint
+from forensics_lib.models.combined import CombinedModel, _widen, build_model
 from forensics_lib.models.residuals import FRONTENDS, NoiseResidual
 from forensics_lib.params import Params
 

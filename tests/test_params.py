@@ -13,13 +13,12 @@ from forensics_lib.params import (
     Params,
     ParamsError,
     TrainingKeys,
-    assigned_names,
     keys_of,
     load_params,
     make_params,
-    parameters_in,
 )
 from forensics_lib.utils.files import project_root
+from forensics_lib.utils.notebook_cells import assigned_names, parameters_in
 
 SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))

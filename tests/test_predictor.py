@@ -8,13 +8,14 @@ import torch
 from conftest import TINY, picture, save
 from PIL import Image
 
-from forensics_lib.data.layouts import LayoutError
 from forensics_lib.data.manifest import build_manifest
+from forensics_lib.data.rows import LayoutError
 from forensics_lib.evaluation.evaluate import evaluate
-from forensics_lib.inference.predict import load_mask
+from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.predictor import predict
 from forensics_lib.inference.shards import infer
-from forensics_lib.models.combined import CheckpointError, CombinedModel, save_checkpoint
+from forensics_lib.models.checkpoint import CheckpointError, save_checkpoint
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.training.loop import train
 
 

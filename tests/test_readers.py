@@ -20,9 +20,10 @@ from forensics_lib.__main__ import main
 from forensics_lib.data import check as official
 from forensics_lib.data.datasets import TrainingCrops
 from forensics_lib.data.duplicates import groups_across_splits, overlapping, shared_photographs
-from forensics_lib.data.layouts import LayoutError, read_task_b_validation, read_tgif
+from forensics_lib.data.layouts import read_task_b_validation, read_tgif
 from forensics_lib.data.manifest import build_manifest, data_sets, usable
 from forensics_lib.data.readers import detect_layout, read_data_set, task_of
+from forensics_lib.data.rows import LayoutError
 from forensics_lib.images.io import read_image
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
 from forensics_lib.run import Run

@@ -12,11 +12,11 @@ from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import infer
-from forensics_lib.models.combined import read_checkpoint
+from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.params import Params
+from forensics_lib.pipeline import reproduce
 from forensics_lib.reports.model_card import build_card
 from forensics_lib.reports.report import build_report
-from forensics_lib.reproduce import reproduce
 from forensics_lib.run import Run, open_run, parameters_in_force, record_trained, trained_by
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, read_json, update_json

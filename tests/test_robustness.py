@@ -41,7 +41,7 @@ def test_the_sweep_measures_what_the_model_makes_of_changed_images(tiny_run, mon
         right = change is None or change.strength > 50
         return Predictions(np.abs(rows["label"] - (0.2 if right else 0.8)).to_numpy(), {})
 
-    monkeypatch.setattr(module, "predict", predicted)
+    monkeypatch.setattr(module, "predict_labelled", predicted)
     model, machine = build_model(params, "A"), choose_machine(params)
     thresholds = {"threshold": 0.5, "temperature": 1.0}
     table = robustness(model, "A", rows, params, machine, thresholds, sweep={"JPEG quality": (90, 40)})
@@ -107,7 +107,7 @@ def test_changes_reach_the_images(tiny_run):
     rows, params = usable(build_manifest(tiny_run, "A"), "val"), tiny_run.params
     model, machine = build_model(params, "A").eval(), choose_machine(params)
     plain, changed = (
-        module.predict(model, "A", rows, params, machine, change).probs for change in (None, Change("shrunk", 0.5))
+        module.predict_labelled(model, "A", rows, params, machine, change).probs for change in (None, Change("shrunk", 0.5))
     )
     assert np.abs(plain - changed).max() > 1e-6
 
@@ -118,7 +118,9 @@ def test_the_truth_goes_with_images_that_are_scaled(tiny_run):
     thresholds = {"threshold": 0.5, "temperature": 1.0, "loc_threshold": 0.5}
     table = robustness(model, "B", rows, params, machine, thresholds, sweep={"shrunk": (0.5,)})
     assert table["images"].tolist() == [len(rows)] * 2
-    whole, half = (module.predict(model, "B", rows, params, machine, c).histograms for c in (None, Change("shrunk", 0.5)))
+    whole, half = (
+        module.predict_labelled(model, "B", rows, params, machine, c).histograms for c in (None, Change("shrunk", 0.5))
+    )
     assert half[:, 1].sum() == pytest.approx(whole[:, 1].sum() / 4, rel=0.05)
     assert {"iou", "submitted_iou", "submitted_flagged_authentic"} <= set(table.columns)
     robustness_curves(table, "B").canvas.draw()

@@ -15,14 +15,15 @@ from papermill.exceptions import PapermillExecutionError
 from forensics_lib import pipeline
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.models.combined import read_checkpoint
+from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
-from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.training.loop import train
+from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import project_root
-from forensics_lib.utils.stopping import SIGNALS, stop_requests
+from forensics_lib.utils.locks import SIGNALS, stop_requests
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -150,7 +151,7 @@ def command(tiny_run):
         process = subprocess.Popen(words, cwd=project_root(), **options)
         started.append(process)
         end = time.monotonic() + 120
-        while len(read_metrics(run, "A")) < 3:
+        while len(read_history(run, "A")) < 3:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.1)
         return run, process
@@ -185,7 +186,7 @@ def test_processes_that_train_together_say_what_they_kept(command):
 SLOW = """
 import time
 from pathlib import Path
-from forensics_lib.utils.stopping import stop_requests
+from forensics_lib.utils.locks import stop_requests
 with stop_requests() as asked:
     Path("begun").touch()
     while not asked():

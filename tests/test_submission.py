@@ -8,17 +8,12 @@ import pandas as pd
 import pytest
 from conftest import picture, save
 
-from forensics_lib.evaluation.metrics import best_f1_threshold, bin_threshold, round_probs
-from forensics_lib.inference.predict import load_mask, save_mask
+from forensics_lib.evaluation.metrics import best_f1_threshold, bin_threshold
+from forensics_lib.images.masks import load_mask, save_mask
+from forensics_lib.inference.probabilities import round_probs
 from forensics_lib.run import Run
-from forensics_lib.submission.validate import (
-    SubmissionError,
-    _exactly,
-    archive_path,
-    build_submission,
-    scores_path,
-    validate_submission,
-)
+from forensics_lib.submission.build import SubmissionError, _exactly, archive_path, build_submission, scores_path
+from forensics_lib.submission.validate import validate_submission
 from forensics_lib.utils.files import read_json, update_json, write_csv
 
 SIZES = {"a.jpg": (20, 30), "b.png": (31, 17)}

@@ -15,30 +15,27 @@ from conftest import picture, save
 from scipy.special import logit
 
 from forensics_lib import device as machine
-from forensics_lib.data.layouts import LayoutError
+from forensics_lib.data.layouts import mask_names
 from forensics_lib.data.manifest import build_manifest, build_test_manifest, data_fingerprint, usable
-from forensics_lib.evaluation.evaluate import (
-    _platform,
-    evaluate,
-    evaluate_held_out,
-    evaluate_robustness,
-    mask_examples,
-    stored_thresholds,
-)
+from forensics_lib.data.rows import LayoutError
+from forensics_lib.evaluation.evaluate import _platform, evaluate, evaluate_held_out, evaluate_robustness
 from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.images.io import ImageError
-from forensics_lib.inference.predict import load_mask
-from forensics_lib.inference.shards import infer, mask_names
-from forensics_lib.models.combined import Output, build_model, read_checkpoint
+from forensics_lib.images.masks import load_mask
+from forensics_lib.inference.shards import infer
+from forensics_lib.models.checkpoint import read_checkpoint
+from forensics_lib.models.combined import Output, build_model
 from forensics_lib.reports import figures as plots
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.reports.browser import browse_evaluated_masks
+from forensics_lib.reports.figures import mask_examples
 from forensics_lib.reports.model_card import build_card
-from forensics_lib.run import Run
+from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
-from forensics_lib.training.loop import read_metrics, train
+from forensics_lib.training.loop import train
 from forensics_lib.training.losses import BORDER, mask_loss, near_border
+from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import read_json, update_json
 
 
@@ -113,7 +110,7 @@ def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(t
     assert json.loads(run.thresholds.read_text()) == {}
     assert f"task{task}_validation" in read_json(place / "run.json")
     assert f"task{task}_validation" not in read_json(run.folder / "run.json")
-    assert read_metrics(run, task)["step"].tolist() == (["head", "finetune"] if run.params.epochs_head else ["finetune"])
+    assert read_history(run, task)["step"].tolist() == (["head", "finetune"] if run.params.epochs_head else ["finetune"])
     assert read_checkpoint(run.classifier_model(task))["step"] == "head"
     assert not list((run.folder / "checkpoints" / "begun").iterdir())
     evaluate(run, task, manifest)
@@ -154,7 +151,7 @@ def test_the_other_task_s_results_stay(tiny_run):
     kept = [path for path in before if path not in (tiny_run.thresholds, tiny_run.metrics)]
     assert all(after[path] == before[path] for path in kept)
     assert set(read_json(tiny_run.thresholds)) == {"B"}
-    assert len(read_metrics(tiny_run, "B")) == 2
+    assert len(read_history(tiny_run, "B")) == 2
     assert "taskB_validation" in read_json(tiny_run.folder / "run.json")
 
 
@@ -289,7 +286,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, sto
     run = changed(tiny_run, epochs_head=2, epochs_finetune=2)
     manifest = build_manifest(run, "A")
     train(run, "A", manifest)
-    expected = read_checkpoint(run.finetuned_model("A"))["model"], read_metrics(run, "A")["train_loss"].tolist()
+    expected = read_checkpoint(run.finetuned_model("A"))["model"], read_history(run, "A")["train_loss"].tolist()
     again = changed(run, run_name="again")
     calls, original = [], training.train_epoch
 
@@ -307,7 +304,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, sto
     train(again, "A", manifest)
     resumed = read_checkpoint(again.finetuned_model("A"))["model"]
     assert all(torch.equal(value, resumed[name]) for name, value in expected[0].items())
-    assert read_metrics(again, "A")["train_loss"].tolist() == expected[1]
+    assert read_history(again, "A")["train_loss"].tolist() == expected[1]
 
 
 def spoil(path) -> None:
@@ -542,7 +539,9 @@ def test_mixed_labels_cost_what_they_should(tiny_run):
 
     def cost(logits: torch.Tensor, mix) -> torch.Tensor:
         machine = training.choose_machine(tiny_run.params)
-        fit = epochs.Fit(tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False)
+        fit = epochs.TrainingState(
+            tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False
+        )
         return epochs.batch_loss(fit, batch, mix)
 
     def halves(images, labels):
@@ -558,8 +557,8 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     val = usable(manifest, "val")
     val["source"] = np.where(val.groupby("label").cumcount() < 2, "src", "other")
     probs = np.where(val["source"] == "src", val["label"], 1 - val["label"]).astype(float)
-    monkeypatch.setattr(epochs, "predict", lambda *_: Predictions(probs, {}))
-    fit = epochs.Fit(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
+    monkeypatch.setattr(epochs, "predict_labelled", lambda *_: Predictions(probs, {}))
+    fit = epochs.TrainingState(tiny_run, "A", None, None, usable(manifest, "train"), val, equalize=False)
     assert epochs.validate(fit, None)["score"] == 0.0
     fit.val = val.assign(source="src")
     assert epochs.validate(fit, None)["score"] == epochs.validate(fit, None)["val_auc"] == 0.5

@@ -21,10 +21,12 @@ from forensics_lib.data.duplicates import (
     shared_photographs,
 )
 from forensics_lib.data.manifest import data_fingerprint, problems, sampled_places
-from forensics_lib.images.io import EMPTY_MASK, ImageError, mask_facts
+from forensics_lib.images.io import ImageError
+from forensics_lib.images.masks import EMPTY_MASK, mask_facts
+from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.utils.files import read_json
-from forensics_lib.utils.processes import first_then_others
+from forensics_lib.utils.processes import main_process_first
 from forensics_lib.utils.progress import progress
 
 SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
@@ -85,7 +87,7 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     """
     rows = manifest[(manifest["split"] == split) & manifest["error"].isna()]
     rows = rows.iloc[_drawn(rows, AUDIT_ROWS, seed)]
-    facts, labels, groups = file_facts(rows), rows["label"].to_numpy(int), rows["group"].to_numpy()
+    facts, labels, groups = shortcut_features(rows), rows["label"].to_numpy(int), rows["group"].to_numpy()
     folds = _folds(facts, labels, groups, seed)
     if not folds:
         return ShortcutAudit(float("nan"), pd.Series(dtype=float))
@@ -119,7 +121,7 @@ def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def file_facts(rows: pd.DataFrame) -> pd.DataFrame:
+def shortcut_features(rows: pd.DataFrame) -> pd.DataFrame:
     """What a file says of itself, as numbers: one column a fact, and one for each format."""
     width, height = rows["width"].astype(float), rows["height"].astype(float)
     numbers = pd.DataFrame(
@@ -254,7 +256,7 @@ def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, A
 
     Of several processes the first audits, and the others read what it kept.
     """
-    return first_then_others(lambda: _kept_or_new(run, task, manifest))
+    return main_process_first(lambda: _kept_or_new(run, task, manifest))
 
 
 def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
@@ -293,3 +295,24 @@ def _findings(
         *mask_findings(manifest, masks),
     ]
     return pd.DataFrame([item for item in found if item[1]], columns=["finding", "count", "remedy"])
+
+
+def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
+    """Say whether file facts tell the classes apart and what closes it; returns whether crops are equalized."""
+    audit = shortcut_audit(rows)
+    print(audit.message())
+    equalize = {"auto": audit.of_codecs, "always": True, "never": False}[run.params.equalize]
+    facts = {"shortcut_auc": round(audit.auc, 3), "equalized": equalize, "shortcut_auc_of_crops": None}
+    if audit.found:
+        print("\n".join(f"  closed by {remedy}" for remedy in audit.remedies()))
+        after = equalized_audit(rows, training_crops(rows, task, run.params, equalize=equalize), run.params.seed_for())
+        print(f"  of the training crops, equalize {'on' if equalize else 'off'}: {after.message()}")
+        facts["shortcut_auc_of_crops"] = round(after.auc, 3)
+    run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
+    return equalize
+
+
+def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
+    """The crops that a task trains on."""
+    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "equalize": equalize}
+    return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from forensics_lib.data.audit import mask_areas, mask_findings
-from forensics_lib.data.layouts import LayoutError, mask_clashes
+from forensics_lib.data.layouts import mask_clashes
 from forensics_lib.data.manifest import data_sets, indexed, test_images, unused
 from forensics_lib.data.readers import TASK_B_LAYOUTS
+from forensics_lib.data.rows import LayoutError
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run
 from forensics_lib.utils.files import from_home
@@ -35,8 +36,6 @@ EXPECTED: dict[str, dict[tuple[str, int], int]] = {
 }  # fmt: skip
 TEST_IMAGES = {"A": 10_000, "B": None}  # of Task B none is published
 CLASSES = ("authentic", "positive")
-
-
 # Files that are broken in the official archives themselves: ITW-SM's 1_fake/x_618.jpg
 BROKEN_AT_SOURCE = {("itw_sm", "val", 1): 1, ("own", "val", 1): 1}
 

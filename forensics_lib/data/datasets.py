@@ -16,10 +16,12 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
 from forensics_lib.images.degradations import Encoding, degrade, recompress
-from forensics_lib.images.io import STRIP, ImageError, pad_to, read_image, read_mask
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
-from forensics_lib.synthesis.forgeries import fitted, pasted
+from forensics_lib.synthesis.forgeries import pasted
 
 SMALL = 0.05  # share of the images that may be smaller than the squares that crops are taken from
 # Where crops of manipulated images are placed: around a manipulated pixel, around one of the border, or anywhere
@@ -190,11 +192,6 @@ def _border(mask: np.ndarray) -> np.ndarray:
     return border
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """``(H, W, 3)`` uint8 to ``(3, H, W)`` uint8."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the samples that could be read; ``errors`` lists (index, message) of the others."""
     good = [sample for sample in samples if "error" not in sample]
@@ -208,7 +205,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def drawing_groups(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.ndarray, dict[Any, float]]:
+def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.ndarray, dict[Any, float]]:
     """For ``epoch_order``: what each image is drawn as, and the shares of groups that are not drawn equally often.
 
     With ``balance: source`` the sources of a class are groups.  For Task B manipulated images are spliced or fully
@@ -346,45 +343,3 @@ class InferenceImages(Dataset):
 def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:
     """The samples one by one in order, loaded ahead by ``workers`` processes."""
     yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_process_group)
-
-
-def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
-    """The centre crop and up to ``count - 1`` more, the most textured of a half-overlapping grid.
-
-    Texture is the mean absolute difference of neighbouring pixels of the green channel.  Smaller images are padded by
-    reflection; one that has room for a single crop gives one.
-    """
-    image = pad_to(image, size, size)
-    return [image[y : y + size, x : x + size] for y, x in chosen_places(image, size, count)]
-
-
-def chosen_places(image: np.ndarray, size: int, count: int) -> list[tuple[int, int]]:
-    """The upper left corners of ``chosen_crops``."""
-    image = pad_to(image, size, size)
-    height, width = image.shape[:2]
-    places = [((height - size) // 2, (width - size) // 2)]
-    if count > 1 and (height > size or width > size):
-        grid = [(y, x) for y in _grid(height, size) for x in _grid(width, size)]
-        texture = _texture(image, size, grid)
-        ranked = [grid[i] for i in np.argsort(-texture, kind="stable")]
-        places += [place for place in ranked if place != places[0]][: count - 1]
-    return places
-
-
-def _grid(length: int, size: int) -> list[int]:
-    steps = max(1, -(-(length - size) // (size // 2)))
-    return sorted({round(i * (length - size) / steps) for i in range(steps + 1)})
-
-
-def _texture(image: np.ndarray, size: int, places: list[tuple[int, int]]) -> np.ndarray:
-    """Mean absolute neighbour difference of each ``size`` square, from sums of rows that are made a strip at a time."""
-    tops, lefts = np.array(places).T
-    columns, column = np.unique(lefts, return_inverse=True)
-    rows = np.empty((image.shape[0], len(columns)), np.int64)  # of each row, what lies in the columns of a square
-    for top in range(0, image.shape[0], STRIP):
-        strip, above = (image[start : top + STRIP, :, 1].astype(np.int16) for start in (top, max(top - 1, 0)))
-        energy = np.abs(np.diff(strip, axis=0, prepend=above[:1])) + np.abs(np.diff(strip, axis=1, prepend=strip[:, :1]))
-        sums = np.pad(energy.cumsum(1, dtype=np.int64), ((0, 0), (1, 0)))
-        rows[top : top + len(strip)] = sums[:, columns + size] - sums[:, columns]
-    total = np.pad(rows.cumsum(0), ((1, 0), (0, 0)))
-    return (total[tops + size, column] - total[tops, column]) / size**2

@@ -14,8 +14,6 @@ import hashlib
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +21,19 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from forensics_lib.data.layouts import COLUMNS
+from forensics_lib.data.rows import COLUMNS
+from forensics_lib.images.crops import random_square
 from forensics_lib.images.degradations import BLOCK
-from forensics_lib.images.io import ImageError, open_image, random_square, read_image
+from forensics_lib.images.io import ImageError, open_image, read_image
 from forensics_lib.params import Aligned, Forgeries
-from forensics_lib.utils.callables import named, source_of
-from forensics_lib.utils.files import home, whole
+from forensics_lib.synthesis.autoencoder import Autoencode, load_autoencode
+from forensics_lib.synthesis.forgeries import FORGERY_VERSION, METHODS, forge
+from forensics_lib.utils.callables import source_of
+from forensics_lib.utils.files import atomic_write, home
 from forensics_lib.utils.progress import progress
 
-Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
-RULE = 3  # how twins are made and stored: a new number makes those in the cache anew
+TWIN_VERSION = 3  # how twins are made and stored: a new number makes those in the cache anew
 SUFFIXES = {"JPEG": ".jpg", "WEBP": ".webp"}  # by a photograph's format; twins of all others are PNG
-
-
-def load_autoencode(name: str) -> Autoencode:
-    """``own``: the project's small autoencoder; ``module:function``: what that function returns when called.
-
-    For a diffusers VAE the function wraps ``vae.decode(vae.encode(x).latent_dist.mode())``.  Raises ``ValueError``.
-    """
-    if name == "own":
-        from forensics_lib.synthesis.autoencoder import load_autoencoder, regenerate
-
-        return partial(regenerate, load_autoencoder())
-    wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
-    return named(name, "autoencoder", wanted)()
 
 
 def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode | None = None) -> pd.DataFrame:
@@ -57,7 +44,7 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode |
     ones are passed over.
     """
     drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
-    folder = kept_in("aligned", settings, RULE)
+    folder = kept_in("aligned", settings, TWIN_VERSION)
     rows, passed_over = [], 0
     for photo in progress(drawn.to_dict("records"), "aligned twins"):
         name = hashlib.sha256(f"{photo['path']} {photo['bytes']}".encode()).hexdigest()[:20]
@@ -103,7 +90,7 @@ def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencod
     if np.ptp(image, axis=2).max() <= 2:  # a grey photograph's twin is grey; WebP leaves grey so
         mixed = mixed.mean(axis=2, keepdims=True).repeat(3, axis=2)
     mode, options = _encoding_of(photo, whole_photo)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8)).convert(mode).save(temporary, **options)
 
 
@@ -154,3 +141,37 @@ def _webp_quality(pixels: np.ndarray, length: int) -> int:
         return buffer.getbuffer().nbytes
 
     return min(100, 1 + bisect_left(range(1, 101), length, key=size))
+
+
+def make_forgeries(photos: pd.DataFrame, settings: Forgeries, autoencode: Autoencode | None = None) -> pd.DataFrame:
+    """Forgeries of authentic images by all ``METHODS`` in turn: rows with ``layouts.COLUMNS`` and their photograph's group.
+
+    Donors are photographs of the same table.  Images and masks are PNG in ``outputs/.cache/forgeries``, made again only
+    where photographs, settings or the autoencoder's code changed; the same photographs give the same forgeries.
+    Unreadable ones are passed over.
+    """
+    drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
+    folder = kept_in("forgeries", settings, FORGERY_VERSION)
+    rows, passed_over = [], 0
+    for number, photo in enumerate(progress(drawn.to_dict("records"), "forgeries")):
+        donor, method = drawn.iloc[(number + 1) % len(drawn)]["path"], METHODS[number % len(METHODS)]
+        name = hashlib.sha256(f"{photo['path']} {photo['bytes']} {donor} {method}".encode()).hexdigest()[:20]
+        path, mask_path = folder / f"{name}.png", folder / f"{name}_mask.png"
+        if not (path.is_file() and mask_path.is_file()):
+            autoencode = autoencode or load_autoencode(settings.autoencoder)
+            try:
+                rng = np.random.default_rng(int(name, 16))
+                images = [random_square(read_image(source), settings.side, rng) for source in (photo["path"], donor)]
+            except ImageError:
+                passed_over += 1
+                continue
+            forgery = forge(*images, method, autoencode, rng)
+            for target, pixels in ((path, forgery.image), (mask_path, forgery.mask.astype(np.uint8) * 255)):
+                with atomic_write(target) as temporary:
+                    Image.fromarray(pixels).save(temporary, format="PNG")
+        facts = {"path": str(path), "label": 1, "mask_path": str(mask_path), "split": photo["split"]}
+        names = {"source": f"forged/{photo['source']}", "generator": settings.autoencoder, "method": method}
+        rows.append(facts | names | {"kind": "fr" if method == "whole" else "sp", "group": photo["group"]})
+    if passed_over:
+        print(f"{passed_over} photograph(s) could not be read and give no forgery")
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from forensics_lib.data.generated import make_twins
-from forensics_lib.data.headers import file_facts
-from forensics_lib.data.layouts import LayoutError, Rows, mask_names, masks_alike, read_test
+from forensics_lib.data.generated import make_forgeries, make_twins
+from forensics_lib.data.headers import read_headers
+from forensics_lib.data.layouts import mask_names, masks_alike, read_test
 from forensics_lib.data.official import refuse_misuse, refuse_validation_rows
 from forensics_lib.data.readers import of_itw_sm, read_data_set, recognised, task_of
+from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run, task_b_training_folders
-from forensics_lib.synthesis.forgeries import make_forgeries
 from forensics_lib.utils.files import from_home, home
 
 FEWEST = 10  # images of each class with which validation images decide; with fewer others do that have as many
@@ -64,7 +64,7 @@ def _made(run: Run, name: str, make: Callable[[pd.DataFrame], pd.DataFrame], tab
     """The images that are made of all usable training photographs, with the facts of their files."""
     photos = table[table["split"].eq("train") & table["label"].eq(0) & table["error"].isna()].reset_index(drop=True)
     made = make(photos)
-    facts = file_facts(made["path"].tolist(), facts_cache(run.folder, name))
+    facts = read_headers(made["path"].tolist(), facts_cache(run.folder, name))
     return made.join(facts).assign(data_set=name, layout=name)
 
 
@@ -200,11 +200,6 @@ def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
-def manipulation(row: pd.Series) -> str:
-    """How a manipulated image was made, for titles: ``sd2-sp (sp)``, or ``manipulated (sp)`` where the method is not known."""
-    return f"{'manipulated' if pd.isna(row['method']) else row['method']} ({row['kind']})"
-
-
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
     """``limit`` rows, or all where there are no more; classes and their sources by ``sampled_places``."""
     return rows.iloc[sampled_places(rows, limit, seed)].reset_index(drop=True)
@@ -324,7 +319,7 @@ def _with_file_facts(rows: Rows, cache: Path) -> pd.DataFrame:
     """The rows with ``FILE_COLUMNS``; a mask that does not fit its image counts as the image's error."""
     table = rows.table()
     masks = table["mask_path"].dropna().drop_duplicates().tolist()
-    facts = file_facts([*rows.paths, *masks], cache, rows.looks)
+    facts = read_headers([*rows.paths, *masks], cache, rows.looks)
     table = table.join(facts.iloc[: len(table)])
     if len(masks):
         of_masks = facts.iloc[len(table) :].set_index(pd.Index(masks))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from forensics_lib.data.layouts import NAMED, TGIF_NAMES, TGIF_SPLITS, LayoutError, class_of, read_text_table, split_of
+from forensics_lib.data.headers import look
+from forensics_lib.data.layouts import TGIF_NAMES, TGIF_SPLITS
 from forensics_lib.data.readers import (
     CNNDETECTION_CATEGORIES,
     CONSTRAINED_LAYOUTS,
@@ -23,11 +24,13 @@ from forensics_lib.data.readers import (
     of_itw_sm,
     task_of,
 )
+from forensics_lib.data.rows import NAMED, LayoutError
+from forensics_lib.data.tables import read_text_table
 from forensics_lib.images.io import SUFFIXES
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run
-from forensics_lib.utils.disk import look
 from forensics_lib.utils.files import from_home
+from forensics_lib.utils.names import class_of, split_of
 
 LDM_SETS = ("class2image", "noise2image_FFHQ", "noise2image_bedrooms", "noise2image_churches")
 LDM_FOLDERS = frozenset(f"latent_diffusion_{name}" for name in (*LDM_SETS, *(f"text2img_set{i}" for i in range(3))))

@@ -1,6 +1,6 @@
 """Readers of public data sets exactly as they are downloaded, and the recognition of a folder's layout.
 
-Each reader takes a root and the entry of the ``data`` parameter that named it, and gives the rows of ``layouts``.
+Each reader takes a root and the entry of the ``data`` parameter that named it, and returns ``Rows``.
 Layouts are those of the data sets' own pages and repositories.
 """
 
@@ -14,38 +14,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from forensics_lib.data.hub import has_masks, is_parquet, kind_of, parquet_files, read_parquet
 from forensics_lib.data.layouts import (
-    CLASSES,
-    NAMED,
     TASK_A_LABELS,
     TGIF2_METHODS,
     TGIF_NAMES,
-    Folder,
-    LayoutError,
-    Rows,
-    check_parts,
-    class_of,
-    contents,
     photo_group,
-    read_listing,
     read_task_a,
     read_task_b_validation,
-    read_text,
-    read_text_table,
     read_tgif,
-    refuse_broken_links,
     sagid_path,
-    split_in,
-    split_of,
 )
-from forensics_lib.images.parquet import class_names, damage, damaged_by, image_columns, member_path
+from forensics_lib.data.rows import LABELS, Folder, LayoutError, Rows, check_parts, contents, refuse_broken_links
+from forensics_lib.data.tables import read_listing, read_text, read_text_table
 from forensics_lib.params import DataSet
-from forensics_lib.utils.callables import named
-from forensics_lib.utils.disk import broken_link, shown
-from forensics_lib.utils.files import from_home
+from forensics_lib.utils.callables import load_callable
+from forensics_lib.utils.files import broken_link, from_home
+from forensics_lib.utils.names import CLASSES, class_of, split_in, split_of
 
 Reader = Callable[[Path, DataSet], Rows]
 ITW_SM = "ITW-SM"  # the folder that the archive holds
@@ -56,7 +41,6 @@ _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
 KINDS = ("orig", "sp", "fr", "full")  # authentic, spliced, fully regenerated, fully synthetic
 NOTHING = frozenset(("", "nan", "none", "null"))  # how programs write an empty field of a table
-LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
 
 
@@ -81,13 +65,15 @@ def _reader(layout: str) -> Reader:
     """The reader of a layout, or the user's own that ``module:function`` names."""
     if layout in READERS:
         return READERS[layout]
-    return named(layout, "data: layout", "its function gets the root (a Path) and the entry, and returns layouts.Rows")
+    return load_callable(
+        layout, "data: layout", "its function gets the root (a Path) and the entry, and returns data.rows.Rows"
+    )
 
 
 def _check_own(rows: Rows, entry: DataSet) -> None:
     """What the project's readers see to, of rows that another one made.  Raises ``LayoutError``."""
     if not isinstance(rows, Rows):
-        raise LayoutError(f"data: {entry.layout} returned {type(rows).__name__}; forensics_lib.data.layouts.Rows is needed")
+        raise LayoutError(f"data: {entry.layout} returned {type(rows).__name__}; forensics_lib.data.rows.Rows is needed")
     table = rows.table()
     wrong = table[~table["label"].isin([0, 1]) | ~table["split"].isin(["train", "val", "test"])]
     if len(wrong):
@@ -148,13 +134,13 @@ def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[
             rows.leave_unread(place, f"no folder on its path names a class (known: {', '.join(sorted(CLASSES))})")
             continue
         category = number - 1 if category_train and parts[number - 1] == "train" else None
-        named = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
-        split = of_root if named is None else split_of(parts[named])
+        load_callable = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
+        split = of_root if load_callable is None else split_of(parts[load_callable])
         label = int(class_of(parts[number]) or 0)
         check_parts(place, parts[number + 1 :], label, None)
-        if named is not None:
-            check_parts(place, parts[named + 1 :], label, split)
-        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
+        if load_callable is not None:
+            check_parts(place, parts[load_callable + 1 :], label, split)
+        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != load_callable))
 
 
 def read_cnndetection(root: Path, entry: DataSet) -> Rows:
@@ -167,7 +153,7 @@ def read_cnndetection(root: Path, entry: DataSet) -> Rows:
         split = entry.split or found.split
         generator = found.above[0] if split == "test" and found.above else "progan"
         source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
-        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        names = {"kind": kind_of(found.label), "generator": generator if found.label else None}
         rows.add(found.folder.paths, found.label, found.split, source, **names)
     return rows
 
@@ -257,7 +243,7 @@ def read_itw_sm(root: Path, _: DataSet) -> Rows:
             platform = (folder.parts[1] if inside else name.split("_")[0]).lower()
             platforms.setdefault(platform, []).append(path)
         for platform, paths in sorted(platforms.items()):
-            rows.add(paths, label, "val", f"itw_sm/{platform}", kind=_kind(label))
+            rows.add(paths, label, "val", f"itw_sm/{platform}", kind=kind_of(label))
     return rows
 
 
@@ -275,7 +261,7 @@ def _read_generators(root: Path, name: str, whole_path: bool = False) -> Rows:
     rows = Rows()
     for found in _by_class(rows, root):
         generator = ("/".join(found.above) if whole_path else found.above[0]) if found.above else root.name
-        names = {"kind": _kind(found.label), "generator": generator if found.label else None}
+        names = {"kind": kind_of(found.label), "generator": generator if found.label else None}
         rows.add(found.folder.paths, found.label, found.split, f"{name}/{generator}", **names)
     return rows
 
@@ -287,7 +273,7 @@ def read_folders(root: Path, _: DataSet) -> Rows:
     rows = Rows()
     for found in _by_class(rows, root):
         source = "/".join((root.name, *found.above))
-        rows.add(found.folder.paths, found.label, found.split, source, kind=_kind(found.label))
+        rows.add(found.folder.paths, found.label, found.split, source, kind=kind_of(found.label))
     return rows
 
 
@@ -299,16 +285,16 @@ def read_sagi_d(root: Path, _: DataSet) -> Rows:
     for item in listing.itertuples(index=False):
         image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
         source = image.relative_to(root).parts[1]
-        split, named = split_of(item.split) or "test", f"sagi_d/{source}"
+        split, load_callable = split_of(item.split) or "test", f"sagi_d/{source}"
         group = photo_group(source, image.stem)
         if item.src_path:
             original = sagid_path(root, item.src_path, ())
             group = photo_group(source, original.stem)
             if original not in originals:
                 originals.add(original)
-                rows.add([str(original)], 0, split, named, kind="orig", groups=[group])
+                rows.add([str(original)], 0, split, load_callable, kind="orig", groups=[group])
         names = {"generator": item.diffusion_model or None, "method": item.inpainting_model}
-        rows.add([str(image)], 1, split, named, kind=item.type, groups=[group], masks=[str(mask)], **names)
+        rows.add([str(image)], 1, split, load_callable, kind=item.type, groups=[group], masks=[str(mask)], **names)
     return rows
 
 
@@ -321,10 +307,10 @@ def read_table(path: Path, entry: DataSet) -> Rows:
         raise LayoutError(
             f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
         )
-    named = split_in(path.name) or split_of(path.parent.name)
-    if entry.split == "train" and named == "test":
+    load_callable = split_in(path.name) or split_of(path.parent.name)
+    if entry.split == "train" and load_callable == "test":
         raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
-    entry = entry.model_copy(update={"split": entry.split or named})
+    entry = entry.model_copy(update={"split": entry.split or load_callable})
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
@@ -352,160 +338,10 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], e
         raise LayoutError(f"{table} row {number}: names no path")
     mask = mask if label else None
     names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
-    kind = (values["kind"] or ("sp" if mask else _kind(label))).lower()
+    kind = (values["kind"] or ("sp" if mask else kind_of(label))).lower()
     if kind not in KINDS:
         raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
     rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
-
-
-# Of a hub data set: columns that may hold the label
-LABEL_COLUMNS = ("label", "labels", "is_fake", "fake", "class", "target")
-
-
-def parquet_files(root: Path) -> list[Path]:
-    """The parquet files that ``root`` is or holds, in any case of the ending; what is hidden is passed over."""
-    if root.is_file() and _is_parquet(root.name):
-        return [root]
-    found, seen = [], set()
-    for place, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-        found += [Path(place) / name for name in names if _is_parquet(name)]
-    return sorted(found)
-
-
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet") and name[0] != "."
-
-
-def sound_parquet_files(root: Path) -> list[Path]:
-    """The parquet files of a data set.  Raises ``LayoutError`` that names all that are damaged or not downloaded."""
-    files = parquet_files(root)
-    damaged = [f"{shown(file)} ({why})" for file in files if (why := damage(file))]
-    if damaged:
-        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
-        raise LayoutError(f"{len(damaged)} of {len(files)} parquet files cannot be read: {'; '.join(damaged[:NAMED])}{more}")
-    if not files:
-        raise LayoutError(f"no parquet files in {root}; {contents(root)}")
-    return files
-
-
-def has_masks(root: Path) -> bool:
-    """Whether any file of a hub data set has a column ``mask``, and so the set serves Task B."""
-    return any(_mask_column(file) for file in sound_parquet_files(root))
-
-
-def _mask_column(file: Path) -> str | None:
-    return next((name for name in image_columns(file) if name.lower() == "mask"), None)
-
-
-def read_parquet(root: Path, entry: DataSet) -> Rows:
-    """A hub data set as downloaded: parquet files with an image column and a label, read where they lie.
-
-    The split is told by a column ``split``, else by the file's name (``train-00000-of-00010.parquet``) or folder, the class
-    by numbers (0 authentic, 1 synthetic), by the hub's own class names, or by words; ``model`` or ``generator`` and ``mask``
-    are read where there.  Where any file has masks, one without them may hold authentic images alone.
-    """
-    rows, files = Rows(), sound_parquet_files(root)
-    masked = any(_mask_column(file) for file in files)
-    for file in files:
-        mask = _mask_column(file)
-        images = [name for name in image_columns(file) if name != mask]
-        image = "image" if "image" in images else images[0] if len(images) == 1 else None
-        names = pq.read_schema(file).names
-        label = next((name for name in LABEL_COLUMNS if name in names), None)
-        if image is None or label is None:
-            raise LayoutError(f"{file} needs an image column and one of {', '.join(LABEL_COLUMNS)}; it has {', '.join(names)}")
-        generator = next((name for name in ("generator", "model") if name in names), None)
-        split = next((name for name in names if name.lower() == "split"), None)
-        table = _columns(file, [name for name in (label, generator, split) if name])
-        labels = _hub_labels(file, label, table.column(label).to_pylist())
-        if masked and mask is None and any(labels):
-            raise LayoutError(
-                f"{file} row {labels.index(1)}: manipulated, but this file has no column mask, as others of {root} have; "
-                "add one, or keep files with and without masks in two data sets"
-            )
-        generators = table.column(generator).to_pylist() if generator else [None] * len(labels)
-        splits = _hub_splits(file, split, table.column(split).to_pylist()) if split else [None] * len(labels)
-        told = _default_split(root, file, entry)
-        places: dict[_Key, list[int]] = {}
-        for number, (of_row, *key) in enumerate(zip(splits, labels, generators, strict=True)):
-            places.setdefault((of_row or told, *key), []).append(number)
-        _add_members(rows, file, image, mask, places, root.stem)
-    return rows
-
-
-_Key = tuple[str | None, int, str | None]  # split, label and generator of rows that go together
-
-
-def _hub_words(file: Path, column: str, values: list[Any]) -> list[Any]:
-    """The values of a column, numbers of classes as the names that the hub gives them."""
-    names = class_names(file, column)
-    return [names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value for value in values]
-
-
-def _hub_splits(file: Path, column: str, values: list[Any]) -> list[str | None]:
-    """The split of each row; None of an empty field.  Raises ``LayoutError`` of a word that names none."""
-    words = _hub_words(file, column, values)
-    texts = ["" if word is None else str(word).strip() for word in words]
-    splits = [split_of(text) for text in texts]
-    for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
-        if text and split is None:
-            raise LayoutError(f"{file} row {number}: {column} is {text!r}; it must be train, val or test")
-    return splits
-
-
-def _columns(file: Path, names: list[str]) -> pa.Table:
-    try:
-        return pq.ParquetFile(file).read(names)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise LayoutError(f"{file}: {damaged_by(error)}") from None
-
-
-def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
-    """The split of a parquet file's rows that tell none themselves.  Raises ``LayoutError``."""
-    told = _split_of_shard(root, file)
-    if entry.split == "train" and told == "test":
-        raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
-    return entry.split or told
-
-
-def _split_of_shard(root: Path, file: Path) -> str | None:
-    """The split that a parquet file's name tells, else the nearest folder's up to the root, or the root's own name."""
-    folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
-    return next((split for name in (file.name, *folders) if (split := split_in(name))), None)
-
-
-def _add_members(rows: Rows, file: Path, image: str, mask: str | None, places: dict[_Key, list[int]], source: str) -> None:
-    for (split, label, generator), numbers in sorted(places.items(), key=lambda item: str(item[0])):
-        masks = [member_path(file, mask, number) for number in numbers] if mask and label else None
-        kind = "sp" if masks else _kind(label)
-        paths = [member_path(file, image, number) for number in numbers]
-        rows.add(paths, label, split, source, kind=kind, generator=generator if label else None, masks=masks)
-
-
-def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
-    words = _hub_words(file, column, values)
-    labels = [_label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word) for word in words]
-    if None in labels:
-        number = labels.index(None)
-        raise LayoutError(
-            f"{file} row {number}: {column} is {words[number]!r}; known are 0, 1 and the words {', '.join(CLASSES)}"
-        )
-    return labels
-
-
-def _label(word: str) -> int | None:
-    found = class_of(word)
-    return LABELS.get(word.strip().lower()) if found is None else found
-
-
-def _kind(label: int) -> str:
-    return "full" if label else "orig"
 
 
 READERS: dict[str, Reader] = {
@@ -590,7 +426,7 @@ def detect_layout(root: Path) -> str:
     """The layout of a folder (or of a ``.csv`` file) by what lies in it.  Raises ``LayoutError`` where none fits."""
     if root.is_file() and root.suffix.lower() == ".csv":
         return "table"
-    if root.is_file() and _is_parquet(root.name):
+    if root.is_file() and is_parquet(root.name):
         return "parquet"
     if layout := _sign_of(root):
         return layout

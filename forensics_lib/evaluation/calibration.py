@@ -8,25 +8,15 @@ order of images never changes, so AUC and the best F1 stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from forensics_lib.inference.probabilities import EDGE
+
 BINS = 15
-_EDGE = 1e-12  # probabilities are kept this far from 0 and 1, so that their log-odds are finite
 LIMITS = (0.1, 10.0)  # of temperatures
 NOT_CALIBRATED = {"temperature": 1.0, "intercept": 0.0}
-
-
-def calibrated(probs: np.ndarray, calibration: Mapping[str, float]) -> np.ndarray:
-    """Probabilities ``(N,)`` with their log-odds divided by ``temperature`` and moved by ``intercept``; NaN stays NaN.
-
-    ``calibration`` may hold more, as stored thresholds do; without an intercept, as from runs that fitted none, it is 0.
-    """
-    odds = logit(np.clip(probs, _EDGE, 1 - _EDGE))
-    return expit(odds / calibration["temperature"] + calibration.get("intercept", 0.0))
 
 
 def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
@@ -35,7 +25,7 @@ def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
     As in Platt's paper labels are a little less than certain, the less the more images there are, so that few images and
     classes that are separated claim no certainty.  A weak pull towards 1 keeps the temperature where images tell nothing.
     """
-    labels, odds = np.asarray(labels, float), logit(np.clip(probs, _EDGE, 1 - _EDGE))
+    labels, odds = np.asarray(labels, float), logit(np.clip(probs, EDGE, 1 - EDGE))
     positive, authentic = labels.sum(), (1 - labels).sum()
     if not (positive and authentic):
         return dict(NOT_CALIBRATED)

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from forensics_lib.data.duplicates import overlapping
-from forensics_lib.data.manifest import deciding, manipulation, problems, sampled, usable
+from forensics_lib.data.manifest import deciding, problems, sampled, usable
 from forensics_lib.device import choose_machine
-from forensics_lib.evaluation.calibration import NOT_CALIBRATED, calibrated, expected_calibration_error, fit_calibration
+from forensics_lib.evaluation.calibration import NOT_CALIBRATED, expected_calibration_error, fit_calibration
 from forensics_lib.evaluation.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -24,15 +24,14 @@ from forensics_lib.evaluation.metrics import (
     localization_metrics,
     pixel_table,
     roc_auc,
-    round_probs,
 )
-from forensics_lib.evaluation.predictions import Predictions, predict, truth_mask
+from forensics_lib.evaluation.predictions import Predictions, predict_labelled
 from forensics_lib.evaluation.robustness import robustness
-from forensics_lib.images.io import read_image
-from forensics_lib.inference.predict import inference_settings, predict_mask
-from forensics_lib.models.combined import add_to_checkpoint, load_model
-from forensics_lib.run import Run
-from forensics_lib.utils.files import is_main, read_json, update_json, write_csv
+from forensics_lib.inference.predict import inference_settings
+from forensics_lib.inference.probabilities import calibrated, round_probs
+from forensics_lib.models.checkpoint import add_to_checkpoint, load_model
+from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.utils.files import is_main, update_json, write_csv
 from forensics_lib.utils.processes import wait_for_all
 
 KEPT_COLUMNS = ["label", "split", "source", "generator", "method", "kind", "format", "group", "path", "mask_path"]
@@ -204,7 +203,7 @@ def _predict_rows(
     run: Run, task: str, rows: pd.DataFrame, calibration: dict[str, float]
 ) -> tuple[Predictions, pd.DataFrame, list[str]]:
     model, _ = load_model(run.finetuned_model(task), task)
-    result = predict(model, task, rows, run.params, choose_machine(run.params))
+    result = predict_labelled(model, task, rows, run.params, choose_machine(run.params))
     good = result.good()
     table = rows.loc[good, KEPT_COLUMNS].reset_index(drop=True)
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
@@ -269,14 +268,6 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
-def stored_thresholds(run: Run, task: str) -> dict[str, float]:
-    """The thresholds chosen on validation.  Raises ``FileNotFoundError`` where none were stored."""
-    facts = read_json(run.thresholds).get(task)
-    if not facts:
-        raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
-    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature", "intercept") if key in facts}
-
-
 def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """``robustness`` of a task on validation images at the stored thresholds, also kept in ``run.json``.
 
@@ -289,45 +280,3 @@ def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataF
     table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
     run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
     return table
-
-
-# ---- Examples --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class MaskExample:
-    """One image with its prediction, and its truth where that is known."""
-
-    title: str
-    image: np.ndarray  # (H, W, 3) uint8
-    mask: np.ndarray  # (H, W) in [0, 1]
-    truth: np.ndarray | None  # (H, W) bool
-
-
-def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) -> list[MaskExample]:
-    """Images of an evaluation with their masks, predicted again for their pictures.
-
-    ``which``: ``best`` or ``worst`` (manipulated images by IoU), ``borderline`` (those next to the image threshold), or
-    ``alarms`` (authentic images with the most flagged pixels).
-    """
-    machine = choose_machine(run.params)
-    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
-    examples = []
-    for _, row in _chosen(evaluation, which).head(count).iterrows():
-        image = read_image(Path(row["path"]))
-        prob, mask = predict_mask(model, image, run.params, machine)
-        truth = truth_mask(row, image.shape[:2])
-        said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
-        what = manipulation(row) if row["label"] else "authentic"
-        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(prob, evaluation.thresholds):.2f}"
-        examples.append(MaskExample(title, image, mask, truth))
-    return examples
-
-
-def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
-    table = evaluation.table
-    if which == "borderline":
-        return table.iloc[(table["prob"] - evaluation.thresholds["threshold"]).abs().argsort(kind="stable")]
-    if which == "alarms":
-        return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
-    return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")

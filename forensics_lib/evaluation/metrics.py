@@ -13,22 +13,14 @@ import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
+from forensics_lib.inference.probabilities import DECIMALS, round_probs
 from forensics_lib.utils.progress import progress
 
-DECIMALS = 6  # probabilities are written, and compared, with this many
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
 VALUES = 15_361  # the float16 numbers from 0 to 1, whose bit patterns are 0, 1, 2, ... in their order
 THRESHOLD_FREE = ("pixel_auc", "pixel_ap", "best_pixel_f1")  # scores of an image's pixels that need all VALUES
 _BIN_STARTS = (np.arange(BINS) / BINS).astype(np.float16).view(np.uint16)  # where among them each of the bins begins
 FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
-
-
-def round_probs(probs: np.ndarray) -> np.ndarray:
-    """Probabilities as they are written to files, so that labels agree with what a reader computes; NaN stays NaN.
-
-    They are kept one unit of the last decimal from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
-    """
-    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
 
 
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
@@ -181,9 +173,6 @@ def _draws(labels: np.ndarray, groups: np.ndarray | None, rounds: int, seed: int
         yield by_group[np.arange(ends[-1]) + np.repeat(starts[drawn] - (ends - count), count)]
 
 
-# ---- Pixels ----------------------------------------------------------------------------------------------------------
-
-
 def value_counts(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Pixel counts ``(2, 15361)`` by truth (authentic, manipulated) and probability, of which float16 has that many.
 
@@ -226,11 +215,6 @@ def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     iou = np.divide(tp, union, out=np.ones_like(tp), where=union > 0)
     f1 = np.divide(2 * tp, both, out=np.ones_like(tp), where=both > 0)
     return iou, f1, (fp + tp) / histograms.sum((1, 2))[:, None]
-
-
-def written_mask(mask: np.ndarray) -> np.ndarray:
-    """A mask in [0, 1] as it is written: float16 with the last bit of each value cleared, so that none equals a threshold."""
-    return (mask.astype(np.float16).view(np.uint16) & 0xFFFE).view(np.float16)
 
 
 def bin_threshold(number: int) -> float:

@@ -12,11 +12,13 @@ from PIL import Image
 
 from forensics_lib.device import Machine
 from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, threshold_free_scores, value_counts
-from forensics_lib.images.io import ImageError, read_mask
-from forensics_lib.inference.predict import check_finite, predict_masks, predict_probabilities
+from forensics_lib.images.io import ImageError
+from forensics_lib.images.masks import read_mask
+from forensics_lib.inference.predict import predict_masks, predict_probabilities
+from forensics_lib.inference.probabilities import check_finite
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
-from forensics_lib.utils.processes import gathered, rank, world
+from forensics_lib.utils.processes import all_gather, rank, world
 
 Transform = Callable[[np.ndarray], np.ndarray]  # from image to image
 
@@ -34,7 +36,7 @@ class Predictions:
         return np.isfinite(self.probs)
 
 
-def predict(
+def predict_labelled(
     model: CombinedModel,
     task: str,
     rows: pd.DataFrame,
@@ -51,7 +53,7 @@ def predict(
     """
     mine = np.arange(rank(), len(rows), world())
     of_task = _probabilities if task == "A" else _masks
-    parts = gathered((mine, of_task(model, rows.iloc[mine], params, machine, change, title)))
+    parts = all_gather((mine, of_task(model, rows.iloc[mine], params, machine, change, title)))
     everything = Predictions(np.full(len(rows), np.nan), {})
     if task == "B":
         everything.histograms = np.zeros((len(rows), 2, 256), np.uint32)

@@ -9,11 +9,11 @@ import pandas as pd
 from PIL import Image
 
 from forensics_lib.device import Machine
-from forensics_lib.evaluation.calibration import calibrated
-from forensics_lib.evaluation.metrics import image_metrics, localization_metrics, round_probs
-from forensics_lib.evaluation.predictions import Predictions, predict
+from forensics_lib.evaluation.metrics import image_metrics, localization_metrics
+from forensics_lib.evaluation.predictions import Predictions, predict_labelled
 from forensics_lib.images.degradations import add_noise, blur, recompress, resize, upload
 from forensics_lib.images.io import ImageError
+from forensics_lib.inference.probabilities import calibrated, round_probs
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 
@@ -83,7 +83,7 @@ def robustness(
     for number, step in enumerate(steps, start=1):
         name, strength = (step.name, step.strength) if step else ("unchanged", np.nan)
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
-        result = predict(model, task, rows, params, machine, step, title)
+        result = predict_labelled(model, task, rows, params, machine, step, title)
         good = result.good()
         _print_failed(title, rows, result)
         probs = round_probs(calibrated(result.probs[good], thresholds))

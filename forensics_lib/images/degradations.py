@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from forensics_lib.params import Degradations
-from forensics_lib.utils.callables import named
+from forensics_lib.utils.callables import load_callable
 
 KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
@@ -116,7 +116,7 @@ def degrade(
     encoding = None
     if settings.own:
         wanted = "its function gets image, mask and generator, and returns image and mask"
-        image, mask = named(settings.own, "degrade: own", wanted)(image, mask, rng)
+        image, mask = load_callable(settings.own, "degrade: own", wanted)(image, mask, rng)
     if rng.random() < settings.resize:
         image, mask = resize(image, mask, float(rng.uniform(*settings.resize_scale)), KERNELS[rng.integers(len(KERNELS))])
     if rng.random() < settings.blur:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from forensics_lib.utils.disk import LFS_POINTER, NOT_UTF8, broken_link, is_lfs_pointer, shown
+from forensics_lib.utils.files import LFS_POINTER, NOT_UTF8, broken_link, is_lfs_pointer, shown
 
 _MEMBER = re.compile(r"(?P<file>.+\.(?i:parquet))#(?P<column>[^#]+)=(?P<row>\d+)", re.DOTALL)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import median_filter
 
+from forensics_lib.images.crops import centre_crop
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.utils.progress import progress
 
@@ -14,12 +15,6 @@ def residual(image: np.ndarray) -> np.ndarray:
     """What a 3 x 3 median filter takes away: ``(H, W, 3)`` uint8 to ``(H, W)`` float32 in grey levels, around 0."""
     grey = image.astype(np.float32).mean(axis=2)
     return grey - median_filter(grey, 3)
-
-
-def centre_crop(image: np.ndarray, side: int) -> np.ndarray:
-    """The central ``side`` x ``side`` pixels at native resolution, or what there is of them."""
-    top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
-    return image[top : top + side, left : left + side]
 
 
 def average_spectrum(rows: pd.DataFrame, side: int = 128, count: int = 200, seed: int = 0) -> np.ndarray:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,31 +14,12 @@ from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
 from forensics_lib.device import Machine, choose_machine
-from forensics_lib.evaluation.metrics import written_mask
-from forensics_lib.images.io import pad_to
+from forensics_lib.images.crops import pad_to
+from forensics_lib.images.masks import written_mask
+from forensics_lib.inference.probabilities import sigmoid
 from forensics_lib.models.combined import CombinedModel, padded_side
 from forensics_lib.params import Params
-from forensics_lib.utils.files import whole
 from forensics_lib.utils.progress import progress
-
-SHOWN = 5  # images that an error names
-FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the submission all the same
-MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
-
-
-class BrokenModelError(RuntimeError):
-    """A model's answer to an image that could be read is not a finite number; the message names the images."""
-
-
-def check_finite(paths: Sequence[str] | pd.Series, probs: Sequence[float] | pd.Series, errors: Sequence | pd.Series) -> None:
-    """Raise ``BrokenModelError`` where a probability is not finite though its image has no error (None or missing)."""
-    broken = [path for path, prob, error in zip(paths, probs, errors, strict=True) if pd.isna(error) and not np.isfinite(prob)]
-    if broken:
-        raise BrokenModelError(
-            f"the model's answer is not a finite number for {len(broken)} of {len(probs)} images, such as "
-            f"{', '.join(broken[:SHOWN])}: its weights are damaged or its activations overflow. Try precision: fp32; else "
-            "train again at a lower rate"
-        )
 
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
@@ -106,11 +86,7 @@ def _complete(waiting: deque[tuple[ProbPrediction, int, list[float]]]) -> Iterat
     """The first images of the queue whose crops all have their margins."""
     while waiting and len(waiting[0][2]) == waiting[0][1]:
         prediction, count, margins = waiting.popleft()
-        yield replace(prediction, prob=_sigmoid(np.mean(margins))) if count else prediction
-
-
-def _sigmoid(x: float) -> float:
-    return float(1 / (1 + np.exp(-np.clip(x, -60, 60)))) if np.isfinite(x) else float("nan")
+        yield replace(prediction, prob=sigmoid(np.mean(margins))) if count else prediction
 
 
 @dataclass
@@ -230,15 +206,3 @@ def _weight_sum(starts: list[int], weights: np.ndarray, length: int) -> np.ndarr
     for start in starts:
         total[start : start + len(weights)] += weights
     return total
-
-
-def save_mask(path: Path, mask: np.ndarray) -> None:
-    """Write a mask as compressed npz, whole or not at all."""
-    with whole(path) as temporary:
-        np.savez_compressed(temporary, **{MASK_KEY: mask.astype(np.float16)})
-
-
-def load_mask(path: Path) -> np.ndarray:
-    """The mask that ``save_mask`` wrote, ``(H, W)`` float16."""
-    with np.load(path, allow_pickle=False) as content:
-        return content[MASK_KEY]

@@ -14,15 +14,14 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
-from forensics_lib.data.layouts import LayoutError, Rows, contents
+from forensics_lib.data.rows import LayoutError, Rows, contents
 from forensics_lib.device import choose_machine
-from forensics_lib.evaluation.calibration import calibrated
-from forensics_lib.evaluation.metrics import round_probs
 from forensics_lib.images.io import ImageError, as_file
-from forensics_lib.inference.predict import check_finite, predict_masks, predict_probabilities
-from forensics_lib.models.combined import CheckpointError, load_model
+from forensics_lib.inference.predict import predict_masks, predict_probabilities
+from forensics_lib.inference.probabilities import calibrated, check_finite, round_probs
+from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import Params
-from forensics_lib.utils.disk import shown
+from forensics_lib.utils.files import shown
 
 WANTED = "a path, an array (H, W, 3) or (H, W) of uint8, a PIL image, the bytes of an image file, or an open binary file"
 ONE = (str, PathLike, np.ndarray, Image.Image, bytes, bytearray, memoryview)

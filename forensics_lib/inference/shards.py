@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,18 @@ import torch
 from forensics_lib.data.layouts import mask_names
 from forensics_lib.data.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.device import Machine, choose_machine, compile_where_it_pays
-from forensics_lib.evaluation.calibration import calibrated
-from forensics_lib.evaluation.evaluate import stored_thresholds
-from forensics_lib.evaluation.metrics import round_probs
-from forensics_lib.images.io import ImageError, read_header
-from forensics_lib.inference.predict import (
-    FALLBACK_PROB,
-    BrokenModelError,
-    check_finite,
-    inference_settings,
-    load_mask,
-    predict_masks,
-    predict_probabilities,
-    save_mask,
-)
-from forensics_lib.models.combined import CombinedModel, load_model
-from forensics_lib.run import Run, require_same_kind, require_trained
-from forensics_lib.settings import settings_text
-from forensics_lib.utils.files import WriteError, is_main, read_json, whole, write_csv
-from forensics_lib.utils.locks import only_inference
-from forensics_lib.utils.processes import launch, launches, rank, wait_for_all, world
+from forensics_lib.images.headers import read_header
+from forensics_lib.images.io import ImageError
+from forensics_lib.images.masks import load_mask, save_mask
+from forensics_lib.inference.predict import inference_settings, predict_masks, predict_probabilities
+from forensics_lib.inference.probabilities import FALLBACK_PROB, BrokenModelError, calibrated, check_finite, round_probs
+from forensics_lib.models.checkpoint import load_model
+from forensics_lib.models.combined import CombinedModel
+from forensics_lib.params import settings_text
+from forensics_lib.run import Run, require_same_kind, require_trained, stored_thresholds
+from forensics_lib.utils.files import WriteError, atomic_write, is_main, read_json, write_csv
+from forensics_lib.utils.locks import exclusive
+from forensics_lib.utils.processes import launch, launched, rank, should_launch, wait_for_all, world
 
 SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
 SHARDS = 32  # wanted at least, so that several processes get equal shares
@@ -70,7 +63,7 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
         )
     model, content = load_model(run.finetuned_model(task), task)
     _require_same_settings(run, task, content)
-    if launches(run.params.processes):
+    if should_launch(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     rows = build_test_manifest(run, task)
     machine = choose_machine(run.params)
@@ -205,7 +198,7 @@ class Shards:
         for number in mine:
             part = pd.DataFrame(islice(answers, len(self.part(number))), columns=["path", "prob", "error"])
             check_finite(part["path"], part["prob"], part["error"])
-            with whole(self.file(number)) as temporary:
+            with atomic_write(self.file(number)) as temporary:
                 part.astype({"error": "string"}).to_parquet(temporary)
 
     def _check_space(self, missing: list[int]) -> None:
@@ -263,3 +256,14 @@ def mask_statistics(run: Run, results: pd.DataFrame) -> str:
     in_range = sum(bool((mask >= 0).all() and (mask <= 1).all()) for _, mask in masks)
     kinds = ", ".join(sorted({str(mask.dtype) for _, mask in masks}))
     return f"{len(masks)} masks, {kinds}; {own_size} of their image's own size, {in_range} with all values in [0, 1]"
+
+
+@contextmanager
+def only_inference(run: Run, task: str) -> Iterator[None]:
+    """Within the block no other process, or group of them, predicts the test images of this task of this run."""
+    held = f"Task {task} of run {run.name} is being predicted by another process: waiting for it"
+    with ExitStack() as stack:
+        if is_main() and not launched():  # who launched others holds the lock for them
+            stack.enter_context(exclusive(run.folder / "shards" / f"task{task}.lock", held))
+        wait_for_all()
+        yield

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -13,12 +11,10 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
+from forensics_lib.models.backbone import create_backbone, run_checkpoint
 from forensics_lib.models.residuals import FRONTENDS, NoiseResidual
 from forensics_lib.params import Params
-from forensics_lib.utils.disk import LFS_POINTER, broken_link, is_lfs_pointer
-from forensics_lib.utils.files import from_home, locked, whole
 
-CHECKPOINT_FORMAT = 2
 EVIDENCE = (0.002, 0.998)  # probabilities of the mask are cut to these before their log-odds are taken
 STRIDE = 32  # images are padded to multiples of this before they go in
 
@@ -26,10 +22,6 @@ STRIDE = 32  # images are padded to multiples of this before they go in
 def padded_side(side: int) -> int:
     """The next multiple of ``STRIDE``."""
     return -(-side // STRIDE) * STRIDE
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says why and what to do."""
 
 
 class Output(NamedTuple):
@@ -140,7 +132,7 @@ class CombinedModel(nn.Module):
             "dropout": dropout,
         }
         residual, extra = FRONTENDS.get(frontend, (None, 0))
-        self.backbone = _create_backbone(backbone, drop_path, pretrained, pretrained_file)
+        self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file)
         self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
         statistics = timm.data.resolve_data_config({}, model=self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
@@ -262,95 +254,6 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
     return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
-def _create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
-    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be had."""
-    if not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
-        raise ValueError(f"backbone: timm has no model {name!r}; some it has: {', '.join(close) or 'see timm.list_models()'}")
-    overlay = _weights_of(file, name) if file else None
-    if pretrained:
-        print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
-    options = {"pretrained": pretrained, "num_classes": 0, "pretrained_cfg_overlay": overlay}
-    try:
-        backbone = _seeded_backbone(name, options, drop_path)
-        backbone.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
-        if file:
-            _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
-    except Exception as error:  # readers of weights raise nearly anything on damaged files
-        if not pretrained:
-            raise
-        raise OSError(_no_weights_message(name, file, error)) from error
-    if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
-        raise ValueError(f"backbone: timm's {name} gives no intermediate features; choose another, such as convnext_base")
-    return backbone
-
-
-def _weights_of(file: str, name: str) -> dict[str, Any]:
-    """Where timm takes the weights of ``pretrained_file`` from: the file, or of a run's checkpoint its backbone's.
-
-    Raises ``FileNotFoundError``, and ``ValueError`` where the checkpoint holds another backbone.
-    """
-    path = from_home(file)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"pretrained_file: {broken_link(path) or f'no file {path}'}; give a .pth or .safetensors file of {name}"
-        )
-    content = run_checkpoint(file)
-    if content is None:
-        return {"file": str(path)}
-    config = content["config"]
-    if (config["backbone"], config["frontend"]) != (name, "rgb"):
-        raise ValueError(
-            f"pretrained_file: {path} is a run's checkpoint of {config['backbone']} with frontend {config['frontend']}; a run "
-            f"with {name} can start from one with backbone {name} and frontend rgb"
-        )
-    weights = {key.removeprefix("backbone."): value for key, value in content["model"].items() if key.startswith("backbone.")}
-    return {"state_dict": weights}
-
-
-def run_checkpoint(file: str) -> dict[str, Any] | None:
-    """The content of ``pretrained_file`` where it is a checkpoint that a run made, else None."""
-    try:
-        content = torch.load(from_home(file), map_location="cpu", weights_only=True)
-    except Exception:  # weights of another kind, or damaged: timm says what is wrong with them
-        return None
-    return content if isinstance(content, dict) and {"format", "config", "model"} <= set(content) else None
-
-
-def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
-    """A timm model whose initial weights are the same for the same state of torch's generator."""
-    with torch.random.fork_rng(devices=[]):
-        try:
-            return timm.create_model(name, drop_path_rate=drop_path, **options)
-        except TypeError:  # a model without stochastic depth
-            return timm.create_model(name, **options)
-
-
-def _check_loaded(backbone: nn.Module, fresh: nn.Module) -> None:
-    """timm only warns where a file holds none of a model's weights: weights that are still the initial ones tell."""
-    initial = dict(fresh.named_parameters())
-    weights = [(name, p) for name, p in backbone.named_parameters() if p.ndim > 1]
-    missing = [name for name, p in weights if torch.equal(p, initial[name])]
-    if missing:
-        raise RuntimeError(f"{len(missing)} of {len(weights)} weights are not in the file, such as {missing[0]}")
-
-
-def _no_weights_message(name: str, file: str | None, error: Exception) -> str:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    if file and is_lfs_pointer(from_home(file)):
-        return f"pretrained_file: {file} is {LFS_POINTER}"
-    if file:
-        return f"the weights in {file} do not load into {name}: {error}"
-    cache = os.environ.get("HF_HUB_CACHE", HF_HUB_CACHE)
-    return (
-        f"cannot load the pretrained weights of {name}: no network, and they are not in the cache {cache}.\n"
-        f"Either bring them as a file and set pretrained_file: /path/to/{name}.safetensors,\n"
-        f"or train from scratch with pretrained: false.\n"
-        f"({type(error).__name__}: {str(error).splitlines()[0]})"
-    )
-
-
 def build_model(params: Params, task: str) -> CombinedModel:
     """The model that a run trains for a task.
 
@@ -372,57 +275,3 @@ def build_model(params: Params, task: str) -> CombinedModel:
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
     )
-
-
-def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
-    """Write weights with what rebuilds the model; ``facts`` (thresholds, metrics) are plain values, no objects."""
-    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
-    with whole(path) as temporary:
-        torch.save(content, temporary)
-
-
-def add_to_checkpoint(path: Path, **facts: Any) -> None:
-    """Set plain values in a checkpoint that is already there."""
-    with locked(path.parent):
-        derive_checkpoint(path, path, **facts)
-
-
-def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
-    """Write a checkpoint's content with other plain values to ``target``."""
-    content = read_checkpoint(source) | facts
-    with whole(target) as temporary:
-        torch.save(content, temporary)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path} is no checkpoint of this version of the project (format {CHECKPOINT_FORMAT} expected): train again"
-        )
-    return content
-
-
-def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
-    """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
-
-    Raises ``CheckpointError`` where it belongs to another task than the one wanted, or its weights do not fit.
-    """
-    content = read_checkpoint(path)
-    config = content["config"]
-    if task is not None and config["task"] != task:
-        raise CheckpointError(f"{path} was trained for Task {config['task']}, not for Task {task}")
-    model = CombinedModel(**config)
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}"
-        ) from None
-    return model.eval(), content

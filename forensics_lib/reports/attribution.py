@@ -6,10 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from forensics_lib.data.datasets import to_tensor
 from forensics_lib.device import Machine
-from forensics_lib.images.io import pad_to
-from forensics_lib.images.spectra import centre_crop
+from forensics_lib.images.crops import centre_crop, pad_to, to_tensor
 from forensics_lib.models.combined import CombinedModel, padded_side
 
 SIDE = 512  # the centre of larger images is shown

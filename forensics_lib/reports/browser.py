@@ -20,17 +20,18 @@ import pandas as pd
 from IPython.display import Markdown
 from PIL import Image, ImageDraw
 
-from forensics_lib.data.datasets import chosen_places
 from forensics_lib.device import choose_machine
-from forensics_lib.evaluation.evaluate import Evaluation, MaskExample, stored_thresholds
+from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.predictions import truth_mask
+from forensics_lib.images.crops import chosen_places
 from forensics_lib.images.io import ImageError, read_image
-from forensics_lib.inference.predict import load_mask, predict_mask
-from forensics_lib.models.combined import load_model
+from forensics_lib.images.masks import load_mask
+from forensics_lib.inference.predict import predict_mask
+from forensics_lib.models.checkpoint import load_model
 from forensics_lib.reports.attribution import grad_cam
-from forensics_lib.reports.figures import ORANGE, decided
-from forensics_lib.run import Run
-from forensics_lib.utils.files import whole
+from forensics_lib.reports.figures import ORANGE, MaskExample, decision_overlay
+from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.utils.files import atomic_write
 from forensics_lib.utils.progress import headless
 
 MASK_VIEWS = ("side by side", "overlay", "image", "probability")
@@ -200,7 +201,7 @@ class Browser:
             return
         stem = re.sub(r"[^\w.-]", "_", Path(self._table["path"][self._loaded]).stem)
         target = self._folder / f"browsed_{stem[:80]}.png"
-        with whole(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_bytes(self.picture.value)
         self.said.value = f"saved {target}"
 
@@ -243,7 +244,7 @@ class MaskBrowser(Browser):
         self._example = self._get(index)
 
     def panels(self) -> list[np.ndarray]:
-        overlay = decided(self._example, self.threshold.value, self.opacity.value)
+        overlay = decision_overlay(self._example, self.threshold.value, self.opacity.value)
         probability = np.repeat(self._example.mask.astype(float)[..., None], 3, 2)
         image = self._example.image / 255
         single = {"overlay": [overlay], "image": [image], "probability": [probability]}
@@ -298,9 +299,6 @@ class ImageBrowser(Browser):
         height, width = self._image.shape[:2]
         known = "" if pd.isna(self._row.get("label")) else f", is {'synthetic' if self._row['label'] else 'authentic'}"
         return f"{width} x {height} pixels, probability {self._row['prob']:.3f}{known}"
-
-
-# ---- What notebooks call -----------------------------------------------------------------------------------------------
 
 
 def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown:

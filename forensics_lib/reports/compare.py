@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from forensics_lib.evaluation.evaluate import stored_thresholds
 from forensics_lib.evaluation.metrics import bootstrap_intervals, f1_score, roc_auc
 from forensics_lib.params import Params
 from forensics_lib.reports.figures import BLUE, ORANGE, new_figure
-from forensics_lib.run import Run, parameters_in_force
+from forensics_lib.run import Run, parameters_in_force, stored_thresholds
 from forensics_lib.utils.files import home, read_json
 
 SHOWN = {"A": ("auc", "f1", "fpr", "ece"), "B": ("auc", "f1", "fpr", "iou_manipulated", "submitted_iou_all")}

@@ -10,11 +10,23 @@ from matplotlib.figure import Figure
 
 from forensics_lib.data.audit import SHORTCUT_LIMIT, Audit, ShortcutAudit
 from forensics_lib.data.duplicates import NearDuplicates
-from forensics_lib.data.generated import load_autoencode
-from forensics_lib.data.manifest import manipulation, usable
-from forensics_lib.images.io import ImageError, random_square, read_image, read_mask
-from forensics_lib.images.spectra import average_spectrum, centre_crop, radial_profile, residual
-from forensics_lib.reports.figures import BLUE, CLASS_COLOURS, CLASS_NAMES, GREEN, GREY, ORANGE, hide_axes, new_figure
+from forensics_lib.data.manifest import usable
+from forensics_lib.images.crops import centre_crop, random_square
+from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.masks import read_mask
+from forensics_lib.images.spectra import average_spectrum, radial_profile, residual
+from forensics_lib.reports.figures import (
+    BLUE,
+    CLASS_COLOURS,
+    CLASS_NAMES,
+    GREEN,
+    GREY,
+    ORANGE,
+    hide_axes,
+    manipulation,
+    new_figure,
+)
+from forensics_lib.synthesis.autoencoder import load_autoencode
 from forensics_lib.synthesis.forgeries import METHODS, forge
 
 SHOWN_SIDE = 192  # pixels of an image that a gallery shows, at native resolution

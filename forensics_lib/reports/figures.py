@@ -5,6 +5,7 @@ Colours are from the Okabe-Ito palette, which colour-blind readers can tell apar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,17 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.calibration import reliability
-from forensics_lib.evaluation.evaluate import Evaluation, MaskExample, mask_examples
+from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import counts
+from forensics_lib.evaluation.predictions import truth_mask
 from forensics_lib.images.io import read_image
-from forensics_lib.inference.predict import load_mask
-from forensics_lib.models.combined import load_model
+from forensics_lib.images.masks import load_mask
+from forensics_lib.inference.predict import predict_mask
+from forensics_lib.inference.probabilities import calibrated
+from forensics_lib.models.checkpoint import load_model
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.run import Run
-from forensics_lib.utils.files import whole
+from forensics_lib.utils.files import atomic_write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 CLASS_COLOURS = {0: BLUE, 1: ORANGE}
@@ -56,7 +60,7 @@ def save_figure(run: Run, figure: Figure, name: str) -> Figure:
 def write_figure(figure: Figure, target: Path) -> None:
     """Write ``<target>.png`` and ``<target>.svg``."""
     for ending in ("png", "svg"):
-        with whole(target.with_name(f"{target.name}.{ending}")) as temporary:
+        with atomic_write(target.with_name(f"{target.name}.{ending}")) as temporary:
             figure.savefig(temporary, dpi=110)
 
 
@@ -218,7 +222,7 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
     hide_axes(axes)
     for column, example in zip(axes.T, examples, strict=True):
-        panels = [example.image, *([example.truth] if known else []), example.mask, decided(example, loc_threshold)]
+        panels = [example.image, *([example.truth] if known else []), example.mask, decision_overlay(example, loc_threshold)]
         for axis, panel in zip(column, panels, strict=True):
             axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}), interpolation="nearest")
         column[0].set_title(example.title, fontsize=7)
@@ -233,7 +237,7 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     return figure
 
 
-def decided(example: MaskExample, loc_threshold: float, opacity: float = 0.65) -> np.ndarray:
+def decision_overlay(example: MaskExample, loc_threshold: float, opacity: float = 0.65) -> np.ndarray:
     """The image in grey with found, falsely flagged and missed pixels in colour; ``(H, W, 3)`` in [0, 1]."""
     grey = np.repeat(example.image.mean(2, keepdims=True) / 255, 3, 2) * 0.6 + 0.3
     flagged = example.mask >= loc_threshold
@@ -255,3 +259,47 @@ def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: i
             MaskExample(f"{row['image_id'][:14]}\nprob {row['prob']:.2f}", read_image(Path(row["path"])), mask, None)
         )
     return mask_gallery(examples, loc_threshold, "Test images and their masks as predicted")
+
+
+@dataclass
+class MaskExample:
+    """One image with its prediction, and its truth where that is known."""
+
+    title: str
+    image: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray  # (H, W) in [0, 1]
+    truth: np.ndarray | None  # (H, W) bool
+
+
+def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) -> list[MaskExample]:
+    """Images of an evaluation with their masks, predicted again for their pictures.
+
+    ``which``: ``best`` or ``worst`` (manipulated images by IoU), ``borderline`` (those next to the image threshold), or
+    ``alarms`` (authentic images with the most flagged pixels).
+    """
+    machine = choose_machine(run.params)
+    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
+    examples = []
+    for _, row in _chosen(evaluation, which).head(count).iterrows():
+        image = read_image(Path(row["path"]))
+        prob, mask = predict_mask(model, image, run.params, machine)
+        truth = truth_mask(row, image.shape[:2])
+        said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
+        what = manipulation(row) if row["label"] else "authentic"
+        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(prob, evaluation.thresholds):.2f}"
+        examples.append(MaskExample(title, image, mask, truth))
+    return examples
+
+
+def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
+    table = evaluation.table
+    if which == "borderline":
+        return table.iloc[(table["prob"] - evaluation.thresholds["threshold"]).abs().argsort(kind="stable")]
+    if which == "alarms":
+        return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
+    return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")
+
+
+def manipulation(row: pd.Series) -> str:
+    """How a manipulated image was made, for titles: ``sd2-sp (sp)``, or ``manipulated (sp)`` where the method is not known."""
+    return f"{'manipulated' if pd.isna(row['method']) else row['method']} ({row['kind']})"

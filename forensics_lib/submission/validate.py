@@ -1,35 +1,23 @@
-"""The challenge's archives: built from a run's files, and checked as an outsider would who has only the archive.
-
-Sources of the format: the README of the challenge's repository for 2025 (zip with one CSV; masks as npz) and for 2026
-(Task A as plain CSV).
-"""
+"""The challenge's archives, checked as an outsider would who has only the archive."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import filecmp
 import io
-import itertools
 import math
 import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from forensics_lib.data.layouts import contents, mask_clashes, mask_names, read_test
-from forensics_lib.evaluation.evaluate import stored_thresholds
-from forensics_lib.evaluation.metrics import DECIMALS
-from forensics_lib.images.io import ImageError, read_header
-from forensics_lib.inference.predict import MASK_KEY, load_mask
-from forensics_lib.run import Run, require_same_kind
-from forensics_lib.utils.files import home, read_json, update_json, whole
-from forensics_lib.utils.locks import exclusive
+from forensics_lib.data.layouts import mask_clashes, read_test
+from forensics_lib.data.rows import contents
+from forensics_lib.images.headers import read_header
+from forensics_lib.images.io import ImageError
 from forensics_lib.utils.progress import progress
 
 HEADERS = {
@@ -54,11 +42,6 @@ ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz")
 ADDED = re.compile(r"(^|[\\/])(__MACOSX[\\/]|\.[^\\/]*$|(Thumbs\.db|desktop\.ini)$)", re.IGNORECASE)  # by file managers
 SEPARATOR = re.compile(r"[\\/]")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time in archives: the same results give the same bytes
-
-
-class SubmissionError(ValueError):
-    """A submission that would not be valid; the message lists its faults."""
 
 
 @dataclass
@@ -86,148 +69,6 @@ class Validation:
         if len(self.faults) > SHOWN_FAULTS:
             lines.append(f"  ... and {len(self.faults) - SHOWN_FAULTS} more")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
-# ---- Building --------------------------------------------------------------------------------------------------------
-
-
-def archive_path(run: Run, task: str) -> Path:
-    """Where a task's archive goes; a sample run's carries ``sample`` in its name."""
-    if task == "A":
-        parts, ending = [run.params.team, run.params.run_type], ".zip" if run.params.edition == 2025 else ".csv"
-    else:
-        parts, ending = [run.params.team, "localization_masks"], ".zip"
-        parts += ["open"] if run.params.run_type == "open" else []
-    parts += ["sample"] if run.sample else []
-    return run.submission / f"{'_'.join(parts)}{ending}"
-
-
-def scores_path(run: Run) -> Path:
-    """The copy of ``scores.csv`` that lies beside the Task B archive."""
-    marks = (("_open", run.params.run_type == "open"), ("_sample", run.sample))
-    return run.submission / f"scores{''.join(mark for mark, on in marks if on)}.csv"
-
-
-def build_submission(run: Run, task: str) -> Validation:
-    """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``.
-
-    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.  Where
-    another run's archive has the name, that one is kept under a name that says its run.
-    """
-    target = archive_path(run, task)
-    table = submission_table(run, task)
-    text = table.to_csv(index=False, float_format=_exactly)
-    with whole(target) as temporary:
-        if target.suffix == ".csv":
-            temporary.write_text(text, encoding="utf-8")
-        else:
-            _write_zip(run, task, temporary, text, f"{target.stem}.csv" if task == "A" else SCORES, table)
-        result = validate_submission(temporary, task, run.test_folder(task))
-        result.path = target
-        if not result.valid:
-            raise SubmissionError(f"{target.name} was not written:\n{result.report()}")
-        _claim(run, target, temporary)
-    if task == "B":
-        with whole(scores_path(run)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-            _claim(run, scores_path(run), temporary)
-    run.record(**{f"task{task}_submission": str(target)})
-    return result
-
-
-def _exactly(value: float) -> str:
-    """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
-    return np.format_float_positional(value, min_digits=DECIMALS)
-
-
-def _claim(run: Run, path: Path, new: Path) -> None:
-    """Note in ``run.json`` that the file ``path`` is this run's from now on; what another run left there is kept beside it."""
-    lock = home() / "outputs" / ".submission.lock"
-    with exclusive(lock, f"another process writes to {run.submission}: waiting for it"):
-        records = {record.parent.name: read_json(record) for record in (home() / "outputs").glob("*/run.json")}
-        owners = [name for name, facts in records.items() if str(path) in _archives(facts)]
-        same = path.is_file() and not owners and filecmp.cmp(path, new, shallow=False)
-        if path.is_file() and owners != [run.name] and not same:
-            kept = _kept(path, owners[0] if len(owners) == 1 else None)
-            path.replace(kept)
-            for name in set(owners) - {run.name}:
-                _rename_archive(name, records[name], path, kept)
-            said = f"was made by run {', '.join(owners)}" if owners else "was made by no run in outputs/"
-            print(f"{path.name} {said}: it is kept as {kept.name}, and is now of run {run.name}")
-        run.record(archives=sorted({*_archives(records.get(run.name, {})), str(path)}))
-
-
-def _archives(facts: dict[str, Any]) -> set[str]:
-    """The files in ``submission/`` that are a run's, from its ``run.json``."""
-    latest = [facts[key] for key in ("taskA_submission", "taskB_submission") if key in facts]
-    return {*latest, *facts.get("archives", [])}
-
-
-def _kept(path: Path, owner: str | None) -> Path:
-    """Where the earlier file of a name goes: of a known run to the one place of that run, else to a new one."""
-    if owner:
-        return path.with_name(f"{path.stem}_of_run_{owner}{path.suffix}")
-    names = (f"{path.stem}_earlier{number or ''}{path.suffix}" for number in itertools.count())
-    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
-
-
-def _rename_archive(name: str, facts: dict[str, Any], path: Path, kept: Path) -> None:
-    renamed = {key: str(kept) for key in ("taskA_submission", "taskB_submission") if facts.get(key) == str(path)}
-    archives = sorted({*_archives(facts), str(kept)} - {str(path)})
-    update_json(home() / "outputs" / name / "run.json", archives=archives, **renamed)
-
-
-def submission_table(run: Run, task: str) -> pd.DataFrame:
-    """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row.
-
-    Raises ``SubmissionError`` where an image has no probability.
-    """
-    path = run.test_probs(task)
-    if not path.is_file():
-        raise FileNotFoundError(f"no test probabilities {path}; run 04_infer of this run first")
-    table = pd.read_csv(path, dtype={"image_id": str}, keep_default_na=False)[["image_id", "prob"]]
-    require_same_kind(run, task)
-    inferred = read_json(run.folder / "run.json").get(f"task{task}_inferred")
-    thresholds, chosen_with = stored_thresholds(run, task), read_json(run.thresholds)[task].get("inference")
-    if inferred and (inferred["thresholds"] != thresholds or inferred.get("inference", chosen_with) != chosen_with):
-        raise SubmissionError(
-            f"the Task {task} thresholds of run {run.name} were chosen anew since its test images were predicted: run 04_infer "
-            "of this run again (shards that still hold are taken up)"
-        )
-    probs = pd.to_numeric(table["prob"], errors="coerce")
-    if len(missing := table.loc[~np.isfinite(probs), "image_id"]):
-        named = ", ".join(missing[:SHOWN_FAULTS])
-        raise SubmissionError(
-            f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
-        )
-    table["prob"] = probs
-    table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
-    for name in HEADERS[task][3:]:
-        table[name] = thresholds[name]
-    return table
-
-
-def _write_zip(run: Run, task: str, path: Path, text: str, csv_name: str, table: pd.DataFrame) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(zipfile.ZipInfo(csv_name, _EPOCH), text, zipfile.ZIP_DEFLATED)
-        if task == "B":
-            names = mask_names(table["image_id"]).values()
-            for name, label in progress(list(zip(names, table["label"], strict=True)), "archive"):
-                mask = run.masks / name
-                if not mask.is_file():
-                    raise FileNotFoundError(f"no mask {mask}; run 04_infer of this run again")
-                content = mask.read_bytes() if label else _empty_like(mask)
-                archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_STORED)
-
-
-def _empty_like(mask: Path) -> bytes:
-    """An all-zero mask file of the size of another."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{MASK_KEY: np.zeros_like(load_mask(mask))})
-    return buffer.getvalue()
-
-
-# ---- Validation ------------------------------------------------------------------------------------------------------
 
 
 def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:

@@ -4,7 +4,7 @@ It stands in for the decoder of a latent diffusion model wherever no larger gene
 through it carries the traces of a learned decoder (lost noise, correlated residuals) while its content, size and codec
 stay those of the photograph.  The weights in ``assets/autoencoder.safetensors`` were made by
 
-    python -m forensics_lib.synthesis.autoencoder
+    python -m forensics_lib.autoencoder
 
 from the training photographs of the built-in sample, with the seed and the settings below.
 """
@@ -12,6 +12,8 @@ from the training photographs of the built-in sample, with the seed and the sett
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from forensics_lib.utils.callables import load_callable
 from forensics_lib.utils.progress import progress
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "autoencoder.safetensors"
@@ -75,7 +78,7 @@ def load_autoencoder(weights: Path = WEIGHTS) -> Autoencoder:
     """The trained autoencoder in evaluation mode."""
     if not weights.is_file():
         raise FileNotFoundError(
-            f"no autoencoder weights at {weights}; restore it, or run 'python -m forensics_lib.synthesis.autoencoder'"
+            f"no autoencoder weights at {weights}; restore the file, or make it by 'python -m forensics_lib.autoencoder'"
         )
     model = Autoencoder()
     model.load_state_dict(load_file(weights))
@@ -143,3 +146,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
+
+
+def load_autoencode(name: str) -> Autoencode:
+    """``own``: the project's small autoencoder; ``module:function``: what that function returns when called.
+
+    For a diffusers VAE the function wraps ``vae.decode(vae.encode(x).latent_dist.mode())``.  Raises ``ValueError``.
+    """
+    if name == "own":
+        from forensics_lib.synthesis.autoencoder import load_autoencoder, regenerate
+
+        return partial(regenerate, load_autoencoder())
+    wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
+    return load_callable(name, "autoencoder", wanted)()

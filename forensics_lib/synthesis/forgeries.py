@@ -8,23 +8,17 @@ image to image, such as the project's own autoencoder or a diffusers VAE.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter, median_filter
 
-from forensics_lib.data.generated import Autoencode, kept_in, load_autoencode
-from forensics_lib.data.layouts import COLUMNS
+from forensics_lib.images.crops import fitted
 from forensics_lib.images.degradations import KERNELS, add_noise, blur, recompress, resampled
-from forensics_lib.images.io import ImageError, pad_to, random_square, read_image
-from forensics_lib.params import Forgeries
-from forensics_lib.utils.files import whole
-from forensics_lib.utils.progress import progress
+from forensics_lib.synthesis.autoencoder import Autoencode
 
-RULE = 2  # how forgeries are made: a new number makes those in the cache anew
+FORGERY_VERSION = 2  # how forgeries are made: a new number makes those in the cache anew
 METHODS = ("region", "whole", "copy_move", "splice")
 SHARES = (0.01, 0.35)  # of an image's area: the smallest and the largest region that is made
 
@@ -37,9 +31,6 @@ class Forgery:
     mask: np.ndarray  # (H, W) bool, True where the content is new
     method: str
     kind: str  # sp or fr
-
-
-# ---- Masks -----------------------------------------------------------------------------------------------------------
 
 
 def outlined(shape: tuple[int, int], box: tuple[int, int, int, int], segm: bool, rng: np.random.Generator) -> np.ndarray:
@@ -74,9 +65,6 @@ def object_mask(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     if not mask.any():
         mask[min(top + height // 2, shape[0] - 1), min(left + width // 2, shape[1] - 1)] = True
     return mask
-
-
-# ---- Pixels ----------------------------------------------------------------------------------------------------------
 
 
 def composed(base: np.ndarray, mask: np.ndarray, content: np.ndarray, make: Autoencode | None = None) -> np.ndarray:
@@ -196,47 +184,3 @@ def forge(photo: np.ndarray, donor: np.ndarray, method: str, autoencode: Autoenc
         image = composed(photo, mask, donor if rng.random() < 0.5 else moved(photo, mask, rng), make)
         image = make(image) if method == "whole" else image
     return Forgery(image, mask, method, "fr" if method == "whole" else "sp")
-
-
-def fitted(donor: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random part of ``donor`` of this (height, width), reflected where it is smaller."""
-    donor = pad_to(donor, *shape)
-    top, left = (int(rng.integers(have - want + 1)) for have, want in zip(donor.shape[:2], shape, strict=True))
-    return donor[top : top + shape[0], left : left + shape[1]]
-
-
-# ---- Training data ---------------------------------------------------------------------------------------------------
-
-
-def make_forgeries(photos: pd.DataFrame, settings: Forgeries, autoencode: Autoencode | None = None) -> pd.DataFrame:
-    """Forgeries of authentic images by all ``METHODS`` in turn: rows with ``layouts.COLUMNS`` and their photograph's group.
-
-    Donors are photographs of the same table.  Images and masks are PNG in ``outputs/.cache/forgeries``, made again only
-    where photographs, settings or the autoencoder's code changed; the same photographs give the same forgeries.
-    Unreadable ones are passed over.
-    """
-    drawn = photos.sample(min(settings.count, len(photos)), random_state=0).sort_index()
-    folder = kept_in("forgeries", settings, RULE)
-    rows, passed_over = [], 0
-    for number, photo in enumerate(progress(drawn.to_dict("records"), "forgeries")):
-        donor, method = drawn.iloc[(number + 1) % len(drawn)]["path"], METHODS[number % len(METHODS)]
-        name = hashlib.sha256(f"{photo['path']} {photo['bytes']} {donor} {method}".encode()).hexdigest()[:20]
-        path, mask_path = folder / f"{name}.png", folder / f"{name}_mask.png"
-        if not (path.is_file() and mask_path.is_file()):
-            autoencode = autoencode or load_autoencode(settings.autoencoder)
-            try:
-                rng = np.random.default_rng(int(name, 16))
-                images = [random_square(read_image(source), settings.side, rng) for source in (photo["path"], donor)]
-            except ImageError:
-                passed_over += 1
-                continue
-            forgery = forge(*images, method, autoencode, rng)
-            for target, pixels in ((path, forgery.image), (mask_path, forgery.mask.astype(np.uint8) * 255)):
-                with whole(target) as temporary:
-                    Image.fromarray(pixels).save(temporary, format="PNG")
-        facts = {"path": str(path), "label": 1, "mask_path": str(mask_path), "split": photo["split"]}
-        names = {"source": f"forged/{photo['source']}", "generator": settings.autoencoder, "method": method}
-        rows.append(facts | names | {"kind": "fr" if method == "whole" else "sp", "group": photo["group"]})
-    if passed_over:
-        print(f"{passed_over} photograph(s) could not be read and give no forgery")
-    return pd.DataFrame(rows, columns=COLUMNS)

@@ -26,7 +26,7 @@ import skimage
 import sklearn
 from PIL import Image
 
-from forensics_lib.data.generated import Autoencode, load_autoencode
+from forensics_lib.synthesis.autoencoder import Autoencode, load_autoencode
 from forensics_lib.synthesis.forgeries import composed, enlarged, outlined
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
@@ -144,9 +144,6 @@ def _build(root: Path) -> None:
     (root / MARKER).write_text(json.dumps({"version": VERSION}))
 
 
-# ---- Task A ----------------------------------------------------------------------------------------------------------
-
-
 def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: Autoencode) -> None:
     """Crops of one photograph and their synthetic twins, both as JPEG of the same quality."""
     photo, split = load_photo(name), PHOTOS[name].split
@@ -174,9 +171,6 @@ def _textured_crop(photo: np.ndarray, size: tuple[int, int], rng: np.random.Gene
     lefts = rng.integers(photo.shape[1] - width + 1, size=4)
     crops = [photo[t : t + height, x : x + width] for t, x in zip(tops, lefts, strict=True)]
     return max(crops, key=lambda crop: float(np.abs(np.diff(crop.astype(np.int16), axis=0)).mean()))
-
-
-# ---- Task B ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

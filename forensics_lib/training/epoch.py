@@ -20,18 +20,19 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from forensics_lib.data.datasets import TrainingBatches, TrainingCrops, drawing_groups, epoch_order, numbered_draws
+from forensics_lib.data.audit import training_crops
+from forensics_lib.data.datasets import TrainingBatches, drawing_strata, epoch_order, numbered_draws
 from forensics_lib.data.manifest import deciding
 from forensics_lib.device import Machine
 from forensics_lib.evaluation.metrics import pixel_curves, roc_auc
-from forensics_lib.evaluation.predictions import predict
+from forensics_lib.evaluation.predictions import predict_labelled
 from forensics_lib.images.io import ImageError
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.training.losses import make_mixup, mask_loss
 from forensics_lib.utils.files import is_main
-from forensics_lib.utils.processes import gathered, rank, totals, world
+from forensics_lib.utils.processes import all_gather, all_reduce_sum, rank, world
 from forensics_lib.utils.progress import progress
 
 CLIP_NORM = 1.0  # gradients are scaled down to this norm
@@ -48,7 +49,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Fit:
+class TrainingState:
     """The state of one training that outlives an epoch."""
 
     run: Run
@@ -96,12 +97,6 @@ class Fit:
         return self.checkpoints / f"task{self.task}_{step}_best.pth"
 
 
-def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
-    """The crops that a task trains on."""
-    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "equalize": equalize}
-    return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
-
-
 def make_optimizer(model: CombinedModel, rate: float, params: Params) -> torch.optim.Optimizer:
     """AdamW; with ``layer_decay`` each backbone layer below the last learns that much slower (Bao et al., BEiT, 2022)."""
     if params.layer_decay == 1:
@@ -128,7 +123,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, updates: int, warmup: float)
 
 
 def train_epoch(
-    fit: Fit,
+    fit: TrainingState,
     step: str,
     epoch: int,
     optimizer: torch.optim.Optimizer,
@@ -157,14 +152,14 @@ def train_epoch(
             _set_random_state(part["random"], fit.machine.device)
         fit.errors |= {fit.train["path"][index]: reason for index, reason in batch["errors"]}
         share = len(batch["index"])
-        everywhere, stops = totals(share, int(fit.stopping()))
+        everywhere, stops = all_reduce_sum(share, int(fit.stopping()))
         if stops:
             raise Stopped({"batches": number} | _so_far(fit, losses, seen, time.monotonic() - started))
         if not everywhere:
             continue
         update = epoch * fit.updates + number
         schedule.step_update(update)
-        loss = batch_loss(fit, batch if share else _nothing(fit), mix)
+        loss = batch_loss(fit, batch if share else dummy_batch(fit), mix)
         _check_finite(fit, loss, batch, f"{step} epoch {epoch + 1}")
         optimizer.zero_grad(set_to_none=True)
         (loss * (share * world() / everywhere)).backward()  # gradients are averaged over processes, whatever their shares
@@ -178,25 +173,25 @@ def train_epoch(
     return _gathered_line(fit, step, epoch, losses, seen, time.monotonic() - started) | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def _batches(fit: Fit, epoch: int, seed: int, first: int) -> DataLoader:
+def _batches(fit: TrainingState, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
-    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_groups(fit.train, fit.task, fit.params))
+    order = epoch_order(fit.train["label"].to_numpy(int), seed, epoch, *drawing_strata(fit.train, fit.task, fit.params))
     draws = numbered_draws(order)
     batches = [draws[start : start + fit.params.batch_size] for start in range(0, len(draws), fit.params.batch_size)]
     mine = [batch[rank() :: world()] for batch in batches[first:]]
     return fit.batches.epoch(seed, mine)
 
 
-def _check_finite(fit: Fit, loss: torch.Tensor, batch: dict[str, Any], where: str) -> None:
+def _check_finite(fit: TrainingState, loss: torch.Tensor, batch: dict[str, Any], where: str) -> None:
     if not torch.isfinite(loss):
         files = "\n  ".join(fit.train["path"][index] for index in batch["index"])
         raise FloatingPointError(f"the loss is {loss.item()} in {where}; lower the rate, or look at\n  {files}")
 
 
-def _gathered_line(fit: Fit, step: str, epoch: int, losses: list[float], seen: int, seconds: float) -> dict[str, Any]:
+def _gathered_line(fit: TrainingState, step: str, epoch: int, losses: list[float], seen: int, seconds: float) -> dict[str, Any]:
     """An epoch's line in ``metrics.jsonl``, of all processes; their unreadable images are put together too."""
-    losses = [value for part in gathered(losses) for value in part]
-    fit.errors = {path: reason for part in gathered(fit.errors) for path, reason in part.items()}
+    losses = [value for part in all_gather(losses) for value in part]
+    fit.errors = {path: reason for part in all_gather(fit.errors) for path, reason in part.items()}
     if not losses:
         raise ImageError(
             f"none of the {len(fit.train)} training images could be read; the first: {next(iter(fit.errors.values()))}"
@@ -205,10 +200,10 @@ def _gathered_line(fit: Fit, step: str, epoch: int, losses: list[float], seen: i
     return line | {"images_per_second": round(seen / seconds, 1), "seconds": round(seconds, 1)}
 
 
-def _so_far(fit: Fit, losses: list[float], seen: int, seconds: float) -> dict[str, Any]:
+def _so_far(fit: TrainingState, losses: list[float], seen: int, seconds: float) -> dict[str, Any]:
     """What all processes need to go on within an epoch; the first one's file holds it for all of them."""
-    fit.errors = {path: reason for part in gathered(fit.errors) for path, reason in part.items()}
-    facts = {"losses": gathered(losses), "random": gathered(_random_state(fit.machine.device))}
+    fit.errors = {path: reason for part in all_gather(fit.errors) for path, reason in part.items()}
+    facts = {"losses": all_gather(losses), "random": all_gather(_random_state(fit.machine.device))}
     return facts | {"seen": seen, "seconds": seconds}
 
 
@@ -237,14 +232,14 @@ def _set_random_state(states: list[list[Any]], device: torch.device) -> None:
     np.random.set_state((name, np.array(keys, np.uint32), *others))  # noqa: NPY002
 
 
-def _nothing(fit: Fit) -> dict[str, Any]:
+def dummy_batch(fit: TrainingState) -> dict[str, Any]:
     """A batch of one black image, for a process whose share of a batch is empty: its loss counts nothing."""
     side = fit.params.crop_size
     batch = {"index": [], "image": torch.zeros(1, 3, side, side, dtype=torch.uint8), "label": torch.zeros(1, dtype=torch.long)}
     return batch | {"mask": torch.zeros(1, 1, side, side, dtype=torch.bool)}
 
 
-def batch_loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
+def batch_loss(fit: TrainingState, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
     images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
     smoothing = fit.params.label_smoothing
@@ -262,13 +257,13 @@ def batch_loss(fit: Fit, batch: dict[str, Any], mix: Mixup | None) -> torch.Tens
     return loss
 
 
-def validate(fit: Fit, model: CombinedModel) -> dict[str, float]:
+def validate(fit: TrainingState, model: CombinedModel) -> dict[str, float]:
     """An epoch's validation: ``score`` selects the best one (AUC; for Task B the mean of AUC and best mean IoU).
 
     Scores are of the images that decide, see ``manifest.deciding``; ``val_auc_others`` is of the others, where they have both
     classes.
     """
-    result = predict(model, fit.task, fit.val, fit.params, fit.machine)
+    result = predict_labelled(model, fit.task, fit.val, fit.params, fit.machine)
     good, labels = result.good(), fit.val["label"].to_numpy(int)
     if len(set(labels[good])) < 2:
         reasons = "; ".join(list(result.errors.values())[:3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ def source_of(name: str) -> Path | None:
     return Path(found.origin) if found and found.has_location else None
 
 
-def named(name: str, parameter: str, wanted: str) -> Callable[..., Any]:
+def load_callable(name: str, parameter: str, wanted: str) -> Callable[..., Any]:
     """The function that ``module:function`` names; modules are also looked for in the project's folder.
 
     Raises ``ValueError`` naming the ``parameter`` and what is ``wanted`` there.

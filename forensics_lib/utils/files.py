@@ -22,7 +22,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 HOST = re.sub(r"[^\w.-]", "", platform.node())[:40]
-TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # the names that ``whole`` gives
+TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # the names that ``atomic_write`` gives
 ABANDONED = 24 * 3600  # seconds without a change after which another machine's temporary file has no writer
 LOCK_SECONDS = 600  # longest wait for others that change files in a folder, each for seconds
 _again: dict[Path, float] = {}  # when a folder may be looked through again
@@ -58,7 +58,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path`` to write to; rename it to ``path`` only when the block ends well.
 
     Raises ``WriteError`` where the disk is full or the folder cannot be written to.
@@ -179,7 +179,7 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -192,7 +192,7 @@ def write_traceback(folder: Path, error: BaseException) -> Path:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write ``table`` as CSV without its index, floats with six decimals, whole or not at all."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6f")
 
 
@@ -210,3 +210,45 @@ def update_json(path: Path, **values: Any) -> None:
     """Set some keys of the JSON object in ``path`` and keep the others, also those that another process sets meanwhile."""
     with locked(path.parent):
         write_json(path, read_json(path) | values)
+
+
+LFS = b"version https://git-lfs"  # what stands in place of a file that git-lfs has not downloaded
+LFS_POINTER = "a git-lfs pointer and not the file itself: fetch it with git lfs pull"
+NOT_UTF8 = (
+    "its name is not UTF-8 (its bytes are shown as \\x..): rename it, for example by convmv -r -f cp437 -t utf8 --notest "
+    "FOLDER, or unpack its archive again with unzip -O cp437"
+)
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be stored and printed: bytes that are not UTF-8 become ``\\xe9`` and the like."""
+    text = str(path)
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def broken_link(path: str | Path) -> str | None:
+    """The link on the way to ``path``, or ``path`` itself, that leads nowhere, and where it leads; None without one."""
+    path = Path(path)
+    for part in (*reversed(path.parents), path):
+        if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 (which raise for odd names)
+            return f"{shown(part)} is a link to {shown(os.path.realpath(part))}, which is not there: is its disk mounted?"
+    return None
+
+
+def why_no_file(path: str) -> str:
+    """Why there is no file at ``path``, as ``shown`` gives it, with the remedy."""
+    if link := broken_link(path):
+        return link
+    stored = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(path))
+    if stored != os.fsencode(path) and os.path.exists(stored):  # noqa: PTH110 (of bytes)
+        return NOT_UTF8
+    return "a folder, not a file" if os.path.isdir(path) else "no such file"  # noqa: PTH112 (which raises for odd names)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether git-lfs has not downloaded a file."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False

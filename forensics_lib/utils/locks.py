@@ -1,21 +1,17 @@
-"""One process trains or predicts a task of a run at a time; whoever asks for the same meanwhile waits and takes it up.
-
-So a notebook whose browser was closed, or another one, shows the epochs of a training that still runs instead of starting a
-second one.
-"""
+"""Locks between processes, and requests to stop."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from filelock import FileLock, Timeout
-
-from forensics_lib.run import Run
-from forensics_lib.utils.files import is_main
-from forensics_lib.utils.processes import launched, wait_for_all
 
 LOOK = 1.0  # seconds between two looks at what another process does
 
@@ -45,32 +41,38 @@ def exclusive(path: Path, held: str, lines: Callable[[], list[str]] = list) -> I
         lock.release()
 
 
-@contextmanager
-def only_trainer(run: Run, task: str, epochs: Callable[[], list[str]]) -> Iterator[None]:
-    """Within the block no other process trains this task of this run; while one does, its ``epochs`` are printed.
-
-    ``epochs`` gives a line for each epoch that ``metrics.jsonl`` holds.
-    """
-    held = f"Task {task} of run {run.name} is being trained by another process: its epochs follow"
-    with ExitStack() as stack:
-        if is_main():
-            stack.enter_context(exclusive(run.folder / "checkpoints" / f"task{task}.lock", held, epochs))
-        wait_for_all()
-        yield
-
-
-@contextmanager
-def only_inference(run: Run, task: str) -> Iterator[None]:
-    """Within the block no other process, or group of them, predicts the test images of this task of this run."""
-    held = f"Task {task} of run {run.name} is being predicted by another process: waiting for it"
-    with ExitStack() as stack:
-        if is_main() and not launched():  # who launched others holds the lock for them
-            stack.enter_context(exclusive(run.folder / "shards" / f"task{task}.lock", held))
-        wait_for_all()
-        yield
-
-
 def _acquired(lock: FileLock) -> bool:
     with suppress(Timeout):
         lock.acquire(timeout=0)
     return lock.is_locked
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within the block the first SIGTERM or Ctrl-C is only noted, and the function given tells of it; a second one ends.
+
+    In threads other than the main one, where Python takes no signals, nothing is noted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted: list[int] = []
+    owner = os.getpid()
+
+    def note(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # Ctrl-C reaches loader processes too; the one that started them ends them
+            return
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        print(f"{signal.Signals(number).name}: stopping after this batch; once more to stop at once", flush=True)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import is_main
 
 PATIENCE = timedelta(days=1)  # how long processes wait for one that makes twins; torchrun ends all when one dies
@@ -79,7 +79,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's ``value``, in order of rank, in every process."""
     if not dist.is_initialized():
         return [value]
@@ -88,7 +88,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def totals(*values: int) -> list[int]:
+def all_reduce_sum(*values: int) -> list[int]:
     """The sum of every process's value, of each of them."""
     if not dist.is_initialized():
         return list(values)
@@ -97,14 +97,14 @@ def totals(*values: int) -> list[int]:
     return numbers.tolist()
 
 
-def as_one(model: nn.Module) -> None:
+def broadcast_weights(model: nn.Module) -> None:
     """Give every process the first one's weights and buffers."""
     if dist.is_initialized():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
-def first_then_others(make: Callable[[], T]) -> T:
+def main_process_first(make: Callable[[], T]) -> T:
     """``make()`` in the first process and then in the others, who find what it left on disk."""
     if not is_main():
         wait_for_all()
@@ -160,7 +160,7 @@ def launch(processes: int, *arguments: str) -> None:
         raise WorkerError(f"one of {processes} processes failed; the last that they said:\n{''.join(said)}")
 
 
-def launches(processes: int) -> bool:
+def should_launch(processes: int) -> bool:
     """Whether work is to be handed to new processes: more than one is wanted and this is not one of them."""
     return processes > 1 and world() == 1 and not launched()
 

@@ -38,24 +38,23 @@ from torch import nn
 from forensics_lib.__main__ import parse_settings
 from forensics_lib.data.manifest import build_manifest, indexed, test_images, usable
 from forensics_lib.device import Machine, choose_machine
-from forensics_lib.evaluation.calibration import calibrated
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.evaluation.metrics import (
     binned,
     image_metrics,
     localization_metrics,
     pixel_table,
-    round_probs,
     threshold_free_scores,
     value_counts,
 )
-from forensics_lib.evaluation.predictions import Predictions, predict, truth_mask
+from forensics_lib.evaluation.predictions import Predictions, predict_labelled, truth_mask
 from forensics_lib.images.io import read_image
-from forensics_lib.models.combined import load_model
+from forensics_lib.inference.probabilities import calibrated, round_probs
+from forensics_lib.models.checkpoint import load_model
 from forensics_lib.params import DataSet, Params, load_params
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 BUILD, DOCS = project_root() / "build" / "localization", project_root() / "docs"
@@ -118,7 +117,7 @@ def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
     machine = choose_machine(run.params)
 
     def predicted(rows: pd.DataFrame) -> Predictions:
-        result = predict(model, "B", rows, run.params, machine)
+        result = predict_labelled(model, "B", rows, run.params, machine)
         return replace(result, probs=round_probs(calibrated(result.probs, thresholds)))
 
     epochs = metrics[["step", "epoch", "train_loss", "val_auc", "val_iou", "seconds"]].round(4).to_dict("records")

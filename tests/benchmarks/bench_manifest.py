@@ -21,10 +21,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from forensics_lib.identity import CNNDETECTION_CATEGORIES
 from PIL import Image
 
-from forensics_lib.data.official import CNNDETECTION_CATEGORIES
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 
 MEASURE = """
 import json, resource, sys, time

@@ -45,12 +45,13 @@ from forensics_lib.evaluation.metrics import best_f1_threshold, bootstrap_interv
 from forensics_lib.evaluation.robustness import Change
 from forensics_lib.images.io import read_image
 from forensics_lib.inference.predict import predict_probabilities
-from forensics_lib.models.combined import CombinedModel, load_model
+from forensics_lib.models.checkpoint import load_model
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params, load_params
 from forensics_lib.reports.model_card import markdown_table
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus")).resolve()

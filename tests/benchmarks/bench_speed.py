@@ -45,14 +45,21 @@ from timm.data import ImageDataset, create_loader
 
 from forensics_lib.data.datasets import InferenceImages, epoch_order
 from forensics_lib.data.manifest import indexed, usable
-from forensics_lib.device import Machine, choose_machine, compile_where_it_pays, compute_deterministically, learning_view
+from forensics_lib.device import (
+    Machine,
+    choose_machine,
+    compile_where_it_pays,
+    compiled_for_training,
+    compute_deterministically,
+)
 from forensics_lib.images.io import read_image
-from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities, save_mask
+from forensics_lib.images.masks import save_mask
+from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities
 from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
 from forensics_lib.run import Run
-from forensics_lib.training.epoch import Fit, batch_loss, make_optimizer, make_schedule, train_epoch
-from forensics_lib.utils.disk import usable_cores
+from forensics_lib.training.epoch import TrainingState, batch_loss, make_optimizer, make_schedule, train_epoch
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
 BUILD, DOCS = project_root() / "build" / "performance", project_root() / "docs"
@@ -188,7 +195,8 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from forensics_lib.inference.predict import predict_mask, predict_masks, save_mask
+from forensics_lib.inference.predict import predict_mask, predict_masks
+from forensics_lib.images.masks import save_mask
 from forensics_lib.device import choose_machine
 from forensics_lib.models.combined import build_model
 from forensics_lib.params import Params
@@ -218,7 +226,7 @@ def alone(code: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def learn(fit: Fit, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+def learn(fit: TrainingState, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     fit.model.train()
     for batch in batches:
         loss = batch_loss(fit, batch, None)
@@ -246,9 +254,11 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             model = build_model(used, task).to(machine.device, memory_format=torch.channels_last)
             model.freeze_backbone(used.finetune_stages)
             run, names = Run(used, CORPUS), ("ours", "uncompiled ceiling", "compiled ceiling")
-            fits = {name: Fit(run, task, copy.deepcopy(model), machine, rows, rows, equalize=True) for name in names}
+            fits = {name: TrainingState(run, task, copy.deepcopy(model), machine, rows, rows, equalize=True) for name in names}
             fit, plain, compiled = fits.values()
-            fit.trained = learning_view(fit.model, task, used.batch_size, pixels=1e12)  # as for the images of a real run
+            fit.trained = compiled_for_training(
+                fit.model, task, used.batch_size, pixels=1e12
+            )  # as for the images of a real run
             compiled.trained = torch.compile(compiled.model, dynamic=False)
             optimizers = {name: make_optimizer(one.model, used.lr_finetune, used) for name, one in fits.items()}
             schedule = make_schedule(optimizers["ours"], 1000, 0.1)

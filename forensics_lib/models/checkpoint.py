@@ -1,0 +1,72 @@
+"""Checkpoints: weights with what rebuilds the model, read without running any code in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from forensics_lib.models.combined import CombinedModel
+from forensics_lib.utils.files import atomic_write, locked
+
+CHECKPOINT_FORMAT = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
+    """Write weights with what rebuilds the model; ``facts`` (thresholds, metrics) are plain values, no objects."""
+    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def add_to_checkpoint(path: Path, **facts: Any) -> None:
+    """Set plain values in a checkpoint that is already there."""
+    with locked(path.parent):
+        derive_checkpoint(path, path, **facts)
+
+
+def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
+    """Write a checkpoint's content with other plain values to ``target``."""
+    content = read_checkpoint(source) | facts
+    with atomic_write(target) as temporary:
+        torch.save(content, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this version of the project (format {CHECKPOINT_FORMAT} expected): train again"
+        )
+    return content
+
+
+def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
+
+    Raises ``CheckpointError`` where it belongs to another task than the one wanted, or its weights do not fit.
+    """
+    content = read_checkpoint(path)
+    config = content["config"]
+    if task is not None and config["task"] != task:
+        raise CheckpointError(f"{path} was trained for Task {config['task']}, not for Task {task}")
+    model = CombinedModel(**config)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}"
+        ) from None
+    return model.eval(), content

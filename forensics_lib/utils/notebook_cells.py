@@ -1,0 +1,70 @@
+"""The parameters that are set in a running notebook's cells."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from typing import Any
+
+
+def notebook_parameters() -> dict[str, Any]:
+    """The parameters set in the running notebook's ``# Parameters`` cells: its own, then papermill's injected one.
+
+    Only names assigned in those cells, as each was last executed, count: neither variables of other cells nor a line that
+    was taken out are parameters.  Where the kernel keeps no history of cells (under nbval), every plain value counts.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("notebook_parameters() works in a notebook; elsewhere call load_params(path)")
+    return parameters_in(shell.user_ns)
+
+
+def parameters_in(namespace: dict[str, Any]) -> dict[str, Any]:
+    """The parameters among the names of a kernel; see ``notebook_parameters``."""
+    cells = _parameters_cells(namespace.get("In", []))
+    names = {name for source in cells for name in assigned_names(source)}
+    if not cells:
+        plain = (str, int, float, list, dict, type(None))
+        names = {name for name, value in namespace.items() if isinstance(value, plain) and name not in ("In", "Out")}
+    return {name: namespace[name] for name in sorted(names) if name in namespace and not name.startswith("_")}
+
+
+def _parameters_cells(history: list[str]) -> list[str]:
+    """The ``# Parameters`` cells of a kernel's history as each was last executed: the notebook's own, then papermill's.
+
+    Papermill's is told by what it holds, plain assignments, and by where it was first executed: right after the notebook's
+    own, of which it repeats no line.
+    """
+    own = injected = None
+    before = ""
+    for source in history:
+        if source.lstrip().startswith("# Parameters") and (plain := _plain_assignments(source)) is not None:
+            repeats = own is not None and set(source.splitlines()[1:]) & set(own.splitlines()[1:])
+            if plain and own is not None and not repeats and (injected is not None or before == own):
+                injected = source
+            else:
+                own = source
+        before = source
+    return [source for source in (own, injected) if source is not None]
+
+
+def _plain_assignments(source: str) -> bool | None:
+    """Whether a cell has neither types nor comments after its first line, as papermill writes one; None: it is not Python."""
+    try:
+        typed = any(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
+    except SyntaxError:
+        return None
+    comments = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT]
+    return not typed and len(comments) == 1
+
+
+def assigned_names(source: str) -> list[str]:
+    """The names that a cell's source assigns at its top level, in order."""
+    names = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
