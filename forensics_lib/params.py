@@ -29,6 +29,20 @@ class ParamsError(ValueError):
     """The parameters are not valid; the message names each key, what was found and what is allowed."""
 
 
+# Keys that earlier versions had: the value that holds now, and why a file that still has them is refused
+REMOVED: dict[str, tuple[Any, str]] = {
+    "mixup": (0.0, "it did not help (docs/quality.md)"),
+    "cutmix": (0.0, "it did not help (docs/quality.md)"),
+    "label_smoothing": (0.0, "it did not help (docs/quality.md)"),
+    "mask_loss": ("bce_dice", "focal_dice and bce_lovasz did not help (docs/localization.md); cross-entropy and Dice are used"),
+    "boundary_weight": (0.0, "nothing showed that it helps"),
+    "residual_branch": (True, "the decoder always sees noise residuals, which help (docs/localization.md)"),
+    "fr_share": (0.5, "half of an epoch's manipulated images are fully regenerated"),
+    "tile_overlap": (64, "tiles overlap by 64 pixels, or half of tile_size where that is less"),
+    "aligned.side": (512, "twins are of squares of at most 512 pixels"),
+    "aligned.mix": (0.5, "up to half of a photograph is mixed into its twin"),
+    "forgeries.side": (512, "forgeries are of squares of at most 512 pixels"),
+}
 LAYOUTS = (
     "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "folders", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
@@ -115,8 +129,6 @@ class Aligned(BaseModel):
 
     autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
     count: int = Field(10_000, ge=1, description="photographs that get a twin, at most")
-    side: int = Field(512, ge=64, description="twins are of squares of at most this side, pixels")
-    mix: float = Field(0.5, **PROBABILITY, description="highest share of the photograph in its twin")
 
 
 class Forgeries(BaseModel):
@@ -126,7 +138,6 @@ class Forgeries(BaseModel):
 
     autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
     count: int = Field(10_000, ge=1, description="photographs that give a forgery, at most")
-    side: int = Field(512, ge=64, description="forgeries are of squares of at most this side, pixels")
 
 
 class Keys(BaseModel):
@@ -177,22 +188,11 @@ class ModelKeys(Keys):
     backbone: str = Field("convnext_base", description="any timm model name")
     pretrained: bool = Field(True, description="start from pretrained weights")
     pretrained_file: str | None = Field(None, description="local weight file to use instead of timm's download")
-    frontend: Literal["rgb", "srm", "npr", "bayar"] = Field(
-        "rgb", description="what the network sees: RGB, or RGB and noise residuals of this kind"
-    )
+    frontend: Literal["rgb", "srm"] = Field("rgb", description="what the network sees: RGB, or RGB and SRM noise residuals")
     decoder_channels: int = Field(128, ge=16, multiple_of=16, **ONLY_B, description="Task B decoder width, channels")
-    residual_branch: bool = Field(
-        True, **ONLY_B, description="Task B: whether the decoder also sees noise residuals at full resolution"
-    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
     mask_weight: float = Field(1.0, ge=0, **ONLY_B, description="Task B loss = cross-entropy + mask_weight x mask loss")
-    mask_loss: Literal["bce_dice", "focal_dice", "bce_lovasz"] = Field(
-        "bce_dice", **ONLY_B, description="mask loss: of each pixel (bce or focal) plus of each region (Dice or Lovász)"
-    )
-    boundary_weight: float = Field(
-        0.0, ge=0, **ONLY_B, description="how much more pixels near a region's border weigh in the mask loss"
-    )
     authentic_weight: float = Field(
         4.0, ge=0, **ONLY_B, description="how many times the pixels of authentic images count in the mask loss"
     )
@@ -212,14 +212,8 @@ class TrainingKeys(Keys):
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor of the rate from each backbone layer to the one below")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of each label that goes to the other class")
-    mixup: float = Field(0.0, ge=0, **ONLY_A, description="Task A: alpha of mixup; 0: none")
-    cutmix: float = Field(0.0, ge=0, **ONLY_A, description="Task A: alpha of cutmix; 0: none")
     balance: Literal["class", "source"] = Field(
         "class", description="what an epoch draws equally often: the classes, or within each the sources too"
-    )
-    fr_share: float = Field(
-        0.5, **PROBABILITY, **ONLY_B, description="Task B: share of fully regenerated images among an epoch's manipulated ones"
     )
     paste: float = Field(
         0.4,
@@ -247,7 +241,6 @@ class InferenceKeys(Keys):
     )
     robustness_images: int = Field(300, ge=2, **NOT_PREDICTING, description="validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, multiple_of=32, **ONLY_B, description="Task B: side of the tiles, pixels")
-    tile_overlap: int = Field(64, ge=0, **ONLY_B, description="Task B: overlap of neighbouring tiles, pixels")
     mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
         [1.0], min_length=1, **ONLY_B, description="Task B: scales at which an image is looked at; masks are averaged"
     )
@@ -298,13 +291,23 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
             raise ValueError("forgeries are for open runs: set run_type: open, or forgeries: null")
         if self.epochs_head + self.epochs_finetune == 0:
             raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
-        if self.tile_overlap > self.tile_size // 2:
-            raise ValueError(f"tile_overlap {self.tile_overlap} is over half of tile_size {self.tile_size}: lower it")
         return self
+
+    @field_validator("frontend", mode="before")
+    @classmethod
+    def _removed_frontend(cls, value: Any) -> Any:
+        if value in ("npr", "bayar"):
+            raise ValueError("removed in 0.2: it found no more than srm does (docs/quality.md); set srm or rgb")
+        return value
 
     def seed_for(self, *numbers: int) -> int:
         """A seed in [0, 2**32), which is what NumPy's and pandas' older interfaces take; another one for other ``numbers``."""
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
+
+    @property
+    def tile_overlap(self) -> int:
+        """Overlap of neighbouring tiles, pixels."""
+        return min(64, self.tile_size // 2)
 
     def of_training(self, task: str) -> dict[str, Any]:
         """The parameters that a training of a task depends on, beside its data, as plain values."""
@@ -324,6 +327,16 @@ def keys_of(group: type[Keys], task: str) -> list[str]:
     """The keys of a group that a task uses."""
     marks = {name: field.json_schema_extra or {} for name, field in group.model_fields.items()}
     return [name for name, mark in marks.items() if task in mark.get("tasks", "AB")]
+
+
+def without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as an earlier version recorded them, without removed keys that have the values that hold now."""
+    kept = {key: value for key, value in values.items() if key not in REMOVED or value != REMOVED[key][0]}
+    for group in ("aligned", "forgeries"):
+        if isinstance(kept.get(group), dict):
+            inner = {f"{group}.{key}": value for key, value in kept[group].items()}
+            kept[group] = {key.partition(".")[2]: value for key, value in without_removed(inner).items()}
+    return kept
 
 
 def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Params:
@@ -382,6 +395,8 @@ def _problem(item: dict[str, Any]) -> str:
         }
         owner = nested.get(str(item["loc"][0]), Params) if len(item["loc"]) > 1 else Params
         known = list(owner.model_fields)
+        if key in REMOVED:
+            return f"{key}: removed in 0.2: {REMOVED[key][1]}. Delete this line"
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key (value {item['input']!r}); {hint}"

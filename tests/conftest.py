@@ -33,7 +33,6 @@ TINY = {
     "finetune_stages": "all",
     "crops_per_image": 2,
     "tile_size": 64,
-    "tile_overlap": 16,
     "device": "cpu",
     "precision": "fp32",
     "workers": 0,

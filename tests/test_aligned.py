@@ -34,8 +34,9 @@ def photos(tiny_run):
     return rows[rows["label"] == 0].reset_index(drop=True)
 
 
-def test_a_twin_has_its_photographs_size_codec_and_group(photos):
-    twins = make_twins(photos, Aligned(mix=0.0), smear)
+def test_a_twin_has_its_photographs_size_codec_and_group(photos, monkeypatch):
+    monkeypatch.setattr(aligned, "MIX", 0.0)
+    twins = make_twins(photos, Aligned(), smear)
     assert twins["group"].tolist() == photos["group"].tolist()
     assert set(twins["label"]) == {1} and set(twins["split"]) == {"train"}
     for twin, photo in zip(twins["path"], photos["path"], strict=True):
@@ -83,9 +84,10 @@ def compression(path: str) -> dict:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_twin_is_compressed_as_its_photograph_whatever_its_name(name, tmp_path, rng):
+def test_a_twin_is_compressed_as_its_photograph_whatever_its_name(name, tmp_path, rng, monkeypatch):
     photos = stored(tmp_path / name, Image.fromarray(mid_greys(rng, 60, 80)), **WAYS[name])
-    twin = make_twins(photos, Aligned(mix=0.0), smear)["path"][0]
+    monkeypatch.setattr(aligned, "MIX", 0.0)
+    twin = make_twins(photos, Aligned(), smear)["path"][0]
     ours, theirs = compression(twin), compression(photos["path"][0])
     assert ours == (theirs if theirs["format"] in ("JPEG", "WEBP") else {"format": "PNG"})
     assert Path(twin).suffix == {"JPEG": ".jpg", "WEBP": ".webp", "PNG": ".png"}[ours["format"]]
@@ -124,10 +126,11 @@ def test_colour_sampling_that_pillow_does_not_write_becomes_one_with_as_many_sam
     assert _subsampling([(1, *sampling, 0), (2, 1, 1, 1), (3, 1, 1, 1)]) == wanted
 
 
-def test_mixing_keeps_the_mean(tmp_path, rng):
+def test_mixing_keeps_the_mean(tmp_path, rng, monkeypatch):
     image = mid_greys(rng)
     photos = stored(tmp_path / "x.png", Image.fromarray(image))
-    twin = make_twins(photos, Aligned(mix=1.0), lambda image: image[::-1])["path"][0]
+    monkeypatch.setattr(aligned, "MIX", 1.0)
+    twin = make_twins(photos, Aligned(), lambda image: image[::-1])["path"][0]
     assert abs(read_image(twin).mean() - image.mean()) < 0.02
 
 
@@ -153,9 +156,10 @@ def test_two_runs_that_make_the_same_twins_at_once_have_whole_ones(photos):
     assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == len(photos), "nothing else is left there"
 
 
-def test_a_share_of_the_photograph_is_mixed_in(photos):
+def test_a_share_of_the_photograph_is_mixed_in(photos, monkeypatch):
     photos = photos[photos["format"] == "PNG"]
-    twins = make_twins(photos, Aligned(mix=1.0), smear)
+    monkeypatch.setattr(aligned, "MIX", 1.0)
+    twins = make_twins(photos, Aligned(), smear)
     shares = []
     for twin, photo in zip(twins["path"], photos["path"], strict=True):
         image = read_image(photo).astype(float)
@@ -174,9 +178,10 @@ def test_twins_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
     assert len(make_twins(photos, Aligned(count=2), smear)) == 2
 
 
-def test_large_photographs_give_a_square(tmp_path, photos, rng):
+def test_large_photographs_give_a_square(tmp_path, photos, rng, monkeypatch):
     save(Path(photos["path"][0]), picture(rng, 90, 200))
-    twins = make_twins(photos.head(1), Aligned(side=64), smear)
+    monkeypatch.setattr(aligned, "SIDE", 64)
+    twins = make_twins(photos.head(1), Aligned(), smear)
     header = read_header(twins["path"][0])
     assert (header.width, header.height) == (64, 64)
 
@@ -186,9 +191,10 @@ def test_a_twin_s_blocks_begin_where_its_photograph_s_do(tmp_path, photos, monke
     places = np.stack(np.broadcast_arrays(np.arange(180)[:, None], np.arange(250), 0), 2).astype(np.uint8)
     Image.fromarray(places).save(photos["path"][0], format="PNG")
     seen = []
+    monkeypatch.setattr(aligned, "SIDE", 64)
     monkeypatch.setattr("forensics_lib.data.generated.read_image", lambda _: places)
     for index in range(len(photos)):
-        make_twins(photos.iloc[index : index + 1], Aligned(side=64), lambda image: (seen.append(image[0, 0]), image)[1])
+        make_twins(photos.iloc[index : index + 1], Aligned(), lambda image: (seen.append(image[0, 0]), image)[1])
     assert len(seen) == len(photos) and len({tuple(corner) for corner in seen}) > 1
     assert all(corner[0] % 16 == corner[1] % 16 == 0 for corner in seen)
 

@@ -52,7 +52,7 @@ def test_targets_are_judged_by_the_median_over_seeds(folders):
 
 
 def test_ablations_stand_apart_and_say_what_the_recipe_has_not(folders):
-    shipped = {"label_smoothing": bench_quality.load_params("params/laptop.yaml").label_smoothing, "crop_size": 160}
+    shipped = {"dropout": bench_quality.load_params("params/laptop.yaml").dropout, "crop_size": 160}
     text = report(
         folders,
         a=made_run(0.9),

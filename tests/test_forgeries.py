@@ -137,8 +137,9 @@ def test_the_same_seed_gives_the_same_forgery():
         assert np.array_equal(one.mask, two.mask)
 
 
-def test_forgeries_are_files_with_masks_groups_and_every_method(photos):
-    rows = make_forgeries(photos, Forgeries(side=64), darker)
+def test_forgeries_are_files_with_masks_groups_and_every_method(photos, monkeypatch):
+    monkeypatch.setattr(forgeries, "SIDE", 64)
+    rows = make_forgeries(photos, Forgeries(), darker)
     assert set(rows["method"]) == set(METHODS)
     assert rows["group"].tolist() == photos["group"].tolist()
     assert (rows["kind"] == np.where(rows["method"] == "whole", "fr", "sp")).all()
@@ -149,22 +150,22 @@ def test_forgeries_are_files_with_masks_groups_and_every_method(photos):
 
 
 def test_forgeries_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
-    first = make_forgeries(photos, Forgeries(side=64), darker)
+    first = make_forgeries(photos, Forgeries(), darker)
     content = [Path(path).read_bytes() for path in first["path"]]
 
     def never(image: np.ndarray) -> np.ndarray:
         raise AssertionError("made again")
 
-    again = make_forgeries(photos, Forgeries(side=64), never)
+    again = make_forgeries(photos, Forgeries(), never)
     assert again.equals(first)
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "elsewhere"))
-    anew = make_forgeries(photos, Forgeries(side=64), darker)
+    anew = make_forgeries(photos, Forgeries(), darker)
     assert [Path(path).read_bytes() for path in anew["path"]] == content
 
 
 def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: make_forgeries(photos, Forgeries(side=64), darker), range(4)))
+        made = list(pool.map(lambda _: make_forgeries(photos, Forgeries(), darker), range(4)))
     assert all(table.equals(made[0]) for table in made)
     for row in made[0].to_dict("records"):
         read_mask(row["mask_path"], read_image(row["path"]).shape[:2])
@@ -172,20 +173,20 @@ def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
 
 
 def test_forgeries_of_an_earlier_rule_are_made_again(photos, monkeypatch):
-    first = make_forgeries(photos, Forgeries(side=64), darker)
+    first = make_forgeries(photos, Forgeries(), darker)
     monkeypatch.setattr(forgeries, "FORGERY_VERSION", forgeries.FORGERY_VERSION + 1)
-    assert not set(make_forgeries(photos, Forgeries(side=64), darker)["path"]) & set(first["path"])
+    assert not set(make_forgeries(photos, Forgeries(), darker)["path"]) & set(first["path"])
 
 
 def test_an_unreadable_photograph_gives_no_forgery(photos, capsys):
     Path(photos["path"][2]).write_bytes(b"broken")
-    rows = make_forgeries(photos, Forgeries(side=64), darker)
+    rows = make_forgeries(photos, Forgeries(), darker)
     assert len(rows) == 4, "its own, and the one whose donor it is"
     assert "2 photograph(s)" in capsys.readouterr().out
 
 
 def test_an_open_run_trains_on_forgeries_and_a_constrained_one_may_not(tiny_data):
-    values = TINY | {"tasks": ["B"], "data_root": str(tiny_data), "forgeries": {"side": 64}}
+    values = TINY | {"tasks": ["B"], "data_root": str(tiny_data), "forgeries": {}}
     run = Run(Params(**values, run_type="open"), tiny_data)
     rows = usable(build_manifest(run, "B"), "train")
     forged = rows[rows["layout"] == "forgeries"]

@@ -27,7 +27,7 @@ from forensics_lib.utils.files import read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
     "A": {"crop_size": 64, "crops_per_image": 1},
-    "B": {"tile_size": 96, "tile_overlap": 8, "mask_scales": [1.0, 0.5], "mask_flips": True},
+    "B": {"tile_size": 96, "mask_scales": [1.0, 0.5], "mask_flips": True},
 }
 
 
@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_refused_and_unreadable_images_are_not_t
         with torch.no_grad():
             next(model.backbone.parameters()).fill_(float("nan"))
         path = tiny_run.finetuned_model(task)
-        inference = {"crop_size": 32, "crops_per_image": 2, "tile_size": 64, "tile_overlap": 16}
+        inference = {"crop_size": 32, "crops_per_image": 2, "tile_size": 64}
         save_checkpoint(path, model, thresholds={"threshold": 0.5, "temperature": 1.0}, inference=inference)
         update_json(tiny_run.thresholds, **{task: {"threshold": 0.5, "temperature": 1.0}})
         with pytest.raises(BrokenModelError, match="not a finite number for 4 of 5 images"):

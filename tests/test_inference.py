@@ -92,13 +92,13 @@ def test_tiled_and_whole_masks_agree(rng):
     assert np.quantile(apart, 0.95) < 0.05
 
 
-def test_the_decision_on_tiles_is_that_on_the_whole_image(rng):
+def test_the_decision_on_tiles_is_that_on_the_whole_image(rng, monkeypatch):
     torch.manual_seed(0)
     model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
     image = np.tile(picture(rng, 64, 64), (3, 2, 1))  # every tile shows the same, as does the whole
-    params = PARAMS.model_copy(update={"tile_overlap": 0})
-    tiled = predict_mask(model, image, params, MACHINE)[0]
-    one = predict_mask(model, image[:64, :64], params, MACHINE)[0]
+    monkeypatch.setattr(Params, "tile_overlap", 0)
+    tiled = predict_mask(model, image, PARAMS, MACHINE)[0]
+    one = predict_mask(model, image[:64, :64], PARAMS, MACHINE)[0]
     assert tiled == pytest.approx(one, abs=1e-3)
 
 

@@ -7,6 +7,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from forensics_lib.params import (
+    REMOVED,
     InferenceKeys,
     MachineKeys,
     ModelKeys,
@@ -16,6 +17,7 @@ from forensics_lib.params import (
     keys_of,
     load_params,
     make_params,
+    without_removed,
 )
 from forensics_lib.utils.files import project_root
 from forensics_lib.utils.notebook_cells import assigned_names, parameters_in
@@ -24,10 +26,41 @@ SHIPPED = sorted((project_root() / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("0*.ipynb"))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_files_load_and_name_every_parameter(path):
-    assert load_params(path)
-    assert set(yaml.safe_load(path.read_text())) == set(Params.model_fields)
+def test_the_constrained_file_names_every_parameter_and_the_others_what_differs_from_it():
+    reference = yaml.safe_load((project_root() / "params/constrained.yaml").read_text())
+    assert set(reference) == set(Params.model_fields)
+    for path in SHIPPED:
+        values = yaml.safe_load(path.read_text())
+        same = [key for key in values if values[key] == reference[key]]
+        assert load_params(path) and (path.stem == "constrained" or not same), path
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_says_so_whatever_its_value(key):
+    outer, _, inner = key.partition(".")
+    for value in (REMOVED[key][0], 0.3):
+        with pytest.raises(ParamsError, match=rf"{key}: removed in 0\.2: .+ Delete this line"):
+            make_params({outer: {inner: value} if inner else value, "run_type": "open"}, "own.yaml")
+
+
+def test_a_removed_kind_of_residuals_says_so():
+    with pytest.raises(ParamsError, match=r"frontend: found 'npr'; removed in 0\.2"):
+        make_params({"frontend": "npr"}, "own.yaml")
+
+
+def test_parameters_that_an_earlier_version_recorded_are_read_where_they_mean_the_same():
+    recorded = {
+        "seed": 3,
+        "mixup": 0.0,
+        "tile_overlap": 64,
+        "run_type": "open",
+        "aligned": {"count": 7, "side": 512, "mix": 0.5},
+    }
+    found = make_params(without_removed(recorded), "run.json")
+    assert (found.seed, found.aligned.count) == (3, 7)
+    for changed in ({"mixup": 0.2}, {"aligned": {"side": 64}}):
+        with pytest.raises(ParamsError, match=r"removed in 0\.2"):
+            make_params(without_removed(recorded | changed), "run.json")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -56,7 +89,7 @@ def test_notebook_parameters_are_known_and_default_to_the_constrained_run(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_yaml_injected_by_papermill_means_the_same_as_the_file(path):
     injected = yaml.safe_load(path.read_text())  # papermill -f: every key over the notebook's own file
-    assert load_params("params/sample.yaml", injected) == load_params(path)
+    assert load_params("params/constrained.yaml", injected) == load_params(path)
 
 
 def test_unknown_key_names_the_nearest_one():
@@ -91,7 +124,6 @@ def test_a_rate_must_be_a_positive_number(value):
     [
         {"pretrained": False, "pretrained_file": "w.pth"},
         {"epochs_head": 0, "epochs_finetune": 0},
-        {"tile_size": 64, "tile_overlap": 60},
         {"tasks": []},
         {"tasks": ["A", "A"]},
         {"run_name": "../elsewhere"},
@@ -189,8 +221,8 @@ def test_what_is_said_to_be_of_one_task_is_marked_so(group):
 
 
 CHANGES = {
-    "A": {"degrade": {"jpeg": 0.1}, "mixup": 0.1, "cutmix": 0.1, "equalize": "never", "seed": 1, "batch_size": 2},
-    "B": {"degrade_b": {"jpeg": 0.1}, "paste": 0.1, "fr_share": 0.1, "mask_loss": "focal_dice", "seed": 1, "dropout": 0.1},
+    "A": {"degrade": {"jpeg": 0.1}, "equalize": "never", "seed": 1, "batch_size": 2},
+    "B": {"degrade_b": {"jpeg": 0.1}, "paste": 0.1, "authentic_weight": 2.0, "seed": 1, "dropout": 0.1},
 }
 
 
@@ -202,7 +234,7 @@ def test_a_training_depends_on_its_keys_alone(task):
     only_other = {key: value for key, value in CHANGES["AB".replace(task, "")].items() if key not in CHANGES[task]}
     others = {key: value for key, value in only_other.items() if key not in ("batch_size", "equalize", "dropout")}
     for key, value in (others | {"device": "cpu", "precision": "fp32", "tile_size": 96, "crops_per_image": 1}).items():
-        assert make_params({key: value, "tile_overlap": 0}, "own").of_training(task) == plain, key
+        assert make_params({key: value}, "own").of_training(task) == plain, key
     assert not set(plain) & set(MachineKeys.model_fields)
 
 

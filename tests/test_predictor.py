@@ -48,7 +48,7 @@ def test_a_checkpoint_says_what_its_run_said(task, tiny_run, rng):
 
 def test_images_whose_names_are_not_utf8_are_named(tmp_path, rng, capsys):
     model = CombinedModel("A", "test_convnext")
-    inference = {name: TINY[name] for name in ("crop_size", "crops_per_image", "tile_size", "tile_overlap")}
+    inference = {name: TINY[name] for name in ("crop_size", "crops_per_image", "tile_size")}
     save_checkpoint(tmp_path / "m.pth", model, thresholds={"threshold": 0.5, "temperature": 1.0}, inference=inference)
     odd = save(tmp_path / "images" / "plain.jpg", picture(rng)).rename(tmp_path / "images" / os.fsdecode(b"caf\xe9.jpg"))
     save(tmp_path / "images" / "b.jpg", picture(rng))
@@ -60,7 +60,7 @@ def test_images_whose_names_are_not_utf8_are_named(tmp_path, rng, capsys):
         assert table["prob"].notna().tolist() == [True, False] and "its name is not UTF-8" in table["error"].iloc[1]
 
 
-KEYS = ("crop_size", "crops_per_image", "tile_size", "tile_overlap", "precision")
+KEYS = ("crop_size", "crops_per_image", "tile_size", "precision")
 
 
 @pytest.fixture(params=["A", "B"])

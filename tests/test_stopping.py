@@ -51,7 +51,7 @@ def test_other_threads_take_no_signals():
     assert told == [False]
 
 
-@pytest.mark.parametrize(("task", "settings"), [("A", {"mixup": 0.4, "dropout": 0.3}), ("B", {"dropout": 0.3})])
+@pytest.mark.parametrize(("task", "settings"), [("A", {"dropout": 0.3}), ("B", {"dropout": 0.3})])
 def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, tmp_path, monkeypatch):
     def begin(home: str) -> Run:
         monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / home))

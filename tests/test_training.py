@@ -34,7 +34,7 @@ from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
 from forensics_lib.training.loop import train
-from forensics_lib.training.losses import BORDER, mask_loss, near_border
+from forensics_lib.training.losses import mask_loss
 from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import read_json, update_json
 
@@ -62,7 +62,7 @@ def trained(run: Run, task: str) -> tuple[pd.DataFrame, dict[Path, bytes]]:
     ("task", "changes"),
     [
         ("A", {"tile_size": 96, "mask_flips": True, "crops_per_image": 3, "workers": 1, "mask_weight": 3.0, "paste": 0.0}),
-        ("B", {"tile_size": 96, "mask_scales": [0.5, 1.0], "crops_per_image": 3, "mixup": 0.5, "precision": "bf16"}),
+        ("B", {"tile_size": 96, "mask_scales": [0.5, 1.0], "crops_per_image": 3, "precision": "bf16"}),
     ],
 )
 def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, changes, tiny_run, capsys):
@@ -80,7 +80,7 @@ def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, ch
     assert len(infer(run, task)) == 4
 
 
-@pytest.mark.parametrize(("task", "changes"), [("A", {"batch_size": 3}), ("B", {"epochs_head": 0, "mask_loss": "bce_lovasz"})])
+@pytest.mark.parametrize(("task", "changes"), [("A", {"batch_size": 3}), ("B", {"epochs_head": 0, "mask_weight": 2.0})])
 def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(task, changes, tiny_run, monkeypatch, capsys):
     manifest, before = trained(tiny_run, task)
     probs = pd.read_csv(tiny_run.test_probs(task))
@@ -193,7 +193,7 @@ def test_an_unfinished_training_of_an_earlier_version_is_kept_aside(tiny_run, ca
 
 @pytest.mark.parametrize("seed", [4_294_968, 20251126, 2**32, 2**63, 2**64 - 1])
 def test_any_seed_trains(seed, tiny_run):
-    run = changed(tiny_run, seed=seed, val_limit=6, robustness_images=6, mixup=0.4)
+    run = changed(tiny_run, seed=seed, val_limit=6, robustness_images=6)
     manifest = build_manifest(run, "A")
     manifest.loc[manifest["label"] == 0, "format"] = "JPEG"  # file facts tell the class: the crops are audited too
     assert len(train(run, "A", manifest)) == 2
@@ -336,50 +336,19 @@ def test_validation_without_a_readable_class_is_an_error(tiny_run):
 
 
 def test_a_loss_that_is_not_finite_names_the_files(tiny_run, monkeypatch):
-    monkeypatch.setattr(epochs, "batch_loss", lambda fit, batch, mix: torch.tensor(float("nan")))
+    monkeypatch.setattr(epochs, "batch_loss", lambda fit, batch: torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match=r"src/\d_\w+\.png"):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
 
 
-@pytest.mark.parametrize("kind", ["bce_dice", "focal_dice", "bce_lovasz"])
-@pytest.mark.parametrize("boundary_weight", [0.0, 2.0])
-def test_mask_loss_rewards_the_truth_and_is_finite_without_one(kind, boundary_weight):
+def test_mask_loss_rewards_the_truth_and_is_finite_without_one():
     truth = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     truth[0, 0, :4] = True
     right, wrong = (truth.float() * 20 - 10), (10 - truth.float() * 20)
-    assert mask_loss(right, truth, kind, boundary_weight) < 0.01
-    assert mask_loss(wrong, truth, kind, boundary_weight) > 1
-    nothing = mask_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool), kind, boundary_weight)
-    assert torch.isfinite(nothing)
-    assert nothing == pytest.approx(np.log(2), rel=1e-3), "an undecided pixel costs the same in every loss"
-
-
-def test_the_lovasz_loss_is_one_less_iou_where_pixels_are_decided():
-    truth = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
-    truth[..., :4, :] = True
-    predicted = torch.zeros_like(truth)
-    predicted[..., 2:6, :] = True
-    logits = (predicted.float() * 2 - 1).requires_grad_()  # hinge errors of 0 and 2
-    region = mask_loss(logits, truth, "bce_lovasz") - mask_loss(logits * 1, truth, "bce_dice") + dice_of(logits, truth)
-    assert region.item() == pytest.approx(2 * (1 - 20 / 60), rel=1e-4)
-    region.backward()
-    assert torch.isfinite(logits.grad).all()
-
-
-def dice_of(logits, truth):
-    probs, truth = logits.sigmoid(), truth.float()
-    return 1 - 2 * (probs * truth).sum() / (probs.sum() + truth.sum())
-
-
-def test_pixels_near_a_border_weigh_more():
-    truth = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
-    truth[..., :16] = True
-    at_border, far = (torch.where(truth, 9.0, -9.0) for _ in range(2))
-    at_border[..., 15], far[..., 2] = -9.0, -9.0  # one wrong column each
-    equal = mask_loss(at_border, truth) - mask_loss(far, truth)
-    assert equal.abs() < 1e-5
-    assert mask_loss(at_border, truth, boundary_weight=4.0) > 1.2 * mask_loss(far, truth, boundary_weight=4.0)
-    assert near_border(truth.float()).sum() == 32 * 2 * BORDER
+    assert mask_loss(right, truth) < 0.01
+    assert mask_loss(wrong, truth) > 1
+    nothing = mask_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool))
+    assert nothing == pytest.approx(np.log(2), rel=1e-3)
 
 
 def test_false_alarms_on_authentic_images_weigh_more():
@@ -502,9 +471,8 @@ def test_lower_layers_learn_slower_with_layer_decay(tiny_run):
     assert of["backbone.stem.0.weight"] < of["backbone.stages.0.blocks.0.mlp.fc1.weight"] < of["classifier.weight"]
 
 
-@pytest.mark.parametrize("changes", [{"mixup": 0.4, "cutmix": 0.5}, {"label_smoothing": 0.1}, {"balance": "source"}])
-def test_every_switch_of_training_trains(tiny_run, changes):
-    run = Run(tiny_run.params.model_copy(update=changes), tiny_run.data)
+def test_training_may_draw_sources_equally_often(tiny_run):
+    run = changed(tiny_run, balance="source")
     metrics = train(run, "A", build_manifest(run, "A"))
     assert np.isfinite(metrics["train_loss"]).all()
 
@@ -530,25 +498,6 @@ def test_only_full_batches_are_compiled_for(tiny_run, monkeypatch):
     images = len(usable(manifest, "train"))
     assert images % 5, "there is a smaller batch"
     assert sizes == [5] * (images // 5) * 2, "in both steps"
-
-
-def test_mixed_labels_cost_what_they_should(tiny_run):
-    """With labels half and half, a model that is sure of one class pays."""
-    batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([0, 1])}
-    sure = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
-
-    def cost(logits: torch.Tensor, mix) -> torch.Tensor:
-        machine = training.choose_machine(tiny_run.params)
-        fit = epochs.TrainingState(
-            tiny_run, "A", lambda images: Output(logits, None, logits), machine, None, None, equalize=False
-        )
-        return epochs.batch_loss(fit, batch, mix)
-
-    def halves(images, labels):
-        return images, torch.full((2, 2), 0.5)
-
-    assert cost(sure, halves) > cost(sure * 0, halves)
-    assert cost(sure, None) < cost(sure * 0, None), "as they are, the labels agree with it"
 
 
 def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch):

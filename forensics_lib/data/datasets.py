@@ -206,21 +206,21 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.ndarray, dict[Any, float]]:
-    """For ``epoch_order``: what each image is drawn as, and the shares of groups that are not drawn equally often.
+    """For ``epoch_order``: the stratum of each image, and the shares of strata that are not drawn equally often.
 
-    With ``balance: source`` the sources of a class are groups.  For Task B manipulated images are spliced or fully
-    regenerated (``fr_share``) too.
+    With ``balance: source`` the sources of a class are strata.  Half of Task B's manipulated images are fully regenerated
+    ones, whatever their number.
     """
-    groups = rows["source"].astype(str) if params.balance == "source" else pd.Series("", rows.index)
+    strata = rows["source"].astype(str) if params.balance == "source" else pd.Series("", rows.index)
     if task == "A":
-        return groups.to_numpy(), {}
+        return strata.to_numpy(), {}
     regenerated = rows["kind"].eq("fr")
-    groups = groups.where(rows["label"].eq(0), groups + np.where(regenerated, "/fr", "/sp"))
+    strata = strata.where(rows["label"].eq(0), strata + np.where(regenerated, "/fr", "/sp"))
     shares: dict[Any, float] = {}
-    for kind, share in (("/fr", params.fr_share), ("/sp", 1 - params.fr_share)):
-        members = [name for name in groups.unique() if name.endswith(kind)]
-        shares |= {name: share / len(members) for name in members}
-    return groups.to_numpy(), shares
+    for kind in ("/fr", "/sp"):
+        members = [name for name in strata.unique() if name.endswith(kind)]
+        shares |= {name: 0.5 / len(members) for name in members}
+    return strata.to_numpy(), shares
 
 
 def epoch_order(

@@ -32,6 +32,8 @@ from forensics_lib.utils.callables import source_of
 from forensics_lib.utils.files import atomic_write, home
 from forensics_lib.utils.progress import progress
 
+SIDE = 512  # twins and forgeries are of squares of at most this side, pixels
+MIX = 0.5  # highest share of a photograph in its twin
 TWIN_VERSION = 3  # how twins are made and stored: a new number makes those in the cache anew
 SUFFIXES = {"JPEG": ".jpg", "WEBP": ".webp"}  # by a photograph's format; twins of all others are PNG
 
@@ -78,14 +80,14 @@ def kept_in(name: str, settings: Aligned | Forgeries, rule: int) -> Path:
 
 def _write_twin(path: Path, photo: str, settings: Aligned, autoencode: Autoencode, rng: np.random.Generator) -> None:
     whole_photo = read_image(photo)
-    image = random_square(whole_photo, settings.side, rng, BLOCK)  # so that both files' blocks begin in the same places
+    image = random_square(whole_photo, SIDE, rng, BLOCK)  # so that both files' blocks begin in the same places
     twin = autoencode(image)
     if twin.shape != image.shape or twin.dtype != np.uint8:
         raise ValueError(
             f"aligned.autoencoder: {settings.autoencoder} made {twin.dtype} {twin.shape} of uint8 {image.shape}; "
             "it must return an image of the same shape and type"
         )
-    share = rng.uniform(0, settings.mix)
+    share = rng.uniform(0, MIX)
     mixed = share * image + (1 - share) * twin.astype(np.float32)
     if np.ptp(image, axis=2).max() <= 2:  # a grey photograph's twin is grey; WebP leaves grey so
         mixed = mixed.mean(axis=2, keepdims=True).repeat(3, axis=2)
@@ -161,7 +163,7 @@ def make_forgeries(photos: pd.DataFrame, settings: Forgeries, autoencode: Autoen
             autoencode = autoencode or load_autoencode(settings.autoencoder)
             try:
                 rng = np.random.default_rng(int(name, 16))
-                images = [random_square(read_image(source), settings.side, rng) for source in (photo["path"], donor)]
+                images = [random_square(read_image(source), SIDE, rng) for source in (photo["path"], donor)]
             except ImageError:
                 passed_over += 1
                 continue

@@ -108,9 +108,10 @@ def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None
             "chooses them for it"
         )
     chosen = kept.get("inference") or content.get("inference") or {}
-    names = [name for name, value in now["inference"].items() if name in chosen and chosen[name] != value]
+    wanted = now["inference"] | {"tile_overlap": run.params.tile_overlap}  # which earlier versions could change
+    names = [name for name, value in wanted.items() if name in chosen and chosen[name] != value]
     if names:
-        found = "\n".join(f"  {name}: {chosen[name]} there, {now['inference'][name]} here" for name in names)
+        found = "\n".join(f"  {name}: {chosen[name]} there, {wanted[name]} here" for name in names)
         same = settings_text({name: chosen[name] for name in names})
         raise InferenceError(
             f"the Task {task} thresholds of run {run.name} were chosen with other parameters of inference:\n{found}\n"

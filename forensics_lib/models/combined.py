@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from forensics_lib.models.backbone import create_backbone, run_checkpoint
-from forensics_lib.models.residuals import FRONTENDS, NoiseResidual
+from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
 EVIDENCE = (0.002, 0.998)  # probabilities of the mask are cut to these before their log-odds are taken
@@ -54,19 +54,17 @@ class SegmentationBranch(nn.Module):
     """Backbone stages and noise residuals to mask logits at input resolution.
 
     A feature pyramid (Lin et al., CVPR 2017) brings all stages from stride 4 on to the finest one's stride, where they are
-    fused as in UPerNet (Xiao et al., ECCV 2018).  With ``residual_branch`` a shallow branch on SRM residuals adds what is
-    finer, and the result is refined at stride 2.
+    fused as in UPerNet (Xiao et al., ECCV 2018).  A shallow branch on SRM residuals adds finer detail, and the result is
+    refined at stride 2.
     """
 
-    def __init__(self, stage_channels: list[int], channels: int, *, residual_branch: bool) -> None:
+    def __init__(self, stage_channels: list[int], channels: int) -> None:
         super().__init__()
-        fine = max(8, channels // 4 // 8 * 8) if residual_branch else 0
+        fine = max(8, channels // 4 // 8 * 8)
         self.lateral = nn.ModuleList(_conv(stage, channels, 1) for stage in stage_channels)
         self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
         self.fuse = _conv(channels * len(stage_channels), channels)
-        self.shallow = None
-        if residual_branch:
-            self.shallow = nn.Sequential(NoiseResidual(), _conv(9, fine, stride=2), _conv(fine, fine))
+        self.shallow = nn.Sequential(NoiseResidual(), _conv(RESIDUAL_CHANNELS, fine, stride=2), _conv(fine, fine))
         self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
         nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
 
@@ -76,9 +74,8 @@ class SegmentationBranch(nn.Module):
             levels[i - 1] = levels[i - 1] + _resize_like(levels[i], levels[i - 1])
         smooth = [_resize_like(layer(level), levels[0]) for layer, level in zip(self.smooth, levels, strict=True)]
         merged = self.fuse(torch.cat(smooth, 1))
-        if self.shallow is not None:
-            fine = self.shallow(image)
-            merged = torch.cat([_resize_like(merged, fine), fine], 1)
+        fine = self.shallow(image)
+        merged = torch.cat([_resize_like(merged, fine), fine], 1)
         return _resize_like(_linear_in_fp32(self.refine[-1], self.refine[:-1](merged)), image)
 
 
@@ -115,7 +112,6 @@ class CombinedModel(nn.Module):
         *,
         frontend: str = "rgb",
         decoder_channels: int = 128,
-        residual_branch: bool = True,
         drop_path: float = 0.0,
         dropout: float = 0.0,
         pretrained: bool = False,
@@ -127,21 +123,20 @@ class CombinedModel(nn.Module):
             "backbone": backbone,
             "frontend": frontend,
             "decoder_channels": decoder_channels,
-            "residual_branch": residual_branch,
             "drop_path": drop_path,
             "dropout": dropout,
         }
-        residual, extra = FRONTENDS.get(frontend, (None, 0))
+        extra = RESIDUAL_CHANNELS if frontend == "srm" else 0
         self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file)
         self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
         statistics = timm.data.resolve_data_config({}, model=self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
-        self.residual = residual() if residual else None
+        self.residual = NoiseResidual() if frontend == "srm" else None
         stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info if stage["reduction"] >= 4]
         self.segmentation = None
         if task == "B":
-            self.segmentation = SegmentationBranch(stage_channels, decoder_channels, residual_branch=residual_branch)
+            self.segmentation = SegmentationBranch(stage_channels, decoder_channels)
         _learn_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
@@ -269,7 +264,6 @@ def build_model(params: Params, task: str) -> CombinedModel:
         params.backbone,
         frontend=params.frontend,
         decoder_channels=params.decoder_channels,
-        residual_branch=params.residual_branch,
         drop_path=params.drop_path,
         dropout=params.dropout,
         pretrained=params.pretrained,

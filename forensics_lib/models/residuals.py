@@ -1,11 +1,10 @@
-"""Forensic front ends: what high-pass filters leave of an image, as input channels beside RGB.
+"""Noise residuals: high-pass filtered images as input channels beside RGB.
 
 They are small differences of large numbers, so they are computed in fp32 also where the network computes in bf16.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,33 +23,17 @@ RESIDUAL_LIMIT = 3.0
 SIXTEENTHS = 255 * 16  # of a grey level from black to white: 8-bit images have whole levels, blends of two have not
 
 
-def _limited(residual: torch.Tensor) -> torch.Tensor:
-    return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+RESIDUAL_CHANNELS = 9  # three kernels for each of three colours
 
 
-class _Filters(nn.Module):
-    """What filters each colour with its share of 5x5 kernels, in fp32.
+class NoiseResidual(nn.Module):
+    """RGB ``(N, 3, H, W)`` in [0, 1] to SRM residuals ``(N, 9, H, W)`` in [-3, 3], in fp32; not trained.
 
-    Models whose state was saved as version 1 have learned from residuals in the precision of the network, and keep it.
+    Whole kernels meet whole sixteenths of grey levels, so that sums are exact on any device; scales divide them at the end.
+    Models whose state was saved as version 1 learned from residuals in the network's precision, and keep it.
     """
 
     _version = 2
-
-    def filtered(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-        """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, the borders reflected."""
-        with nullcontext() if self._version == 1 else torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
-        self._version = local_metadata.get("version", 1)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-
-class NoiseResidual(_Filters):
-    """RGB ``(N, 3, H, W)`` in [0, 1] to SRM residuals ``(N, 9, H, W)`` in [-3, 3]; not trained.
-
-    Whole kernels meet whole sixteenths of grey levels, so that sums are exact on any device; scales divide them at the end.
-    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,47 +44,18 @@ class NoiseResidual(_Filters):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._version == 1:
-            return _limited(self.filtered(x, self.weight / self.scale))
-        sums = self.filtered((x * SIXTEENTHS).round(), self.weight)
-        return _limited(sums / (SIXTEENTHS * self.scale.view(9, 1, 1)))
+            residual = _filtered(x, self.weight / self.scale)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                sums = _filtered((x * SIXTEENTHS).round(), self.weight)
+            residual = sums / (SIXTEENTHS * self.scale.view(9, 1, 1))
+        return (residual * RESIDUAL_SCALE).clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
+        self._version = local_metadata.get("version", 1)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-class NeighbourResidual(nn.Module):
-    """RGB ``(N, 3, H, W)`` in [0, 1] to neighbouring-pixel relations ``(N, 3, H, W)`` in [-3, 3]; not trained.
-
-    What an image differs by from its half, doubled by its nearest pixels (NPR: Tan et al., CVPR 2024): generators'
-    upsampling relates neighbours in ways that cameras do not.  H and W must be even.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        doubled = x[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)
-        return _limited(x - doubled)
-
-
-class ConstrainedConvolution(_Filters):
-    """RGB ``(N, 3, H, W)`` in [0, 1] to learned prediction errors ``(N, 9, H, W)`` in [-3, 3].
-
-    Each 5x5 filter predicts a pixel from its neighbours and takes the pixel away: its centre is -1 and the others sum
-    to 1 (Bayar and Stamm, IEEE TIFS 2018).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(9, 1, 5, 5))
-        centre = torch.zeros(1, 1, 5, 5)
-        centre[..., 2, 2] = 1
-        self.register_buffer("centre", centre, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        around = self.weight * (1 - self.centre)
-        total = around.sum((2, 3), keepdim=True)
-        kernels = around / torch.where(total.abs() < 1e-3, torch.full_like(total, 1e-3), total) - self.centre
-        return _limited(self.filtered(x, kernels))
-
-
-# Per front end: what makes the channels beside RGB, and how many they are
-FRONTENDS: dict[str, tuple[type[nn.Module], int]] = {
-    "srm": (NoiseResidual, 9),
-    "npr": (NeighbourResidual, 3),
-    "bayar": (ConstrainedConvolution, 9),
-}
+def _filtered(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, borders reflected."""
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -30,7 +29,7 @@ from forensics_lib.images.io import ImageError
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.run import Run
-from forensics_lib.training.losses import make_mixup, mask_loss
+from forensics_lib.training.losses import mask_loss
 from forensics_lib.utils.files import is_main
 from forensics_lib.utils.processes import all_gather, all_reduce_sum, rank, world
 from forensics_lib.utils.progress import progress
@@ -139,9 +138,7 @@ def train_epoch(
     seed = fit.params.seed_for(STEPS.index(step), epoch)
     own = fit.params.seed_for(STEPS.index(step), epoch, rank())
     torch.manual_seed(own)  # dropout and stochastic depth
-    np.random.seed(own)  # noqa: NPY002 (timm's mixup draws from it)
     fit.model.to(memory_format=torch.channels_last).train()
-    mix = make_mixup(fit.params, fit.task)
     started, first, losses, seen = time.monotonic(), 0, [], 0
     if part:
         started, first, seen = started - part["seconds"], part["batches"], part["seen"]
@@ -159,7 +156,7 @@ def train_epoch(
             continue
         update = epoch * fit.updates + number
         schedule.step_update(update)
-        loss = batch_loss(fit, batch if share else dummy_batch(fit), mix)
+        loss = batch_loss(fit, batch if share else dummy_batch(fit))
         _check_finite(fit, loss, batch, f"{step} epoch {epoch + 1}")
         optimizer.zero_grad(set_to_none=True)
         (loss * (share * world() / everywhere)).backward()  # gradients are averaged over processes, whatever their shares
@@ -215,21 +212,18 @@ def _losses_of(part: dict[str, Any]) -> list[float]:
 
 
 def _random_state(device: torch.device) -> list[Any]:
-    """The states of torch's generators and of NumPy's in this process, in types that a checkpoint may hold."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    name, keys, *others = np.random.get_state()  # noqa: NPY002
-    return [torch.get_rng_state(), cuda, name, keys.tolist(), *others]
+    """The states of torch's generators in this process, in types that a checkpoint may hold."""
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
 
 
 def _set_random_state(states: list[list[Any]], device: torch.device) -> None:
-    """Take up this process's generators from those of all; a process that there was not keeps its own."""
+    """Set this process's generators from those of all; a process that there was not keeps its own."""
     if rank() >= len(states):
         return
-    cpu, cuda, name, keys, *others = states[rank()]
+    cpu, cuda, *_ = states[rank()]  # earlier versions kept NumPy's too
     torch.set_rng_state(cpu)
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda, device)
-    np.random.set_state((name, np.array(keys, np.uint32), *others))  # noqa: NPY002
 
 
 def dummy_batch(fit: TrainingState) -> dict[str, Any]:
@@ -239,21 +233,16 @@ def dummy_batch(fit: TrainingState) -> dict[str, Any]:
     return batch | {"mask": torch.zeros(1, 1, side, side, dtype=torch.bool)}
 
 
-def batch_loss(fit: TrainingState, batch: dict[str, Any], mix: Mixup | None) -> torch.Tensor:
+def batch_loss(fit: TrainingState, batch: dict[str, Any]) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
     images, labels = fit.machine.to_device(batch["image"]), batch["label"].to(fit.machine.device)
-    smoothing = fit.params.label_smoothing
-    if mix is not None and len(images) % 2 == 0:  # pairs are mixed; a last batch of an odd number is not
-        images, labels = mix(images, labels)
-        smoothing = 0.0
     with fit.machine.autocast():
         output = fit.trained(images)
-    loss = F.cross_entropy(output.logits.float(), labels, label_smoothing=smoothing)
+    loss = F.cross_entropy(output.logits.float(), labels)
     if output.mask_logits is not None:
-        masks, params = batch["mask"].to(fit.machine.device, non_blocking=True), fit.params
-        weights = params.boundary_weight, params.authentic_weight
-        of_masks = mask_loss(output.mask_logits.float(), masks, params.mask_loss, *weights)
-        loss = loss + params.mask_weight * of_masks
+        masks = batch["mask"].to(fit.machine.device, non_blocking=True)
+        of_masks = mask_loss(output.mask_logits.float(), masks, fit.params.authentic_weight)
+        loss = loss + fit.params.mask_weight * of_masks
     return loss
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from forensics_lib.data.manifest import data_fingerprint
 from forensics_lib.models.checkpoint import CheckpointError, derive_checkpoint, read_checkpoint
-from forensics_lib.params import Params
+from forensics_lib.params import REMOVED, Params
 from forensics_lib.run import OF_TRAINING, Run
 from forensics_lib.training.epoch import BEGUN, TrainingState
 from forensics_lib.utils.files import is_main, locked, read_json, write_json, write_text
@@ -85,6 +85,7 @@ def _difference(run: Run, task: str, state: dict[str, Any], wanted: dict[str, An
         same = _finished_earlier(run, task, state, wanted["data"])
         return None if same else "it is of an earlier version of this project, and unfinished or of other parameters or data"
     before = state["trained_with"]
+    wanted = {key: value for key, (value, _) in REMOVED.items() if key in before} | wanted
     changed = [key for key in before | wanted if before.get(key) != wanted.get(key)]
     words = [
         key if key == "data" or isinstance(wanted.get(key), dict) else f"{key} ({before.get(key)}, now {wanted.get(key)})"
@@ -99,7 +100,7 @@ def _finished_earlier(run: Run, task: str, state: dict[str, Any], data: str) -> 
         "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
         "robustness_images", "processes",
     }  # fmt: skip
-    values = run.params.model_dump(exclude=others)
+    values = {key: value for key, (value, _) in REMOVED.items() if "." not in key} | run.params.model_dump(exclude=others)
     fingerprint = hashlib.sha256(json.dumps([task, values, data], sort_keys=True).encode()).hexdigest()[:16]
     last = ("finetune", run.params.epochs_finetune) if run.params.epochs_finetune else ("head", run.params.epochs_head)
     return state.get("fingerprint") == fingerprint and (state["step"], state["epoch"]) == last

@@ -229,7 +229,7 @@ def alone(code: str, *arguments: str) -> dict[str, Any]:
 def learn(fit: TrainingState, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     fit.model.train()
     for batch in batches:
-        loss = batch_loss(fit, batch, None)
+        loss = batch_loss(fit, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

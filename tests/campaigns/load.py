@@ -40,7 +40,7 @@ def prepare(folder: Path, small: int, large: int, megapixels: list[float]) -> di
     """The jobs' parameters; the images of a job are hard links to a few files."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
-    values = TINY | {"data_root": str(make_tiny_data(folder / "data")), "workers": 2, "tile_size": 512, "tile_overlap": 64}
+    values = TINY | {"data_root": str(make_tiny_data(folder / "data")), "workers": 2, "tile_size": 512}
     jobs = {f"A, {small} small": values | {"test_folder_a": str(linked(folder / "small", small, rng, 48, 56))}}
     for task, size in zip("AB", megapixels, strict=True):
         side = round((size * 1e6) ** 0.5)
