@@ -117,9 +117,10 @@ lock: setup ## Write .ci/requirements.lock anew: what pip chooses now, with hash
 lab: setup ## Open JupyterLab in the notebooks' folder
 	$(BIN)jupyter lab --notebook-dir=. notebooks/01_explore.ipynb
 
-lint: setup ## Check style, and that the notebooks are clean
+lint: setup ## Check style and types, and that the notebooks are clean
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
+	$(BIN)mypy
 
 format: setup ## Format code and notebooks
 	$(BIN)ruff check --fix .

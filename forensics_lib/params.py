@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from forensics_lib.utils.callables import PATTERN
 from forensics_lib.utils.files import project_root
 
-PROBABILITY = {"ge": 0.0, "le": 1.0}
+PROBABILITY: dict[str, Any] = {"ge": 0.0, "le": 1.0}
 ONLY_A: dict[str, Any] = {"json_schema_extra": {"tasks": "A"}}  # a key that only Task A uses
 ONLY_B: dict[str, Any] = {"json_schema_extra": {"tasks": "B"}}
 NOT_PREDICTING: dict[str, Any] = {"json_schema_extra": {"tasks": ""}}  # a key that no prediction depends on
