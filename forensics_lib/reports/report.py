@@ -1,30 +1,21 @@
-"""``report.html``: one self-contained page with what a run did and found; it works offline and runs no script."""
+"""``report.html``: a run's data, scores and figures on one self-contained page, which works offline and runs no script."""
 
 from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 from PIL import Image
 
 from forensics_lib.run import OF_TRAINING, Run, parameters_in_force, trained_tasks
 from forensics_lib.utils.files import read_json, write_text
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1a1a1a;background:#fff}
-h1,h2{line-height:1.2} h2{margin-top:2.2rem;border-bottom:1px solid #ccc}
-table{border-collapse:collapse;font-size:.9rem} td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td,th+th{font-variant-numeric:tabular-nums} .wide{overflow-x:auto;margin:1rem 0} img{max-width:100%;height:auto}
-.facts th{font-weight:400;white-space:nowrap;vertical-align:top} .facts td{overflow-wrap:anywhere;min-width:12rem}
-.sample{background:#fff3cd;border:2px solid #8a6d00;padding:.8rem;font-weight:600} figure{margin:1rem 0}
-figcaption{font-size:.9rem;color:#444} @media print{h2{break-after:avoid} figure{break-inside:avoid}}
-"""
-METRIC_NAMES = {  # metric key: what the reader sees, in the order of importance
+METRIC_NAMES = {  # by a metric's key, in the order of importance
     "f1": "F1 at the threshold",
     "f1_crossfit": "F1 with thresholds chosen on other folds",
     "f1_at_half": "F1 at 0.5",
@@ -67,111 +58,122 @@ TABLES = {  # key in run.json: how its scores are told apart
 }
 _CAPTIONS = {
     "balance": "Usable images by split, source, method and class",
-    "sound": "Images that cannot be used or that stand twice, by split",
-    "samples": "Training images at native resolution, and what a median filter takes away",
+    "sound": "Unusable and duplicate images, by split",
+    "samples": "Training images at native resolution, and their noise (image minus median filter)",
     "spectra": "Average spectra of noise residuals",
-    "forgeries": "Forgeries that the library makes of authentic training images",
+    "forgeries": "Forgeries made of authentic training images",
     "areas": "Size of manipulated regions",
-    "shortcut": "How well a file fact alone tells the class",
-    "regions": "Manipulated training images with the outline of what was changed",
+    "shortcut": "How well a single file fact tells the classes apart",
+    "regions": "Manipulated training images with outlines of the manipulated regions",
     "files": "File facts by class",
     "learning": "Loss and validation scores over the epochs",
     "validation": "ROC, precision and recall, probabilities on validation images",
-    "calibration": "Calibration: predicted probabilities against what they turned out to be",
-    "robustness": "What is left after recompression, scaling, blur, noise and an upload",
+    "calibration": "Calibration: predicted probabilities against observed shares",
+    "robustness": "Scores after recompression, scaling, blur, noise and an upload",
     "wrong": "The most wrong images, and where the model sees signs of generation",
-    "right": "Images that were judged right, and where the model sees signs of generation",
+    "right": "Correctly classified images, and where the model sees signs of generation",
     "confusion": "Confusion matrix at the threshold",
     "best": "Manipulated images with the best masks",
     "worst": "Manipulated images with the worst masks",
     "borderline": "Images whose probability is next to the threshold",
     "alarms": "Authentic images with the most falsely flagged pixels",
-    "test": "What the test images got",
+    "test": "Test images with their predictions",
     "submitted": "Probabilities of the test images, and the threshold",
+}
+
+
+_UNREADABLE = {
+    "left_out": "Labelled images left out: unreadable, or without their mask",
+    "unreadable_in_training": "Training images that could not be read",
+    "unreadable_test": "Test images that could not be read and got the fallback",
 }
 
 
 def build_report(run: Run) -> Path:
     """Write ``outputs/<run_name>/report.html`` from the run's files; returns its path."""
     facts = read_json(run.folder / "run.json")
-    parts = [f"<h1>Run {escape(run.name)}</h1>", f"<p>{escape(_sentence(run, facts))}</p>"]
-    if run.sample:
-        parts.insert(0, '<p class="sample">BUILT-IN SAMPLE DATA. These results say nothing about real generators.</p>')
-    parts += ["<h2>Summary</h2>", *_summary(run, facts)]
-    for task in _tasks(run, facts):
-        parts += _task_section(run, task, facts)
-    again = f"<p><code>make reproduce RUN={escape(run.name)}</code> does this run again and compares every result.</p>"
-    parts += ["<h2>Provenance</h2>", again, _table(_provenance(facts))]
-    parts += ["<h2>Parameters</h2>", _table(parameters_in_force(run))]
+    tasks = sorted({*run.params.tasks, *trained_tasks(facts)})  # another command may have trained the other task
+    page = template("report.html.j2").render(
+        run=run,
+        html_of=_html_of,
+        sentence=_sentence(run, tasks, facts),
+        summary=_summary(tasks, facts),
+        archives={f"Task {task}, validated archive": path for task in tasks if (path := facts.get(f"task{task}_submission"))},
+        tasks=[_task_section(run, task, facts) for task in tasks],
+        provenance=_provenance(facts),
+        parameters=parameters_in_force(run),
+    )
     path = run.folder / "report.html"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(run.name)}</title>'
-    view = '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    write_text(path, f"{head}{view}<style>{_STYLE}</style><body><main>{''.join(parts)}</main></body></html>\n")
+    write_text(path, page)
     return path
 
 
-def _tasks(run: Run, facts: dict[str, Any]) -> list[str]:
-    """The tasks of the run, and those that it was trained for by another command."""
-    return sorted({*run.params.tasks, *trained_tasks(facts)})
+def template(name: str) -> Template:
+    """A Jinja2 template of ``assets``; values are escaped in those of HTML."""
+    environment = Environment(
+        loader=PackageLoader("forensics_lib", "assets"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
-def _sentence(run: Run, facts: dict[str, Any]) -> str:
+def _sentence(run: Run, tasks: list[str], facts: dict[str, Any]) -> str:
     params = run.params.model_dump() | parameters_in_force(run)
-    tasks, backbone = " and ".join(_tasks(run, facts)), params["backbone"]
-    told = " and ".join(f"{name} ({task})" for task, name in backbone.items()) if isinstance(backbone, dict) else backbone
-    return f"A {run.params.run_type} run of Task {tasks} with {told}, {facts.get('updated', '')}."
+    backbone = params["backbone"]
+    named = " and ".join(f"{name} ({task})" for task, name in backbone.items()) if isinstance(backbone, dict) else backbone
+    return f"A {run.params.run_type} run of Task {' and '.join(tasks)} with {named}, {facts.get('updated', '')}."
 
 
-def _summary(run: Run, facts: dict[str, Any]) -> list[str]:
-    """The scores that rank, with their intervals, and where the archives are."""
-    rows, archives = {}, {}
-    for task in _tasks(run, facts):
+def _summary(tasks: list[str], facts: dict[str, Any]) -> pd.DataFrame:
+    """The scores that rank runs, with their intervals."""
+    rows = {}
+    for task in tasks:
         scores, held_out = (facts.get(f"task{task}_{name}") or {} for name in ("validation", "held_out"))
         ends = facts.get(f"task{task}_validation_intervals") or {}
         for key in (key for key in _RANKING[task] if key in scores):
             interval = "{:.3f} to {:.3f}".format(*ends[key]) if key in ends else None
             row = {"validation": scores[key], "95% interval": interval, "held out": held_out.get(key)}
             rows[f"Task {task}: {METRIC_NAMES[key]}"] = row
-        if f"task{task}_submission" in facts:
-            archives[f"Task {task}, validated archive"] = facts[f"task{task}_submission"]
-    table = pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
-    return [_frame(table), *([_table(archives)] if archives else [])]
+    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis="columns", how="all")
 
 
-def _task_section(run: Run, task: str, facts: dict[str, Any]) -> list[str]:
-    names = {"validation": "validation", "validation_without_overlap": "without overlap"}
-    names |= {"validation_others": "other validation images", "held_out": "held out"}
-    columns = {title: facts.get(f"task{task}_{name}") for name, title in names.items()}
-    validation = columns["validation"] or {}
-    ends = facts.get(f"task{task}_validation_intervals") or {}
-    intervals = {name: {key: value[number] for key, value in ends.items()} for number, name in enumerate(("95% from", "to"))}
-    ordered = {"validation": columns["validation"], **intervals, **columns}
-    table = pd.DataFrame({title: scores for title, scores in ordered.items() if scores})
-    table = table.reindex([key for key in METRIC_NAMES if key in validation]).rename(index=METRIC_NAMES)
-    note = "Thresholds were chosen on the validation images, so scores at them are slightly kind there."
-    note += f" {escape(chosen_on(facts, task))}"
-    if columns["without overlap"]:
-        note += " Without overlap: without the photographs that stand in another split or data set as well."
-    parts = [f"<h2>{_TASKS[task]}</h2>", _frame(table), f"<p>{note}</p>"]
-    for name, title in TABLES.items():
-        if facts.get(f"task{task}_{name}"):
-            parts += [f"<h3>Scores {title}</h3>", _frame(pd.DataFrame(facts[f"task{task}_{name}"]))]
-    parts += ["<h3>Data that went in</h3>", _frame(pd.DataFrame(facts.get(f"task{task}_data", [])))]
-    findings = facts.get(f"task{task}_findings", {}).get("rows")
-    if findings:
-        parts += ["<h3>What is wrong with the data</h3>", _frame(pd.DataFrame(findings))]
-    if f"task{task}_shortcut_auc" in facts:
-        parts.append(f"<p>{escape(_shortcut_sentence(task, facts))}</p>")
-    parts += [_figure(path) for path in sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)]
-    for key, title in (
-        (f"task{task}_left_out", "Labelled images left out: unreadable, or without their mask"),
-        (f"task{task}_unreadable_in_training", "Training images that could not be read"),
-        (f"task{task}_unreadable_test", "Test images that could not be read and got the fallback"),
-    ):
-        if facts.get(key):
-            names = "".join(f"<li>{escape(str(name))}</li>" for name in facts[key][:50])
-            parts.append(f"<h3>{title}: {len(facts[key])}</h3><ul>{names}</ul>")
-    return parts
+def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of a task."""
+    found = {key.removeprefix(f"task{task}_"): value for key, value in facts.items() if key.startswith(f"task{task}_")}
+    tables = {f"Scores {title}": found[name] for name, title in TABLES.items() if found.get(name)}
+    tables["Training data"] = found.get("data", [])
+    if findings := found.get("findings", {}).get("rows"):
+        tables["Problems of the data"] = findings
+    figures = sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)
+    return {
+        "title": _TASKS[task],
+        "scores": _score_table(found),
+        "chosen_on": chosen_on(facts, task),
+        "without_overlap": bool(found.get("validation_without_overlap")),
+        "tables": {title: pd.DataFrame(rows) for title, rows in tables.items()},
+        "shortcut": _shortcut_sentence(found),
+        "figures": [{"caption": _caption(path), "data": base64.b64encode(_small(path)).decode()} for path in figures],
+        "unreadable": {title: found[key] for key, title in _UNREADABLE.items() if found.get(key)},
+    }
+
+
+def _score_table(found: dict[str, Any]) -> pd.DataFrame:
+    """Scores on validation and other images, one column each, in the order of ``METRIC_NAMES``."""
+    validation, ends = found.get("validation") or {}, found.get("validation_intervals") or {}
+    columns = {
+        "validation": validation,
+        "95% from": {key: value[0] for key, value in ends.items()},
+        "to": {key: value[1] for key, value in ends.items()},
+        "without overlap": found.get("validation_without_overlap"),
+        "other validation images": found.get("validation_others"),
+        "held out": found.get("held_out"),
+    }
+    table = pd.DataFrame({title: scores for title, scores in columns.items() if scores})
+    return table.reindex([key for key in METRIC_NAMES if key in validation]).rename(index=METRIC_NAMES)
 
 
 def chosen_on(facts: dict[str, Any], task: str) -> str:
@@ -186,8 +188,11 @@ def chosen_on(facts: dict[str, Any], task: str) -> str:
     )
 
 
-def _shortcut_sentence(task: str, facts: dict[str, Any]) -> str:
-    found = {key: facts.get(f"task{task}_{key}") for key in OF_TRAINING} | (facts.get(f"task{task}_trained") or {})
+def _shortcut_sentence(facts: dict[str, Any]) -> str:
+    """How well file facts alone tell the classes apart; nothing where no audit was made.  ``facts`` are a task's."""
+    if "shortcut_auc" not in facts:
+        return ""
+    found = {key: facts.get(key) for key in OF_TRAINING} | (facts.get("trained") or {})
     if np.isnan(found["shortcut_auc"]):
         return "Too few training images to tell whether file facts alone tell the classes apart."
     text = f"File facts alone tell the training classes apart with AUC {found['shortcut_auc']:.2f}"
@@ -200,10 +205,8 @@ def _figure_order(path: Path) -> int:
     return list(_CAPTIONS).index(kind) if kind in _CAPTIONS else len(_CAPTIONS)
 
 
-def _figure(path: Path) -> str:
-    caption = escape(_CAPTIONS.get(path.stem.split("_", 1)[1], path.stem))
-    data = base64.b64encode(_small(path)).decode()
-    return f'<figure><img alt="{caption}" src="data:image/webp;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+def _caption(path: Path) -> str:
+    return _CAPTIONS.get(path.stem.split("_", 1)[1], path.stem)
 
 
 def _small(path: Path) -> bytes:
@@ -218,19 +221,9 @@ def _small(path: Path) -> bytes:
     return min(files, key=len)
 
 
-def _frame(table: pd.DataFrame) -> str:
+def _html_of(table: pd.DataFrame) -> str:
     named = not isinstance(table.index, pd.RangeIndex)
-    return _wide(table.to_html(float_format="%.3f", border=0, na_rep="-", index=named).replace("<th></th>", "<td></td>"))
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in values.items())
-    return _wide(f'<table class="facts">{rows}</table>')
-
-
-def _wide(table: str) -> str:
-    """A table that scrolls by itself where the page is too narrow for it, by keyboard too."""
-    return f'<div class="wide" tabindex="0">{table}</div>'
+    return table.to_html(float_format="%.3f", border=0, na_rep="-", index=named).replace("<th></th>", "<td></td>")
 
 
 def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
