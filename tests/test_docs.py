@@ -1,7 +1,7 @@
 """Links between pages, and the commands and names that pages speak of."""
 
 import re
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 
@@ -10,6 +10,7 @@ from forensics_lib.params import Params
 from forensics_lib.utils.files import project_root
 
 ROOT = project_root()
+LIBRARY = ROOT / "forensics_lib"
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -43,7 +44,18 @@ def test_settings_are_parameters(page):
             assert setting.partition("=")[0] in {*Params.model_fields, "key", "..."}, f"{page.name}: {setting}"
 
 
-def test_every_module_is_in_the_readme():
+def test_every_room_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [path.stem for path in sorted(Path(ROOT / "forensics_lib").glob("[a-z]*.py")) if f"`{path.stem}`" not in text]
-    assert missing == []
+    rooms = [*LIBRARY.glob("[a-z]*.py"), *(path.parent for path in LIBRARY.glob("*/__init__.py"))]
+    assert [path.stem for path in rooms if f"`{path.stem}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_modules_and_what_they_hold_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for module, name in re.findall(r"`([\w./]+/\w+\.py)`(?: \(`(\w+)`\))?", text):
+        found = [path for path in (ROOT / module, LIBRARY / module) if path.is_file()]
+        assert found, f"{page.name}: {module}"
+        assert name in found[0].read_text(encoding="utf-8"), f"{page.name}: {module} has no {name}"
+    for module in re.findall(r"\bfrom (forensics_lib[\w.]*) import", text):
+        assert find_spec(module), f"{page.name}: {module}"
