@@ -99,7 +99,7 @@ compare: setup ## Put runs side by side: make compare RUNS="constrained_sample o
 reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
 	$(PY) -m forensics_lib reproduce $(call quoted,$(RUN))
 
-chaos: setup ## Kill a run 50 times at random moments of every notebook; it must end as one that was not (about 30 minutes)
+chaos: setup ## Kill a run 50 times at random moments of every notebook; it must end as an undisturbed one (about 30 minutes)
 	$(PY) tests/campaigns/chaos.py
 
 load: setup ## Infer 20,000 small and 200 large images; memory, open files and threads must not grow
