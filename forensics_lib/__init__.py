@@ -1,1 +1,29 @@
-"""Finding AI-generated images and AI-manipulated regions: the library behind the notebooks."""
+"""Finding AI-generated images and AI-manipulated regions: the library behind the notebooks.
+
+    from forensics_lib import open_run, predict
+
+opens a run by its parameter file, and scores any images with a trained model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forensics_lib.inference.predictor import predict as predict
+    from forensics_lib.run import open_run as open_run
+
+__all__ = ["open_run", "predict"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the two names when asked for them: ``python -m forensics_lib --help`` must not wait for torch."""
+    if name == "open_run":
+        from forensics_lib.run import open_run
+
+        return open_run
+    if name == "predict":
+        from forensics_lib.inference.predictor import predict
+
+        return predict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; found are {', '.join(__all__)}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forensics_lib.params import SettingError, parse_settings
 from forensics_lib.utils.files import home, write_traceback
 
 if TYPE_CHECKING:
@@ -48,49 +49,38 @@ def _told(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m forensics_lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, do: Any, text: str, example: str = "") -> argparse.ArgumentParser:
+    for name, (do, text, example) in COMMANDS.items():
         epilog = f"example: python -m forensics_lib {name} {example}"
         added = commands.add_parser(name, help=text, description=text, epilog=epilog)
         added.set_defaults(do=do)
-        return added
-
-    def of_run(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added.add_argument("--params", default=DEFAULT, help=f"parameter file (default: {DEFAULT})")
-        added.add_argument("--data", default="", help="data root instead of the parameter file's")
-        text = "further parameters to change, each once; several --set add up"
-        added.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=text)
-        return added
-
-    example = "--params params/constrained.yaml --data /path/to/data --set batch_size=32"
-    run = of_run(command("run", _run, "execute the notebooks of a run and leave its archives in submission/", example))
-    run.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
-    for name, do, text in (
-        ("train", _train, "train both steps and choose thresholds on validation (as notebooks 02 and 03)"),
-        ("infer", _infer, "predict the test images (as notebook 04)"),
-        ("submit", _submit, "build the archives and the report (as notebook 05)"),
-    ):
-        added = of_run(command(name, do, text, "--params params/constrained.yaml --tasks A"))
-        added.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
-    added = command("report", _report, "write a run's report.html again", "--params params/constrained.yaml")
-    of_run(added).set_defaults(tasks=None)
-    text = "scores, differences with intervals, parameters and cost of several runs side by side"
-    command("compare", _compare, text, "constrained open").add_argument("runs", nargs="+", help="names of runs in outputs/")
-    text = "do a run again from its run.json and compare what comes out"
-    command("reproduce", _reproduce, text, "constrained").add_argument("run", help="name of a run in outputs/")
-    command("sample", _sample, "make the built-in sample data in data/sample")
-    text = "count what a run needs against what the official sets hold"
-    of_run(command("check-data", _check_data, text, "--data /path/to/data"))
-    text = "check a submission archive against the test images"
-    validate = command("validate", _validate, text, "submission/x.zip --task B --images data/test/taskB")
-    validate.add_argument("archive", type=Path)
-    validate.add_argument("--task", choices=["A", "B"], required=True)
-    validate.add_argument("--images", type=Path, required=True, help="folder of the test images")
+        _add_options(added, name)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    if command in ("run", "train", "infer", "submit", "report", "check-data"):
+        parser.add_argument("--params", default=DEFAULT, help=f"parameter file (default: {DEFAULT})")
+        parser.add_argument("--data", default="", help="data root instead of the parameter file's")
+        text = "further parameters to change, each once; several --set add up"
+        parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    if command == "run":
+        parser.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
+    if command in ("train", "infer", "submit"):
+        parser.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    if command == "compare":
+        parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
+    if command == "reproduce":
+        parser.add_argument("run", help="name of a run in outputs/")
+    if command == "validate":
+        parser.add_argument("archive", type=Path)
+        parser.add_argument("--task", choices=["A", "B"], required=True)
+        parser.add_argument("--images", type=Path, required=True, help="folder of the test images")
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """The parameters that the command line changes.  Raises ``SettingError`` where it sets one of them twice."""
+    from forensics_lib.params import parse_settings
+
     overrides = parse_settings(options.set)
     if options.data:
         _set_once(overrides, "data_root", str(Path(options.data).expanduser().resolve()), "--data")
@@ -100,6 +90,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _set_once(overrides: dict[str, Any], key: str, value: Any, option: str) -> None:
+    from forensics_lib.params import SettingError
+
     if overrides.setdefault(key, value) != value:
         raise SettingError(f"{key} is set twice: {option} says {value}, --set says {overrides[key]}; leave one of them out")
 
@@ -134,7 +126,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run = _open(options)
     for task in run.params.tasks:
-        manifest = main_process_first(lambda task=task: build_manifest(run, task))
+        manifest = main_process_first(partial(build_manifest, run, task))
         train(run, task, manifest)
         if not launched():  # a notebook goes on by itself
             print(evaluate(run, task, manifest).summary().to_string())
@@ -222,6 +214,37 @@ def _validate(options: argparse.Namespace) -> int:
     result = validate_submission(options.archive, options.task, options.images)
     print(result.report())
     return 0 if result.valid else 1
+
+
+# Per command: its function, what it does, and an example of its arguments
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
+    "run": (
+        _run,
+        "execute the notebooks of a run and leave its archives in submission/",
+        "--params params/constrained.yaml --data /path/to/data --set batch_size=32",
+    ),
+    "train": (
+        _train,
+        "train both steps and choose thresholds on validation (as notebooks 02 and 03)",
+        "--params params/constrained.yaml --tasks A",
+    ),
+    "infer": (_infer, "predict the test images (as notebook 04)", "--params params/constrained.yaml --tasks A"),
+    "submit": (_submit, "build the archives and the report (as notebook 05)", "--params params/constrained.yaml --tasks A"),
+    "report": (_report, "write a run's report.html again", "--params params/constrained.yaml"),
+    "compare": (
+        _compare,
+        "scores, differences with intervals, parameters and cost of several runs side by side",
+        "constrained open",
+    ),
+    "reproduce": (_reproduce, "do a run again from its run.json and compare the results", "constrained"),
+    "sample": (_sample, "make the built-in sample data in data/sample", ""),
+    "check-data": (_check_data, "count what a run needs against what the official sets hold", "--data /path/to/data"),
+    "validate": (
+        _validate,
+        "check a submission archive against the test images",
+        "submission/x.zip --task B --images data/test/taskB",
+    ),
+}
 
 
 if __name__ == "__main__":

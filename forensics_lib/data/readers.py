@@ -134,13 +134,13 @@ def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[
             rows.leave_unread(place, f"no folder on its path names a class (known: {', '.join(sorted(CLASSES))})")
             continue
         category = number - 1 if category_train and parts[number - 1] == "train" else None
-        load_callable = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
-        split = of_root if load_callable is None else split_of(parts[load_callable])
+        named = next((i for i, part in enumerate(parts) if split_of(part) and i != category), None)
+        split = of_root if named is None else split_of(parts[named])
         label = int(class_of(parts[number]) or 0)
         check_parts(place, parts[number + 1 :], label, None)
-        if load_callable is not None:
-            check_parts(place, parts[load_callable + 1 :], label, split)
-        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != load_callable))
+        if named is not None:
+            check_parts(place, parts[named + 1 :], label, split)
+        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
 
 
 def read_cnndetection(root: Path, entry: DataSet) -> Rows:
@@ -285,16 +285,16 @@ def read_sagi_d(root: Path, _: DataSet) -> Rows:
     for item in listing.itertuples(index=False):
         image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
         source = image.relative_to(root).parts[1]
-        split, load_callable = split_of(item.split) or "test", f"sagi_d/{source}"
+        split, named = split_of(item.split) or "test", f"sagi_d/{source}"
         group = photo_group(source, image.stem)
         if item.src_path:
             original = sagid_path(root, item.src_path, ())
             group = photo_group(source, original.stem)
             if original not in originals:
                 originals.add(original)
-                rows.add([str(original)], 0, split, load_callable, kind="orig", groups=[group])
+                rows.add([str(original)], 0, split, named, kind="orig", groups=[group])
         names = {"generator": item.diffusion_model or None, "method": item.inpainting_model}
-        rows.add([str(image)], 1, split, load_callable, kind=item.type, groups=[group], masks=[str(mask)], **names)
+        rows.add([str(image)], 1, split, named, kind=item.type, groups=[group], masks=[str(mask)], **names)
     return rows
 
 
@@ -307,10 +307,10 @@ def read_table(path: Path, entry: DataSet) -> Rows:
         raise LayoutError(
             f"{path} has the columns {list(table.columns)}; needed: path, label; allowed as well: {', '.join(TABLE_COLUMNS)}"
         )
-    load_callable = split_in(path.name) or split_of(path.parent.name)
-    if entry.split == "train" and load_callable == "test":
+    named = split_in(path.name) or split_of(path.parent.name)
+    if entry.split == "train" and named == "test":
         raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
-    entry = entry.model_copy(update={"split": entry.split or load_callable})
+    entry = entry.model_copy(update={"split": entry.split or named})
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry)
