@@ -46,7 +46,7 @@ def test_targets_are_judged_by_the_median_over_seeds(folders):
     text = report(folders, **runs, o=made_run(0.91, data="open"))
     assert "| constrained, AUC on val | at least 0.88 | 0.900 | met |" in text
     assert "| constrained, AUC on test | at least 0.92 | 0.900 | MISSED |" in text
-    assert "| open less constrained, AUC on val | at least 0.02 | 0.010 | MISSED |" in text
+    assert "| open minus constrained, AUC on val | at least 0.02 | 0.010 | MISSED |" in text
     assert "| scratch, AUC above the naive recipe's, val | at least 0.10 | nan | not measured |" in text
     assert "0.900 (0.800 to 0.930)" in text
 

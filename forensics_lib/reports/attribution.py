@@ -1,4 +1,4 @@
-"""Where the model looks: which parts of an image speak for its being synthetic."""
+"""Attribution: the parts of an image that raise its score for being synthetic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SIDE = 512  # the centre of larger images is shown
 def grad_cam(model: CombinedModel, image: np.ndarray, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
     """The centre of an image and its Grad-CAM (Selvaraju et al., ICCV 2017), ``(H, W, 3)`` uint8 and ``(H, W)`` in [0, 1].
 
-    The map weighs the last feature map's channels by the mean gradient of the margin (synthetic less authentic) and keeps
-    what speaks for synthetic; it is scaled to its own highest value, and all zero where nothing does.
+    The map weighs the last feature map's channels by the mean gradient of the margin (synthetic minus authentic) and keeps
+    positive evidence; its maximum is 1, or 0 where there is none.
     """
     model = model.to(machine.device).eval()
     shown = centre_crop(image, SIDE)
@@ -30,6 +30,6 @@ def grad_cam(model: CombinedModel, image: np.ndarray, machine: Machine) -> tuple
         logits = model.decide(x, final, [stage.detach() for stage in stages]).logits[0]
         (gradient,) = torch.autograd.grad(logits[1] - logits[0], final)
     heat = (gradient.mean((2, 3), keepdim=True) * final.detach()).sum(1, keepdim=True).relu()
-    heat = F.interpolate(heat.float(), padded.shape[:2], mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
-    heat = heat[:height, :width]
-    return shown, heat / heat.max() if heat.max() > 0 else heat
+    full_size = F.interpolate(heat.float(), padded.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    attribution = full_size[:height, :width].cpu().numpy()
+    return shown, attribution / attribution.max() if attribution.max() > 0 else attribution

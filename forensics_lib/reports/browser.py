@@ -1,6 +1,6 @@
 """Browsers for JupyterLab: one image at a time, chosen from a list that can be filtered and sorted.
 
-``MaskBrowser`` shows masks with sliders for threshold and opacity, ``ImageBrowser`` what Task A saw of an image.  Images are
+``MaskBrowser`` shows masks with sliders for threshold and opacity, ``ImageBrowser`` the crops that Task A scored.  Images are
 read and predicted when they are chosen, thumbnails when their page is shown.  Where nobody can use widgets
 (``FORENSICS_HEADLESS``, a printed notebook) none are made, and the galleries of ``plots`` stand in.
 """
@@ -99,11 +99,11 @@ class Browser:
         raise NotImplementedError
 
     def panels(self) -> list[np.ndarray]:
-        """What the chosen view shows of the current image, side by side; ``(H, W, 3)`` in [0, 1] each."""
+        """The current image in the chosen view, panels side by side; ``(H, W, 3)`` in [0, 1] each."""
         raise NotImplementedError
 
     def sentence(self) -> str:
-        """What there is to say of the current image."""
+        """The caption of the current image."""
         raise NotImplementedError
 
     def _ipython_display_(self) -> None:
@@ -307,7 +307,7 @@ def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown
         return Markdown(GALLERIES)
     table = results[results["error"].isna()].reset_index(drop=True)
     table = table.assign(name=[f"{prob:.2f}  {name}" for prob, name in zip(table["prob"], table["image_id"], strict=True)])
-    table = _called(table, stored_thresholds(run, "B")["threshold"])
+    table = _with_outcomes(table, stored_thresholds(run, "B")["threshold"])
 
     def example(index: int) -> MaskExample:
         path = Path(table["path"][index])
@@ -321,7 +321,7 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Ma
     """The images of an evaluation with their truth, predicted when an image is chosen; a note in a headless run."""
     if headless():
         return Markdown(GALLERIES)
-    table = _called(evaluation.table, evaluation.thresholds["threshold"])
+    table = _with_outcomes(evaluation.table, evaluation.thresholds["threshold"])
     table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
     said = [
         f"{'IoU' if row['label'] else 'clean'} {row['score']:.2f}  {row['kind']}  {row['method']}  {row['image_id']}"
@@ -347,7 +347,7 @@ def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | 
     """Task A: the images of an evaluation; a note in a headless run."""
     if headless():
         return Markdown(GALLERIES)
-    table = _called(evaluation.table, evaluation.thresholds["threshold"])
+    table = _with_outcomes(evaluation.table, evaluation.thresholds["threshold"])
     wrong = (table["prob"] - evaluation.thresholds["threshold"]) * (1 - 2 * table["label"])
     named = [
         f"{prob:.2f}  {source}  {name}" for prob, source, name in table[["prob", "source", "image_id"]].itertuples(index=False)
@@ -363,8 +363,8 @@ def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | 
     )
 
 
-def _called(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """With what an image is called, how near it is to the threshold, and where its label is known the verdict."""
+def _with_outcomes(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """The table with each image's name, its distance to the threshold, and its outcome where the label is known."""
     positive = table["prob"] >= threshold
     facts: dict[str, Any] = {"called": np.where(positive, "positive", "authentic"), "doubt": (table["prob"] - threshold).abs()}
     if "label" in table:

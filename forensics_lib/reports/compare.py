@@ -1,4 +1,4 @@
-"""Runs side by side, from the files that they left: scores with intervals, what differs, and whether a difference is real."""
+"""Comparison of runs from their files: scores with intervals, differing parameters, and paired differences."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def _differences(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for first, second in pairwise(facts):
         for task in SHOWN:
-            tables = [_probs(run, task) for run in (first, second)]
-            if any(table is None for table in tables):
+            tables = [table for run in (first, second) if (table := _probs(run, task)) is not None]
+            if len(tables) < 2:
                 continue
             both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
             if both.empty or both["label_first"].nunique() < 2:
                 continue
             thresholds = [stored_thresholds(_paths(run), task)["threshold"] for run in (first, second)]
             for key, (value, low, high) in _paired(both, thresholds).items():
-                rows.append([task, key, f"{second} less {first}", value, low, high, len(both)])
+                rows.append([task, key, f"{second} minus {first}", value, low, high, len(both)])
     columns = ["task", "score", "difference of", "value", "from", "to", "images"]
     return pd.DataFrame(rows, columns=columns).round(4)
 

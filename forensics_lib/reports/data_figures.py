@@ -1,4 +1,4 @@
-"""Figures of the data, before anything is trained: what is there, what tells the classes apart, what the eye cannot see."""
+"""Figures of the data before training: balance, shortcuts, residuals and spectra."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def file_distributions(manifest: pd.DataFrame, task: str) -> Figure:
 
 
 def shortcut_bars(audit: ShortcutAudit, task: str) -> Figure:
-    """How well each file fact alone tells the class of an image."""
+    """AUC of each file fact alone as a classifier."""
     figure, axes = new_figure(1, 1, 6, 2.6)
     axis, facts = axes[0, 0], audit.facts[::-1]
     axis.barh(facts.index, facts, color=[ORANGE if value > SHORTCUT_LIMIT else BLUE for value in facts])
@@ -86,7 +86,7 @@ def shortcut_bars(audit: ShortcutAudit, task: str) -> Figure:
 
 
 def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> Figure:
-    """Images of each split that cannot be used or that stand twice, as shares of the split."""
+    """Unusable and duplicate images, as shares of each split."""
     sizes = manifest.groupby("split").size()
     pairs = audit.near.pairs
     alike = pd.concat([pairs[[f"path_{end}", f"split_{end}"]].set_axis(["path", "split"], axis=1) for end in "ab"])
@@ -161,7 +161,7 @@ def spectra(manifest: pd.DataFrame, task: str, count: int = 200, seed: int = 0) 
     limit = max(3.0, np.nanpercentile(np.abs(difference), 99)) if np.isfinite(difference).any() else 3.0
     shown = axes[0, 2].imshow(difference, cmap="PuOr_r", vmin=-limit, vmax=limit)
     figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
-    axes[0, 2].set_title(f"{CLASS_NAMES[task][1]} less authentic, dB", fontsize=9)
+    axes[0, 2].set_title(f"{CLASS_NAMES[task][1]} minus authentic, dB", fontsize=9)
     for axis in axes.flat[:3]:
         axis.set(xticks=[], yticks=[])
     for label, colour in CLASS_COLOURS.items():
@@ -218,7 +218,7 @@ def forgery_samples(manifest: pd.DataFrame, count: int = 4, seed: int = 0) -> Fi
 
 
 def mask_area_distribution(areas: pd.DataFrame) -> Figure:
-    """How much of an image is manipulated, spliced and fully regenerated apart."""
+    """Distribution of the manipulated share of an image, for spliced and fully regenerated images."""
     areas = areas.dropna(subset=["share"])  # of masks that cannot be used
     figure, axes = new_figure(1, 1, 5, 2.6)
     axis, bins = axes[0, 0], np.linspace(0, 100, 26)

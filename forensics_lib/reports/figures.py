@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ EXAMPLES = {  # choices of ``mask_examples``: what their galleries are called
     "alarms": "Validation: authentic images with the most flagged pixels",
 }
 plt.rcParams["text.parse_math"] = False  # names of files and sources are shown, and dollar signs in them begin no formula
-STYLE = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -125,14 +126,14 @@ def score_curves(evaluation: Evaluation, task: str) -> Figure:
 
 
 def reliability_diagram(evaluation: Evaluation, task: str) -> Figure:
-    """What share of images is positive at each predicted probability, before and after calibration."""
+    """Share of positive images at each predicted probability, before and after calibration."""
     figure, axes = new_figure(1, 1, 4, 3.4)
     axis, labels = axes[0, 0], evaluation.judged["label"].to_numpy(int)
-    decides = evaluation.table["deciding"].to_numpy()
+    decides, uncalibrated = evaluation.table["deciding"].to_numpy(), np.asarray(evaluation.uncalibrated)
     axis.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="exact")
     scores = evaluation.metrics
     for name, probs, error, colour in (
-        ("as trained", evaluation.uncalibrated[decides], scores["ece_uncalibrated"], ORANGE),
+        ("as trained", uncalibrated[decides], scores["ece_uncalibrated"], ORANGE),
         ("calibrated", evaluation.judged["prob"].to_numpy(), scores["ece"], BLUE),
     ):
         found = reliability(labels, probs)
@@ -164,7 +165,7 @@ def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
 
 
 def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
-    """Task A images of an evaluation, and below each where the model sees signs of generation; says so where there are none."""
+    """Task A images of an evaluation, and below each its attribution map; the figure says so where there are none."""
     if rows.empty:
         return _no_image(title)
     figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
@@ -213,20 +214,21 @@ def example_gallery(run: Run, evaluation: Evaluation, which: str) -> Figure:
 def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
     """A column per image: the image, its truth, the predicted probability, and hits and errors at ``loc_threshold``.
 
-    Images without a known truth show what is flagged instead; without any image the figure says so.
+    Images without ground truth show flagged pixels alone; without any image the figure says so.
     """
     if not examples:
         return _no_image(title)
     known = examples[0].truth is not None
-    rows = 4 if known else 3
+    names = ["image", *(["truth"] if known else []), "probability", "decision"]
+    rows = len(names)
     figure, axes = new_figure(rows, len(examples), 1.75 * len(examples), 1.85 * rows + 0.6)
     hide_axes(axes)
     for column, example in zip(axes.T, examples, strict=True):
-        panels = [example.image, *([example.truth] if known else []), example.mask, decision_overlay(example, loc_threshold)]
+        truth = [] if example.truth is None else [example.truth]
+        panels = [example.image, *truth, example.mask, decision_overlay(example, loc_threshold)]
         for axis, panel in zip(column, panels, strict=True):
             axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}), interpolation="nearest")
         column[0].set_title(example.title, fontsize=7)
-    names = ["image", *(["truth"] if known else []), "probability", "decision"]
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.text(-0.06, 0.5, name, rotation=90, va="center", ha="right", transform=axis.transAxes, fontsize=9)
     labels = {GREEN: "found", RED: "falsely flagged", BLUE: "missed"} if known else {RED: "flagged"}
@@ -252,7 +254,7 @@ def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: i
     """Test images with the masks that were written for them, from the highest probability to the lowest."""
     readable = results[results["error"].isna()].sort_values("prob", ascending=False, kind="stable")
     examples = []
-    places = np.linspace(0, len(readable) - 1, count).round().astype(int) if len(readable) else []
+    places = np.linspace(0, len(readable) - 1, min(count, len(readable))).round().astype(int)
     for _, row in readable.iloc[np.unique(places)].iterrows():
         mask = load_mask(run.masks / f"{Path(row['path']).stem}.npz")
         examples.append(
@@ -263,7 +265,7 @@ def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: i
 
 @dataclass
 class MaskExample:
-    """One image with its prediction, and its truth where that is known."""
+    """One image with its prediction, and its ground truth where known."""
 
     title: str
     image: np.ndarray  # (H, W, 3) uint8
@@ -272,7 +274,7 @@ class MaskExample:
 
 
 def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) -> list[MaskExample]:
-    """Images of an evaluation with their masks, predicted again for their pictures.
+    """Images of an evaluation, with masks that are predicted again.
 
     ``which``: ``best`` or ``worst`` (manipulated images by IoU), ``borderline`` (those next to the image threshold), or
     ``alarms`` (authentic images with the most flagged pixels).
@@ -286,7 +288,7 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
         truth = truth_mask(row, image.shape[:2])
         said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
         what = manipulation(row) if row["label"] else "authentic"
-        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(prob, evaluation.thresholds):.2f}"
+        title = f"{row['source']}\n{what}\n{said}, prob {calibrated(np.array(prob), evaluation.thresholds):.2f}"
         examples.append(MaskExample(title, image, mask, truth))
     return examples
 

@@ -47,7 +47,7 @@ METRIC_NAMES = {  # by a metric's key, in the order of importance
 }
 _RANKING = {"A": ("f1", "auc", "fpr"), "B": ("f1", "iou_manipulated", "submitted_flagged_authentic")}
 _TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
-TABLES = {  # key in run.json: how its scores are told apart
+TABLES = {  # by key in run.json
     "by_source": "by source",
     "by_generator": "by generator",
     "by_platform": "by platform",
@@ -142,7 +142,7 @@ def _summary(tasks: list[str], facts: dict[str, Any]) -> pd.DataFrame:
 
 
 def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows of a task."""
+    """The values of a task for the template."""
     found = {key.removeprefix(f"task{task}_"): value for key, value in facts.items() if key.startswith(f"task{task}_")}
     tables = {f"Scores {title}": found[name] for name, title in TABLES.items() if found.get(name)}
     tables["Training data"] = found.get("data", [])
@@ -177,7 +177,7 @@ def _score_table(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def chosen_on(facts: dict[str, Any], task: str) -> str:
-    """Which validation images decided, in a sentence; nothing of a run whose record does not tell."""
+    """A sentence on the validation images that epoch and thresholds were chosen on; empty for runs without that record."""
     found = facts.get(f"task{task}_chosen_on")
     if not found:
         return ""
@@ -189,7 +189,7 @@ def chosen_on(facts: dict[str, Any], task: str) -> str:
 
 
 def _shortcut_sentence(facts: dict[str, Any]) -> str:
-    """How well file facts alone tell the classes apart; nothing where no audit was made.  ``facts`` are a task's."""
+    """A sentence on the shortcut audit; empty where there was none.  ``facts`` are those of a task."""
     if "shortcut_auc" not in facts:
         return ""
     found = {key: facts.get(key) for key in OF_TRAINING} | (facts.get("trained") or {})
