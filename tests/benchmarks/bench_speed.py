@@ -418,8 +418,8 @@ Made by `make bench`; [performance.json](performance.json) has the numbers. Rati
 process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
 found. What each part measures is said in `tests/benchmarks/bench_speed.py`. The plain loop computes in fp32: where the
 processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop. Training is
-compiled where it is long and gains by it (on a CPU: Task A while a part of the model is frozen). On a CPU the loader
-processes share the cores with the network.
+compiled where it is long and gains by it (on a CPU: Task A while a part of the model is frozen, from PyTorch 2.12 on). On a
+CPU the loader processes share the cores with the network. No GPU has been seen yet: nothing here says how fast one is.
 """
 
 
