@@ -7,16 +7,17 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from forensics_lib.utils.files import LFS_POINTER, broken_link, from_home, is_lfs_pointer
 
+TimmModel = Any  # an ``nn.Module`` with timm's interface, which has no type of its own
 
-def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> nn.Module:
-    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be had."""
+
+def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> TimmModel:
+    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be loaded."""
     if not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
-        raise ValueError(f"backbone: timm has no model {name!r}; some it has: {', '.join(close) or 'see timm.list_models()'}")
+        raise ValueError(f"backbone: timm has no model {name!r}; similar ones: {', '.join(close) or 'see timm.list_models()'}")
     overlay = _weights_of(file, name) if file else None
     if pretrained:
         print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
@@ -26,17 +27,17 @@ def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | N
         backbone.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
         if file:
             _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
-    except Exception as error:  # readers of weights raise nearly anything on damaged files
+    except Exception as error:  # damaged files raise nearly anything
         if not pretrained:
             raise
         raise OSError(_no_weights_message(name, file, error)) from error
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
-        raise ValueError(f"backbone: timm's {name} gives no intermediate features; choose another, such as convnext_base")
+        raise ValueError(f"backbone: timm's {name} has no intermediate features; choose another, such as convnext_base")
     return backbone
 
 
 def _weights_of(file: str, name: str) -> dict[str, Any]:
-    """Where timm takes the weights of ``pretrained_file`` from: the file, or of a run's checkpoint its backbone's.
+    """timm's ``pretrained_cfg_overlay`` for ``pretrained_file``: the file, or the backbone weights of a run's checkpoint.
 
     Raises ``FileNotFoundError``, and ``ValueError`` where the checkpoint holds another backbone.
     """
@@ -59,16 +60,16 @@ def _weights_of(file: str, name: str) -> dict[str, Any]:
 
 
 def run_checkpoint(file: str) -> dict[str, Any] | None:
-    """The content of ``pretrained_file`` where it is a checkpoint that a run made, else None."""
+    """The content of ``pretrained_file`` where it is the checkpoint of a run, else None."""
     try:
         content = torch.load(from_home(file), map_location="cpu", weights_only=True)
-    except Exception:  # weights of another kind, or damaged: timm says what is wrong with them
+    except Exception:  # not torch's format, or damaged: timm will say what is wrong
         return None
     return content if isinstance(content, dict) and {"format", "config", "model"} <= set(content) else None
 
 
-def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn.Module:
-    """A timm model whose initial weights are the same for the same state of torch's generator."""
+def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> TimmModel:
+    """A timm model; the state of torch's generator determines its initial weights and is not advanced."""
     with torch.random.fork_rng(devices=[]):
         try:
             return timm.create_model(name, drop_path_rate=drop_path, **options)
@@ -76,8 +77,8 @@ def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> nn
             return timm.create_model(name, **options)
 
 
-def _check_loaded(backbone: nn.Module, fresh: nn.Module) -> None:
-    """timm only warns where a file holds none of a model's weights: weights that are still the initial ones tell."""
+def _check_loaded(backbone: TimmModel, fresh: TimmModel) -> None:
+    """Raise ``RuntimeError`` where weights still have their initial values: of missing weights timm only warns."""
     initial = dict(fresh.named_parameters())
     weights = [(name, p) for name, p in backbone.named_parameters() if p.ndim > 1]
     missing = [name for name, p in weights if torch.equal(p, initial[name])]

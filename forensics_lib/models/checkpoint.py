@@ -1,4 +1,4 @@
-"""Checkpoints: weights with what rebuilds the model, read without running any code in them."""
+"""Checkpoints: weights with the configuration of their model, read without executing code in them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
-    """Write weights with what rebuilds the model; ``facts`` (thresholds, metrics) are plain values, no objects."""
+    """Write weights and the model's configuration; ``facts`` (thresholds, metrics) are plain values, no objects."""
     content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
 
 
 def add_to_checkpoint(path: Path, **facts: Any) -> None:
-    """Set plain values in a checkpoint that is already there."""
+    """Set plain values in an existing checkpoint."""
     with locked(path.parent):
         derive_checkpoint(path, path, **facts)
 
@@ -39,7 +39,19 @@ def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, read without running any code in it.  Raises ``CheckpointError``."""
+    """Read a checkpoint without executing code in it.
+
+    Args:
+        path: a ``.pth`` file that ``save_checkpoint`` wrote.
+
+    Returns:
+        Its content: "format", "config" (arguments of ``CombinedModel``), "model" (state dict on the CPU), and further
+        values such as "thresholds" and "inference".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or of another format.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
     try:
@@ -54,9 +66,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
-    """Rebuild the model of a checkpoint, in evaluation mode, with the checkpoint's other content.
+    """Rebuild the model of a checkpoint.
 
-    Raises ``CheckpointError`` where it belongs to another task than the one wanted, or its weights do not fit.
+    Args:
+        path: a ``.pth`` file of a run.
+        task: "A" or "B" where the checkpoint must be of this task.
+
+    Returns:
+        The model on the CPU, in evaluation mode, and the content of the checkpoint (see ``read_checkpoint``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read, is of another task, or its weights do not fit the model.
     """
     content = read_checkpoint(path)
     config = content["config"]

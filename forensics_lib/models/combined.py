@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import timm
@@ -11,12 +10,13 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.models.backbone import create_backbone, run_checkpoint
+from forensics_lib.models.backbone import TimmModel, create_backbone, run_checkpoint
+from forensics_lib.models.precision import PointwiseInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
-EVIDENCE = (0.002, 0.998)  # probabilities of the mask are cut to these before their log-odds are taken
-STRIDE = 32  # images are padded to multiples of this before they go in
+EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
+STRIDE = 32  # the sides of input images are multiples of this
 
 
 def padded_side(side: int) -> int:
@@ -25,15 +25,15 @@ def padded_side(side: int) -> int:
 
 
 class Output(NamedTuple):
-    """What the model says of a batch of N images."""
+    """Model output for a batch of N images."""
 
     logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
     mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
-    features: torch.Tensor  # (N, C): what the backbone's pooled features are
+    features: torch.Tensor  # (N, C): pooled features of the backbone
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Group normalisation whose result does not depend on the number of threads, which channels last would bring on CPUs."""
+    """Group normalisation whose result on a CPU does not depend on the number of threads, as it would in channels last."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -42,7 +42,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution, group normalisation (so that batch size does not matter), GELU."""
+    """Convolution, group normalisation (independent of the batch size), GELU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
         _GroupNorm(8, channels_out),
@@ -53,9 +53,9 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1)
 class SegmentationBranch(nn.Module):
     """Backbone stages and noise residuals to mask logits at input resolution.
 
-    A feature pyramid (Lin et al., CVPR 2017) brings all stages from stride 4 on to the finest one's stride, where they are
-    fused as in UPerNet (Xiao et al., ECCV 2018).  A shallow branch on SRM residuals adds finer detail, and the result is
-    refined at stride 2.
+    A feature pyramid (Lin et al., CVPR 2017) upsamples all stages from stride 4 on to the finest one's stride, where they
+    are fused as in UPerNet (Xiao et al., ECCV 2018).  A shallow branch on SRM residuals adds finer detail, and the result
+    is refined at stride 2.
     """
 
     def __init__(self, stage_channels: list[int], channels: int) -> None:
@@ -65,8 +65,9 @@ class SegmentationBranch(nn.Module):
         self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
         self.fuse = _conv(channels * len(stage_channels), channels)
         self.shallow = nn.Sequential(NoiseResidual(), _conv(RESIDUAL_CHANNELS, fine, stride=2), _conv(fine, fine))
-        self.refine = nn.Sequential(_conv(channels + fine, channels // 2), nn.Conv2d(channels // 2, 1, 1))
-        nn.init.constant_(self.refine[-1].bias, -2.0)  # most pixels are authentic
+        before, last = _conv(channels + fine, channels // 2), PointwiseInFp32(channels // 2, 1, kernel_size=1)
+        last.bias = nn.Parameter(torch.tensor([-2.0]))  # most pixels are authentic
+        self.refine = nn.Sequential(before, last)
 
     def forward(self, image: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
         levels = [lateral(stage) for lateral, stage in zip(self.lateral, stages[-len(self.lateral) :], strict=True)]
@@ -76,18 +77,7 @@ class SegmentationBranch(nn.Module):
         merged = self.fuse(torch.cat(smooth, 1))
         fine = self.shallow(image)
         merged = torch.cat([_resize_like(merged, fine), fine], 1)
-        return _resize_like(_linear_in_fp32(self.refine[-1], self.refine[:-1](merged)), image)
-
-
-def _linear_in_fp32(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution as a matrix product, whose result in fp32 does not depend on the number of threads."""
-    with _in_fp32(x):
-        return F.linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-
-
-def _in_fp32(x: torch.Tensor) -> AbstractContextManager:
-    """No mixed precision on the device of ``x``."""
-    return torch.autocast(x.device.type, enabled=False)
+        return _resize_like(self.refine(merged), image)
 
 
 def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -97,13 +87,32 @@ def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class CombinedModel(nn.Module):
-    """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 32, to ``Output``.
+    """The network of both tasks: RGB images to class logits, and for Task B to mask logits.
 
     Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (log-odds of the
-    mean, and of the strongest twentieth of the pixels) also goes to the classifier, which begins by following it, so that
-    both agree.  The classifier sees means over the image, so that it can be asked once for an image whose tiles were
-    looked at one by one.
+    mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask decisions agree.  All
+    inputs of the classifier are means over the image: an image that is processed in tiles is classified once.
+
+    ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1], H and W multiples of 32, and returns ``Output``.  It raises
+    ``ValueError`` for other sides.
+
+    Args:
+        task: "A" (real or synthetic) or "B" (manipulated, and where).
+        backbone: name of a timm model that returns intermediate features, such as ``convnext_base``.
+        frontend: "rgb", or "srm" for noise residuals as nine more input channels of the backbone.
+        decoder_channels: width of the segmentation branch.
+        drop_path: stochastic depth of the backbone, a probability.
+        dropout: dropout before the classifier, a probability.
+        pretrained: start the backbone from timm's pretrained weights.
+        pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
+
+    Raises:
+        ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
+        OSError: pretrained weights cannot be loaded.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(
         self,
@@ -118,14 +127,8 @@ class CombinedModel(nn.Module):
         pretrained_file: str | None = None,
     ) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
-            "task": task,
-            "backbone": backbone,
-            "frontend": frontend,
-            "decoder_channels": decoder_channels,
-            "drop_path": drop_path,
-            "dropout": dropout,
-        }
+        self.config: dict[str, Any] = {"task": task, "backbone": backbone, "frontend": frontend}
+        self.config |= {"decoder_channels": decoder_channels, "drop_path": drop_path, "dropout": dropout}
         extra = RESIDUAL_CHANNELS if frontend == "srm" else 0
         self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file)
         self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
@@ -134,15 +137,13 @@ class CombinedModel(nn.Module):
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
         self.residual = NoiseResidual() if frontend == "srm" else None
         stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info if stage["reduction"] >= 4]
-        self.segmentation = None
-        if task == "B":
-            self.segmentation = SegmentationBranch(stage_channels, decoder_channels)
-        _learn_depthwise_in_fp32(self)
+        self.segmentation = SegmentationBranch(stage_channels, decoder_channels) if task == "B" else None
+        train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.norm = nn.LayerNorm(features)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
-        if evidence:  # at first the image's log-odds are half those of its strongest pixels
+        if evidence:  # at first the image's log-odds are half those of its highest pixels
             with torch.no_grad():
                 self.classifier.weight[:, features:] = torch.tensor([[-0.25, 0.0], [0.25, 0.0]])
 
@@ -150,7 +151,7 @@ class CombinedModel(nn.Module):
         return self.decide(images, *self.encode(images))
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The backbone's last feature map, and those of its stages, finest first."""
+        """The last feature map of the backbone, and those of its stages, finest first."""
         height, width = images.shape[-2:]
         if height % STRIDE or width % STRIDE:
             works = f"{padded_side(height)} x {padded_side(width)}"
@@ -161,26 +162,26 @@ class CombinedModel(nn.Module):
         return self.backbone.forward_intermediates(x)
 
     def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
-        """Both branches on what ``encode`` gave for the same images."""
-        with _in_fp32(final):
+        """Both branches on the feature maps that ``encode`` returned for the same images."""
+        with in_fp32(final):
             features = self.backbone.forward_head(final.float(), pre_logits=True)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
         mask_logits = self.segmentation(images, stages)
-        found = mask_logits.detach().float().sigmoid()  # the image's loss must not draw masks: redrawn images need none
-        return Output(self.classify(features, found), mask_logits, features)
+        mask = mask_logits.detach().float().sigmoid()  # the image loss must not train masks: fully redrawn images have none
+        return Output(self.classify(features, mask), mask_logits, features)
 
     def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``Output.features`` ``(N, C)`` and for Task B the mask's probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``.
+        """``Output.features`` ``(N, C)`` and for Task B mask probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``.
 
-        In fp32 also where the backbone computes in bf16, which alone would move probabilities by up to 0.02.
+        Always in fp32: bf16 would change probabilities by up to 0.02.
         """
-        with _in_fp32(features):
+        with in_fp32(features):
             features = self.dropout(self.norm(features.float()))
             return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask.float())], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
-        """As usual, but whatever has no trainable parameter left stays in evaluation mode: frozen means frozen."""
+        """As ``nn.Module.train``, but modules whose parameters are all frozen stay in evaluation mode."""
         super().train(mode)
         if mode:
             for module in self.backbone.modules():
@@ -190,37 +191,20 @@ class CombinedModel(nn.Module):
         return self
 
     def freeze_backbone(self, trainable_stages: int | str = 0) -> None:
-        """Freeze the backbone but for its last stages (by timm's own coarse grouping), or nothing for ``"all"``."""
+        """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); ``"all"`` freezes nothing."""
         groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
         layer_of = {name: int(layer) for name, layer in groups.items()}
         last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
         first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
         for name, parameter in self.backbone.named_parameters():
-            trained = layer_of[name] >= first or name == self.first_conv  # which has learned nothing of residuals yet
+            trained = layer_of[name] >= first or name == self.first_conv  # whose residual channels are untrained
             parameter.requires_grad_(trainable_stages != 0 and trained)
 
 
-class _DepthwiseInFp32:
-    """A depthwise convolution that learns in fp32 on a CPU: its backward pass in bf16 takes two to four times as long."""
+def _widen(backbone: TimmModel, extra: int, pretrained: bool) -> str:
+    """Give the first convolution ``extra`` input channels; returns the name of its weight.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).to(torch.bfloat16)
-
-
-def _learn_depthwise_in_fp32(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
-            kind = type(module)
-            module.__class__ = type(kind.__name__, (_DepthwiseInFp32, kind), {})
-
-
-def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
-    """Give the first convolution ``extra`` input channels; returns its weight's name.
-
-    Pretrained weights for RGB stay and the new ones begin at zero, so that the network begins as it was.
+    Pretrained RGB weights stay and the new ones are zero, so that the output does not change at first.
     """
     name = backbone.pretrained_cfg.get("first_conv")
     old = backbone.get_submodule(name) if isinstance(name, str) else None
@@ -229,13 +213,13 @@ def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
             f"backbone: {backbone.pretrained_cfg.get('architecture')} has no single first convolution; set frontend: rgb"
         )
     options = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
-    with torch.random.fork_rng(devices=[]):  # of the same type, since some of timm's pad by themselves
+    with torch.random.fork_rng(devices=[]):  # of the same class: some of timm's convolutions pad in their own way
         new = type(old)(old.in_channels + extra, old.out_channels, bias=old.bias is not None, **options)
     if pretrained:
         with torch.no_grad():
             new.weight.zero_()
             new.weight[:, : old.in_channels] = old.weight
-            if old.bias is not None:
+            if old.bias is not None and new.bias is not None:
                 new.bias.copy_(old.bias)
     parent, _, attribute = name.rpartition(".")
     setattr(backbone.get_submodule(parent), attribute, new)
@@ -243,16 +227,23 @@ def _widen(backbone: nn.Module, extra: int, pretrained: bool) -> str:
 
 
 def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
-    """``(N, 1, H, W)`` probabilities to log-odds ``(N, 2)``: of the strongest twentieth of a coarse map, and of its mean."""
+    """``(N, 1, H, W)`` probabilities to log-odds ``(N, 2)``: of the highest 5% of the mask at stride 8, and of its mean."""
     coarse = F.avg_pool2d(mask, 8, ceil_mode=True).flatten(1)
     top = coarse.topk(max(1, coarse.shape[1] // 20), 1).values
     return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
 def build_model(params: Params, task: str) -> CombinedModel:
-    """The model that a run trains for a task.
+    """The model that a run trains for a task, with initial weights.
 
-    Raises ``ValueError`` where a constrained run would start from another run, whose data are not known here.
+    Args:
+        params: the parameters of the run.
+        task: "A" or "B".
+
+    Raises:
+        ValueError: a constrained run would start from another run's checkpoint, whose training data are not known;
+            or as ``CombinedModel``.
+        OSError: pretrained weights cannot be loaded.
     """
     if params.run_type == "constrained" and params.pretrained_file and run_checkpoint(params.pretrained_file):
         raise ValueError(

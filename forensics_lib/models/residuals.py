@@ -18,9 +18,9 @@ _SRM = (
     ([[-1, 2, -2, 2, -1], [2, -6, 8, -6, 2], [-2, 8, -12, 8, -2], [2, -6, 8, -6, 2], [-1, 2, -2, 2, -1]], 12),
     ([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, -2, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 2),
 )
-RESIDUAL_SCALE = 20.0  # residuals of photographs lie around a few grey levels; this brings them near unit variance
+RESIDUAL_SCALE = 20.0  # brings residuals of photographs, a few grey levels, near unit variance
 RESIDUAL_LIMIT = 3.0
-SIXTEENTHS = 255 * 16  # of a grey level from black to white: 8-bit images have whole levels, blends of two have not
+SIXTEENTHS = 255 * 16  # of a grey level from black to white: 8-bit images have integer levels, blends of two have not
 
 
 RESIDUAL_CHANNELS = 9  # three kernels for each of three colours
@@ -29,11 +29,14 @@ RESIDUAL_CHANNELS = 9  # three kernels for each of three colours
 class NoiseResidual(nn.Module):
     """RGB ``(N, 3, H, W)`` in [0, 1] to SRM residuals ``(N, 9, H, W)`` in [-3, 3], in fp32; not trained.
 
-    Whole kernels meet whole sixteenths of grey levels, so that sums are exact on any device; scales divide them at the end.
-    Models whose state was saved as version 1 learned from residuals in the network's precision, and keep it.
+    Integer kernels are applied to integer sixteenths of grey levels, so that sums are exact on any device; scales divide
+    them at the end.  Models saved with version 1 of this module were trained on residuals in the network's precision, and
+    keep it.
     """
 
     _version = 2
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,5 +60,5 @@ class NoiseResidual(nn.Module):
 
 
 def _filtered(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, borders reflected."""
+    """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, reflection padded."""
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)
