@@ -1,4 +1,4 @@
-"""Backbones of timm, with pretrained weights from the hub, from a file, or with random ones."""
+"""Backbones of timm: their weights, and the image sizes that they take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import torch
 
 from forensics_lib.utils.files import LFS_POINTER, broken_link, from_home, is_lfs_pointer
 
+PROBES = ((64, 96), (32, 512))  # sizes that a backbone for images of any size takes; height and width
 TimmModel = Any  # an ``nn.Module`` with timm's interface, which has no type of its own
 
 
-def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None) -> TimmModel:
-    """A timm model without head.  Raises ``ValueError`` for an unknown name, ``OSError`` where weights cannot be loaded."""
+def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | None, side: int) -> TimmModel:
+    """A timm model without head, for images of any size or, where timm has no such form of it, of ``side`` pixels.
+
+    Raises ``ValueError`` for an unknown name or one that cannot be used, ``OSError`` where weights cannot be loaded.
+    """
     if not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"{name.split('_')[0].split('.')[0]}*")[:10]
         raise ValueError(f"backbone: timm has no model {name!r}; similar ones: {', '.join(close) or 'see timm.list_models()'}")
@@ -23,16 +27,14 @@ def create_backbone(name: str, drop_path: float, pretrained: bool, file: str | N
         print(f"loading pretrained weights of {name} from {file or 'timm'}", flush=True)
     options = {"pretrained": pretrained, "num_classes": 0, "pretrained_cfg_overlay": overlay}
     try:
-        backbone = _seeded_backbone(name, options, drop_path)
+        backbone = _seeded_backbone(name, options, drop_path, side)
         backbone.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
         if file:
-            _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path))
+            _check_loaded(backbone, _seeded_backbone(name, options | {"pretrained": False}, drop_path, side))
     except Exception as error:  # damaged files raise nearly anything
         if not pretrained:
             raise
         raise OSError(_no_weights_message(name, file, error)) from error
-    if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
-        raise ValueError(f"backbone: timm's {name} has no intermediate features; choose another, such as convnext_base")
     return backbone
 
 
@@ -68,13 +70,62 @@ def run_checkpoint(file: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and {"format", "config", "model"} <= set(content) else None
 
 
-def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float) -> TimmModel:
+def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float, side: int) -> TimmModel:
     """A timm model; the state of torch's generator determines its initial weights and is not advanced."""
     with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for size in ({"dynamic_img_size": True}, {}, {"img_size": side}):
+            torch.set_rng_state(state)
+            backbone = _created(name, options | size, drop_path)
+            if backbone is None:  # its constructor has no such argument
+                continue
+            if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
+                raise ValueError(f"backbone: timm's {name} has no intermediate features; choose another, such as convnext_base")
+            backbone.fixed_side = side if "img_size" in size else None
+            if all(_takes(backbone, *shape) for shape in ([(side, side)] if backbone.fixed_side else PROBES)):
+                return backbone
+    raise ValueError(
+        f"backbone: timm's {name} takes no images of {side} x {side} pixels; set crop_size to what it was trained with, such "
+        "as 224 or 256, or choose a backbone for any size (docs/backbones.md)"
+    )
+
+
+def _created(name: str, options: dict[str, Any], drop_path: float) -> TimmModel | None:
+    for stochastic_depth in ({"drop_path_rate": drop_path}, {}):
         try:
-            return timm.create_model(name, drop_path_rate=drop_path, **options)
-        except TypeError:  # a model without stochastic depth
-            return timm.create_model(name, **options)
+            return timm.create_model(name, **stochastic_depth, **options)
+        except TypeError:  # its constructor has no such argument
+            continue
+    return None
+
+
+@torch.no_grad()
+def _takes(backbone: TimmModel, height: int, width: int) -> bool:
+    """Whether images of this size go through; for patches of 14 pixels, the next multiple of 14."""
+    multiple = size_multiple(backbone)
+    image = torch.zeros(1, 3, *(-(-side // multiple) * multiple for side in (height, width)))
+    learning = backbone.training
+    try:
+        backbone.eval().forward_intermediates(image)
+    except (RuntimeError, AssertionError, IndexError, ValueError):
+        return False
+    finally:
+        backbone.train(learning)
+    return True
+
+
+def size_multiple(backbone: TimmModel) -> int:
+    """What the sides of images must be multiples of: the patches of a plain transformer, else 32 pixels."""
+    plain = len({stage["reduction"] for stage in backbone.feature_info}) == 1
+    return int(list(backbone.feature_info)[-1]["reduction"]) if plain else 32
+
+
+def block_indices(backbone: TimmModel) -> list[int] | None:
+    """Of a plain transformer four blocks, evenly spaced, the last one among them; None of a backbone with stages."""
+    blocks = list(backbone.feature_info)
+    if len({block["reduction"] for block in blocks}) > 1:
+        return None
+    return sorted({max(0, round((number + 1) * len(blocks) / 4) - 1) for number in range(4)})
 
 
 def _check_loaded(backbone: TimmModel, fresh: TimmModel) -> None:

@@ -10,18 +10,12 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.models.backbone import TimmModel, create_backbone, run_checkpoint
+from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, run_checkpoint, size_multiple
 from forensics_lib.models.precision import PointwiseInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
 EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
-STRIDE = 32  # the sides of input images are multiples of this
-
-
-def padded_side(side: int) -> int:
-    """The next multiple of ``STRIDE``."""
-    return -(-side // STRIDE) * STRIDE
 
 
 class Output(NamedTuple):
@@ -48,6 +42,31 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1)
         _GroupNorm(8, channels_out),
         nn.GELU(),
     )
+
+
+class Pyramid(nn.Module):
+    """Feature maps of four blocks of a plain transformer, all of stride p, to maps of strides p/4, p/2, p and 2p.
+
+    As the neck that brings plain transformers to UPerNet (Bao et al., BEiT, ICLR 2022), after a projection to ``channels``.
+    """
+
+    def __init__(self, block_channels: list[int], channels: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(_conv(block, channels, 1) for block in block_channels)
+        double = [nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(3)]
+        self.rescale = nn.ModuleList(
+            [
+                nn.Sequential(double[0], _GroupNorm(8, channels), nn.GELU(), double[1]),
+                double[2],
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+
+    def forward(self, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+        projected = [project(block) for project, block in zip(self.project, blocks, strict=True)]
+        projected = [projected[0]] * (len(self.rescale) - len(projected)) + projected  # of less than four blocks
+        return [rescale(block) for rescale, block in zip(self.rescale, projected, strict=True)]
 
 
 class SegmentationBranch(nn.Module):
@@ -93,8 +112,8 @@ class CombinedModel(nn.Module):
     mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask decisions agree.  All
     inputs of the classifier are means over the image: an image that is processed in tiles is classified once.
 
-    ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1], H and W multiples of 32, and returns ``Output``.  It raises
-    ``ValueError`` for other sides.
+    ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1] and returns ``Output``.  Sides that the backbone does not take are
+    padded by reflection at their ends; it raises ``ValueError`` for images larger than ``image_side``, where there is one.
 
     Args:
         task: "A" (real or synthetic) or "B" (manipulated, and where).
@@ -105,6 +124,7 @@ class CombinedModel(nn.Module):
         dropout: dropout before the classifier, a probability.
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
+        image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
 
     Raises:
         ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
@@ -125,19 +145,30 @@ class CombinedModel(nn.Module):
         dropout: float = 0.0,
         pretrained: bool = False,
         pretrained_file: str | None = None,
+        image_side: int = 224,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"task": task, "backbone": backbone, "frontend": frontend}
         self.config |= {"decoder_channels": decoder_channels, "drop_path": drop_path, "dropout": dropout}
         extra = RESIDUAL_CHANNELS if frontend == "srm" else 0
-        self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file)
+        self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file, image_side)
+        self.image_side: int | None = self.backbone.fixed_side
+        if self.image_side:
+            self.config["image_side"] = image_side
+        self.multiple, self.blocks = size_multiple(self.backbone), block_indices(self.backbone)
         self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
         statistics = timm.data.resolve_data_config({}, model=self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
         self.residual = NoiseResidual() if frontend == "srm" else None
-        stage_channels = [stage["num_chs"] for stage in self.backbone.feature_info if stage["reduction"] >= 4]
-        self.segmentation = SegmentationBranch(stage_channels, decoder_channels) if task == "B" else None
+        self.pyramid, self.segmentation = None, None
+        if task == "B":
+            stages = list(self.backbone.feature_info)
+            channels = [stage["num_chs"] for stage in stages if stage["reduction"] >= 4]
+            if self.blocks:
+                self.pyramid = Pyramid([stages[index]["num_chs"] for index in self.blocks], decoder_channels)
+                channels = [decoder_channels] * 4
+            self.segmentation = SegmentationBranch(channels, decoder_channels)
         train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
@@ -152,14 +183,22 @@ class CombinedModel(nn.Module):
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last feature map of the backbone, and those of its stages, finest first."""
-        height, width = images.shape[-2:]
-        if height % STRIDE or width % STRIDE:
-            works = f"{padded_side(height)} x {padded_side(width)}"
-            raise ValueError(f"images of {height} x {width}: sides must be multiples of {STRIDE}; {works} would work")
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)
-        return self.backbone.forward_intermediates(x)
+        return self.backbone.forward_intermediates(self._padded(x), indices=self.blocks)
+
+    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+        """Images with sides that the backbone takes: reflected at their lower and right ends."""
+        sides = [-(-side // self.multiple) * self.multiple for side in images.shape[-2:]]
+        if self.image_side:
+            if max(sides) > self.image_side:
+                raise ValueError(
+                    f"images of {images.shape[2]} x {images.shape[3]}: {self.config['backbone']} takes at most "
+                    f"{self.image_side} x {self.image_side} in this model, its crop_size; set tile_size: {self.image_side}"
+                )
+            sides = [self.image_side, self.image_side]
+        return reflected(images, *sides)
 
     def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
         """Both branches on the feature maps that ``encode`` returned for the same images."""
@@ -167,7 +206,9 @@ class CombinedModel(nn.Module):
             features = self.backbone.forward_head(final.float(), pre_logits=True)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
-        mask_logits = self.segmentation(images, stages)
+        height, width = images.shape[-2:]
+        stages = stages if self.pyramid is None else self.pyramid(stages)
+        mask_logits = self.segmentation(self._padded(images), stages)[..., :height, :width]
         mask = mask_logits.detach().float().sigmoid()  # the image loss must not train masks: fully redrawn images have none
         return Output(self.classify(features, mask), mask_logits, features)
 
@@ -199,6 +240,16 @@ class CombinedModel(nn.Module):
         for name, parameter in self.backbone.named_parameters():
             trained = layer_of[name] >= first or name == self.first_conv  # whose residual channels are untrained
             parameter.requires_grad_(trainable_stages != 0 and trained)
+
+
+def reflected(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Images ``(N, C, H, W)``, reflected at their lower and right ends, as often as it takes, to ``height`` x ``width``."""
+    for dim, side in ((2, height), (3, width)):
+        length = images.shape[dim]
+        if side > length:
+            place = torch.arange(side, device=images.device) % (2 * length)
+            images = images.index_select(dim, torch.where(place < length, place, 2 * length - 1 - place))
+    return images
 
 
 def _widen(backbone: TimmModel, extra: int, pretrained: bool) -> str:
@@ -259,4 +310,5 @@ def build_model(params: Params, task: str) -> CombinedModel:
         dropout=params.dropout,
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
+        image_side=params.crop_size,
     )
