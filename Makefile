@@ -106,7 +106,7 @@ load: setup ## Infer 20,000 small and 200 large images; memory, open files and t
 	$(PY) tests/campaigns/load.py
 
 fuzz: setup ## Random damage to images, masks, tables, parameters and archives, 20,000 executions each (about 10 minutes)
-	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/test_fuzz.py -q --tb=short
+	FORENSICS_FUZZ=20000 $(PY) -m pytest tests/project/test_fuzz.py -q --tb=short
 
 docs: setup ## Build the library's reference from its docstrings in build/docs
 	$(PY) -W error::UserWarning:pdoc -m pdoc --docformat restructuredtext --output-directory build/docs forensics_lib

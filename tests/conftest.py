@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -9,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from forensics_lib.params import Params
+from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.run import Run
+from forensics_lib.utils.files import project_root
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,6 +42,14 @@ TINY = {
     "precision": "fp32",
     "workers": 0,
 }
+OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
+NOTHING, EVERYTHING = (Degradations(**dict.fromkeys(OPERATIONS, probability)) for probability in (0.0, 1.0))
+CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
+OFFICIAL = CORPUS.parent / "official"
+needs_corpus = pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
+needs_official = pytest.mark.skipif(
+    not OFFICIAL.is_dir(), reason=f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)"
+)
 
 
 def picture(rng: np.random.Generator, height: int = 48, width: int = 56) -> np.ndarray:
@@ -58,6 +71,14 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def touch(root: Path, *names: str) -> None:
+    """Empty files."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def records(rows) -> list[dict]:
     """What a reader found as dicts, missing values as None."""
     table = rows.table().astype(object)
@@ -69,10 +90,34 @@ def photo_table(paths: list[Path], **columns) -> pd.DataFrame:
     return rows.assign(group=rows["path"], **columns)
 
 
+def encoded(image: Image.Image | np.ndarray, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def square_mask(height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 : width // 2] = 255
     return mask
+
+
+def hub_file(path: Path, rng, *, names: list[str] | None, labels: list, masks: bool = False, rows_in_group: int = 2) -> Path:
+    """A parquet file as the hub writes image data sets: encoded images in structs, class names in the metadata."""
+    columns = {
+        "image": [{"bytes": encoded(picture(rng)), "path": "x.png"} for _ in labels],
+        "label": labels,
+        "model": ["sd15"] * len(labels),
+    }
+    if masks:
+        columns["mask"] = [{"bytes": encoded(square_mask(48, 56)), "path": "x.png"} for _ in labels]
+    table = pa.table(columns)
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=rows_in_group)
+    return path
 
 
 def make_tiny_data(root: Path, seed: int = 0) -> Path:
@@ -112,6 +157,11 @@ def _make_validation(root: Path, rng: np.random.Generator) -> None:
         rows.append(["sagid\\val\\coco\\" + part for part in parts] + ["sp"])
     table = pd.DataFrame(rows, columns=["img_path", "mask_path", "src_path", "type"])
     table.to_csv(root / "taskB_val.csv", index=False, lineterminator="\r\n", encoding="utf-8-sig")
+
+
+def with_data(run: Run, *entries: dict, **values) -> Run:
+    params = make_params(run.params.model_dump() | {"data": list(entries)} | values, "test")
+    return Run(params, run.data)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def refresh(path: Path) -> None:
             cell.metadata["keep_output"] = True  # what nbstripout leaves alone
     nbformat.write(notebook, path)
     strip = [sys.executable, "-m", "nbstripout", "--keep-count", "--keep-id", str(path)]
-    subprocess.run(strip, check=True)  # noqa: S603 (fixed arguments)
+    subprocess.run(strip, check=True)
 
 
 def shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:

@@ -61,7 +61,7 @@ def make_files(root: Path, count: int) -> None:
 def measure(root: Path, home: Path) -> dict[str, float]:
     environment = os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1"}
     command = [sys.executable, "-c", MEASURE, str(root)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (own code)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

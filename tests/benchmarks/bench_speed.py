@@ -220,7 +220,7 @@ print(json.dumps({"peak_gb": held("VmHWM") - before, "megapixels": found.mask.si
 def alone(code: str, *arguments: str) -> dict[str, Any]:
     """What ``code`` prints as its last line, JSON, in a process of its own."""
     environment = os.environ | {"FORENSICS_HEADLESS": "1"}
-    done = subprocess.run(  # noqa: S603 (own code)
+    done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])

@@ -80,7 +80,7 @@ def test_a_killed_trainer_keeps_nobody_out(tiny_run):
     path = tiny_run.folder / "checkpoints" / "taskA.lock"
     path.parent.mkdir(parents=True)
     command = [sys.executable, "-c", HOLD, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:  # noqa: S603 (fixed arguments)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         other.kill()
         other.wait()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, picture, save
+from conftest import TINY, encoded, picture, save
 from PIL import Image
 
 from forensics_lib.data.manifest import build_manifest
@@ -72,12 +72,6 @@ def checkpoint(request, tmp_path) -> Path:
     path = tmp_path / f"{request.param}.pth"
     save_checkpoint(path, model, thresholds=thresholds, inference={key: TINY[key] for key in KEYS})
     return path
-
-
-def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form)
-    return file.getvalue()
 
 
 def test_the_same_pixels_in_any_form_get_the_same_answer(checkpoint, tmp_path, rng):

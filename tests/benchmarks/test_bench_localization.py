@@ -1,18 +1,13 @@
 """The localization benchmark's report."""
 
 import json
-import sys
 
+import bench_localization
 import numpy as np
 import pandas as pd
 import pytest
 
 from forensics_lib.evaluation.metrics import value_counts
-from forensics_lib.utils.files import project_root
-
-sys.path.insert(0, str(project_root() / "tests" / "benchmarks"))
-
-import bench_localization
 
 
 def made_run(iou: float, **values) -> dict:
@@ -82,6 +77,6 @@ def test_scores_of_a_set_tell_kinds_and_methods_apart():
 
 def test_without_a_corpus_it_says_so_and_stops(folders, monkeypatch, capsys):
     monkeypatch.setattr(bench_localization, "CORPUS", folders / "nothing")
-    monkeypatch.setattr(sys, "argv", ["bench_localization.py", "run"])
+    monkeypatch.setattr("sys.argv", ["bench_localization.py", "run"])
     bench_localization.main()
     assert "set FORENSICS_CORPUS" in capsys.readouterr().out

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_tiny_data, picture, save
-from test_readers import touch, with_data
+from conftest import TINY, make_tiny_data, picture, save, touch, with_data
 
 from forensics_lib.data.manifest import build_manifest, data_sets
 from forensics_lib.data.rows import LayoutError

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import picture, save
-from test_degradations import EVERYTHING, NOTHING
+from conftest import EVERYTHING, NOTHING, picture, save
 
 from forensics_lib.data.datasets import (
     Columns,

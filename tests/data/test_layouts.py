@@ -1,20 +1,15 @@
 import csv
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture, records, save
+from conftest import CORPUS, OFFICIAL, encoded, needs_corpus, needs_official, picture, records, save
 from PIL import Image
 
 from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
 from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.images.io import FORMATS, SUFFIXES
-from forensics_lib.utils.files import project_root
-
-CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
-OFFICIAL = CORPUS.parent / "official"
 
 
 def test_task_a_labels_splits_and_sources(tiny_data):
@@ -86,7 +81,7 @@ def test_walk_is_sorted_and_passes_over_hidden_folders(tmp_path):
     assert [folder.images for folder in Rows().walk(tmp_path)] == [["a.png", "b.png", "c.png"]]
 
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
+@needs_official
 def test_official_task_b_table(tmp_path):
     (tmp_path / "taskB_val.csv").write_bytes((OFFICIAL / "taskB_val.csv").read_bytes())
     rows = records(read_task_b_validation(tmp_path))
@@ -96,7 +91,7 @@ def test_official_task_b_table(tmp_path):
     assert len({row["group"] for row in rows if row["source"] == "coco"}) == 1950
 
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
+@needs_official
 def test_official_tgif_names(tmp_path):
     """Empty files under the first official names of each method: each must find its mask's official name."""
     for method, middle, mask in (
@@ -115,19 +110,13 @@ def test_official_tgif_names(tmp_path):
     assert all(Path(row["mask_path"]).is_file() for row in rows)
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
+@needs_corpus
 def test_corpus_is_read_as_it_lies():
     folder = CORPUS / "dataset_taskB"
     rows = records(read_tgif(folder / "TGIF")) + records(read_task_b_validation(folder / "validation"))
     assert all(Path(row["mask_path"]).is_file() for row in rows if row["label"])
     labels = np.array([row["label"] for row in records(read_task_a(CORPUS / "dataset")) if row["split"] == "val"])
     assert (labels.sum(), len(labels)) == (150, 300)
-
-
-def encoded(rng, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture(rng)).save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 ODD_NAMES = {
@@ -139,7 +128,7 @@ ODD_NAMES = {
 
 def test_test_images_are_told_by_their_content(tmp_path, rng, capsys):
     for name, form in ODD_NAMES.items():
-        (tmp_path / name).write_bytes(encoded(rng, form))
+        (tmp_path / name).write_bytes(encoded(picture(rng), form))
     broken = {"x.heic": b"", "y.jpeg%20": b"cut", "z.hif": b"z", "w.jpg_large": b"", "v.jfif": b"v", "cut": b"\xff\xd8\xff\xe0"}
     others = {
         "Thumbs.db": b"\xd0\xcf\x11\xe0", "notes.txt": b"BMW and P5 are no images", "scores.csv": b"P1,0.5\n",
@@ -149,7 +138,7 @@ def test_test_images_are_told_by_their_content(tmp_path, rng, capsys):
     for name, content in (broken | others).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (tmp_path / ".hidden").write_bytes(encoded(rng, "JPEG"))
+    (tmp_path / ".hidden").write_bytes(encoded(picture(rng), "JPEG"))
     os.mkfifo(tmp_path / "pipe")
     listed = [Path(row["path"]).name for row in records(read_test(tmp_path))]
     assert listed == sorted([*ODD_NAMES, *broken])
@@ -163,7 +152,7 @@ def test_test_images_are_told_by_their_content(tmp_path, rng, capsys):
 def test_heif_by_any_name(tmp_path, rng):
     pytest.importorskip("pillow_heif").register_heif_opener()
     for name in ("a.hif", "b.heif", "c"):
-        (tmp_path / name).write_bytes(encoded(rng, "HEIF"))
+        (tmp_path / name).write_bytes(encoded(picture(rng), "HEIF"))
     assert len(read_test(tmp_path)) == 3
 
 
@@ -177,6 +166,6 @@ def test_training_images_of_rare_endings(tiny_data, rng):
     folder = tiny_data / "dataset" / "train" / "0_real"
     names = ["a.jp2", "b.PGM", "c.jpg_large"]
     for name, form in zip(names, ("JPEG2000", "PPM", "JPEG"), strict=True):
-        (folder / name).write_bytes(encoded(rng, form))
+        (folder / name).write_bytes(encoded(picture(rng), form))
     listed = {Path(row["path"]).name for row in records(read_task_a(tiny_data / "dataset"))}
     assert set(names) <= listed

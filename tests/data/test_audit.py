@@ -1,11 +1,10 @@
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY, photo_table, picture, save, square_mask
+from conftest import CORPUS, TINY, needs_corpus, photo_table, picture, save, square_mask
 from PIL import Image
 
 from forensics_lib.data import audit as audits
@@ -28,9 +27,6 @@ from forensics_lib.images.spectra import average_spectrum, radial_profile
 from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.reports import data_figures as data_plots
 from forensics_lib.run import Run
-from forensics_lib.utils.files import project_root
-
-CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 
 
 def table(rng, count: int = 200, **changes) -> pd.DataFrame:
@@ -130,7 +126,7 @@ def test_a_camera_is_known_by_its_exif(tmp_path, rng):
     assert read_header(tmp_path / "y.png").jpeg_quality is None
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
+@needs_corpus
 def test_the_trap_in_real_training_data_is_found():
     manifest = build_manifest(Run(Params(tasks=["A"]), CORPUS), "A")
     found = shortcut_audit(manifest)
@@ -256,7 +252,7 @@ def test_a_manipulated_image_without_a_mask_is_left_out_and_found(tiny_data, tmp
     assert found_in(run)["manipulated images without a mask"][0] == 2
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
+@needs_corpus
 def test_real_masks_are_read_as_before_and_give_no_finding():
     manifest = build_manifest(Run(Params(tasks=["B"]), CORPUS), "B")
     masks = mask_areas(manifest)

@@ -1,6 +1,5 @@
 """Odd, damaged and hostile files, each with its outcome: the same where data are listed, in training, and in inference."""
 
-import io
 import os
 import struct
 import zlib
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture
+from conftest import encoded, picture
 from PIL import Image, ImageCms, features
 
 from forensics_lib.data.datasets import TrainingCrops
@@ -30,12 +29,6 @@ RNG = np.random.default_rng(0)
 PIXELS = picture(RNG, *SIZE)
 PHOTO = Image.fromarray(PIXELS)
 WIDE = Image.fromarray(picture(RNG, 96, 160))
-
-
-def encoded(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

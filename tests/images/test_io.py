@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import picture, save
+from conftest import encoded, picture, save
 from PIL import Image, ImageFilter
 
 from forensics_lib.images import io as images
@@ -14,12 +14,6 @@ from forensics_lib.images.crops import pad_to
 from forensics_lib.images.headers import hashes_of, read_header
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.images.masks import mask_facts, read_mask
-
-
-def encoded(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1", "I;16", "F"])

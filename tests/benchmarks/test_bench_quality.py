@@ -2,19 +2,13 @@
 
 import importlib.util
 import json
-import sys
 
+import bench_quality
 import numpy as np
 import pytest
+import taef2
 
 from forensics_lib.synthesis.autoencoder import load_autoencode
-from forensics_lib.utils.files import project_root
-
-BENCHMARKS = project_root() / "tests" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_quality  # noqa: E402
-import taef2  # noqa: E402
 
 
 def made_run(auc: float, **values) -> dict:
@@ -77,7 +71,7 @@ def test_runs_of_earlier_reports_are_kept_and_not_done_again(folders, monkeypatc
 
 def test_without_a_corpus_it_says_so_and_stops(folders, monkeypatch, capsys):
     monkeypatch.setattr(bench_quality, "CORPUS", folders / "nothing")
-    monkeypatch.setattr(sys, "argv", ["bench_quality.py", "run"])
+    monkeypatch.setattr("sys.argv", ["bench_quality.py", "run"])
     bench_quality.main()
     assert "set FORENSICS_CORPUS" in capsys.readouterr().out
 

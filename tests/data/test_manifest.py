@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture, save, square_mask
+from conftest import hub_file, picture, save, square_mask
 
 from forensics_lib.data import headers as facts
 from forensics_lib.data.audit import audit
@@ -527,8 +527,6 @@ def test_the_example_of_the_readme_does_not_validate_on_what_it_trains_on(tiny_r
 
 
 def test_members_of_parquet_files_are_images_of_their_own(tiny_run, tmp_path, rng):
-    from test_readers import hub_file
-
     hub_file(tmp_path / "hub" / "train-0.parquet", rng, names=None, labels=[0, 1, 1])
     os.link(tmp_path / "hub" / "train-0.parquet", tmp_path / "hub" / "validation-0.parquet")
     own = {"root": str(tiny_run.data / "dataset")}

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture, records, save, square_mask
+from conftest import OFFICIAL, hub_file, picture, records, save, square_mask, touch, with_data
 from PIL import Image
 
 from forensics_lib.__main__ import main
@@ -27,23 +25,13 @@ from forensics_lib.data.rows import LayoutError
 from forensics_lib.images.io import read_image
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
 from forensics_lib.run import Run
-from forensics_lib.utils.files import project_root
 
-CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
-OFFICIAL = CORPUS.parent / "official"
 TGIF_OFFICIAL = {  # table: (folder, image name, mask name)
     "sd2": ("sd2-sp", "{i}_mask_{m}.png_ps_mask.png_sd2_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
     "ps": ("ps-sp", "{i}_mask_{m}.png_ps_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
     "sd2-fr": ("sd2-fr", "{i}_mask_{m}.png_sd2-512_{v}.png", "{i}_mask_{m}_512.png"),
     "sdxl": ("sdxl-fr", "{i}_mask_{m}.png_sdxl-1024_{v}.png", "{i}_mask_{m}_1024.png"),
 }
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def tally(rows, *keys) -> Counter:
@@ -162,26 +150,6 @@ def test_a_plain_table(tmp_path):
     assert task_of(DataSet(root=str(path), layout="table")) == "A"
 
 
-def hub_file(path: Path, rng, *, names: list[str] | None, labels: list, masks: bool = False, rows_in_group: int = 2) -> Path:
-    """A parquet file as the hub writes image data sets: encoded images in structs, class names in the metadata."""
-
-    def encoded(pixels: np.ndarray) -> dict[str, object]:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": "x.png"}
-
-    columns = {"image": [encoded(picture(rng)) for _ in labels], "label": labels, "model": ["sd15"] * len(labels)}
-    if masks:
-        columns["mask"] = [encoded(square_mask(48, 56)) for _ in labels]
-    table = pa.table(columns)
-    if names:
-        features = {"label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=rows_in_group)
-    return path
-
-
 def test_hub_parquet_is_read_where_it_lies(tmp_path, rng):
     hub_file(tmp_path / "data" / "train-00000-of-00001.parquet", rng, names=["fake", "real"], labels=[0, 1, 0, 1, 1])
     hub_file(tmp_path / "data" / "validation-00000-of-00001.parquet", rng, names=None, labels=["real", "fake", "Fake"])
@@ -265,11 +233,6 @@ def test_every_layout_of_the_parameters_has_a_reader():
     from forensics_lib.params import LAYOUTS
 
     assert set(LAYOUTS) == set(READERS)
-
-
-def with_data(run: Run, *entries: dict, **values) -> Run:
-    params = make_params(run.params.model_dump() | {"data": list(entries)} | values, "test")
-    return Run(params, run.data)
 
 
 def test_named_data_sets_are_read_where_they_lie(tiny_run):

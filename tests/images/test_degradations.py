@@ -2,17 +2,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import mid_greys, picture
+from conftest import EVERYTHING, NOTHING, mid_greys, picture
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from forensics_lib.images.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
 from forensics_lib.inference.predict import _scaled
-from forensics_lib.params import Degradations
-
-OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
-NOTHING = Degradations(**dict.fromkeys(OPERATIONS, 0.0))
-EVERYTHING = Degradations(**dict.fromkeys(OPERATIONS, 1.0))
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "WEBP"])

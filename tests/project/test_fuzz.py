@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, make_tiny_data, picture, square_mask
+from conftest import TINY, encoded, make_tiny_data, picture, square_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,12 +59,6 @@ def damaged(draw: Callable, seeds: list[bytes]) -> bytes:
                 st.sampled_from([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\x80\0"])
             )
     return bytes(data)
-
-
-def encoded(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 PHOTO = Image.fromarray(picture(np.random.default_rng(0), 24, 32))
