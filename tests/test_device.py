@@ -115,7 +115,7 @@ def test_no_more_threads_than_allotted_cores(large_machine):
 @pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset here")
 def test_taskset_limits_a_real_process():
     core = min(os.sched_getaffinity(0))
-    program = "from forensics_lib.disk import usable_cores; print(usable_cores())"
+    program = "from forensics_lib.utils.cores import usable_cores; print(usable_cores())"
     command = [shutil.which("taskset"), "-c", str(core), sys.executable, "-c", program]
     assert subprocess.check_output(command, text=True).strip() == "1"
 

@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from forensics_lib.identity import CNNDETECTION_CATEGORIES
 from PIL import Image
 
+from forensics_lib.data.readers import CNNDETECTION_CATEGORIES
 from forensics_lib.utils.cores import usable_cores
 
 MEASURE = """

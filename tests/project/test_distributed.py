@@ -243,7 +243,7 @@ import os, sys
 from pathlib import Path
 from forensics_lib.data import audit as audits
 from forensics_lib.training import loop as training
-from forensics_lib.utils.processes import first_then_others, join_group, leave_group
+from forensics_lib.utils.processes import main_process_first, join_group, leave_group
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.run import open_run
 
@@ -256,8 +256,8 @@ def told(function):
 
 audits.audit, training.shortcut_audit = told(audits.audit), told(training.shortcut_audit)
 join_group()
-run = first_then_others(lambda: open_run(sys.argv[1]))
-training.train(run, "A", first_then_others(lambda: build_manifest(run, "A")))
+run = main_process_first(lambda: open_run(sys.argv[1]))
+training.train(run, "A", main_process_first(lambda: build_manifest(run, "A")))
 leave_group()
 """
 

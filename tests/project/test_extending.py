@@ -79,7 +79,7 @@ def test_a_layout_of_ones_own(modules, tiny_run, rng):
     ],
 )
 def test_a_reader_that_does_wrong_is_told_so(code, fault, tmp_path, monkeypatch):
-    (home() / "wrong_reader.py").write_text(f"from forensics_lib.layouts import Rows\n\n\n{code}\n")
+    (home() / "wrong_reader.py").write_text(f"from forensics_lib.data.rows import Rows\n\n\n{code}\n")
     monkeypatch.delitem(sys.modules, "wrong_reader", raising=False)
     monkeypatch.syspath_prepend(str(home()))
     with pytest.raises(ValueError, match=fault):

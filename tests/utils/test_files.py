@@ -80,7 +80,7 @@ def test_progress_passes_everything_on():
 
 def test_entries_that_two_processes_set_at_once_are_all_kept(tmp_path):
     code = "for i in range(150): update_json(Path(sys.argv[2]), **{sys.argv[1] + str(i): i})"
-    at_once("from forensics_lib.files import update_json", code, tmp_path / "run.json")
+    at_once("from forensics_lib.utils.files import update_json", code, tmp_path / "run.json")
     assert len(read_json(tmp_path / "run.json")) == 300
 
 
@@ -88,10 +88,10 @@ def test_epochs_that_two_tasks_end_at_once_are_all_kept(tiny_run):
     code = """
 run = Run(Params(run_name="tiny"), Path("."))
 for i in range(50):
-    _append_metrics(run, {"task": {"x": "A", "y": "B"}[sys.argv[1]], "step": "head", "epoch": i})
+    append_history(run, {"task": {"x": "A", "y": "B"}[sys.argv[1]], "step": "head", "epoch": i})
 """
-    imports = "from forensics_lib.params import Params; from forensics_lib.runs import Run"
-    at_once(f"{imports}; from forensics_lib.training import _append_metrics", code)
+    imports = "from forensics_lib.params import Params; from forensics_lib.run import Run"
+    at_once(f"{imports}; from forensics_lib.training.resume import append_history", code)
     for task in "AB":
         assert read_history(tiny_run, task)["epoch"].tolist() == list(range(50))
 
@@ -100,15 +100,15 @@ def test_facts_that_two_processes_add_to_a_checkpoint_are_all_kept(tiny_run, tmp
     path = tmp_path / "m.pth"
     save_checkpoint(path, build_model(tiny_run.params, "A"))
     code = "for i in range(6): add_to_checkpoint(Path(sys.argv[2]), **{sys.argv[1] + str(i): i})"
-    at_once("from forensics_lib.model import add_to_checkpoint", code, path)
+    at_once("from forensics_lib.models.checkpoint import add_to_checkpoint", code, path)
     assert {f"{name}{i}" for name in "xy" for i in range(6)} <= set(read_checkpoint(path))
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from forensics_lib.utils.files import whole
-with whole(Path(sys.argv[1])) as temporary:
+from forensics_lib.utils.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
     sys.stdin.readline()
@@ -150,7 +150,7 @@ def test_many_files_in_a_folder_are_not_looked_through_for_each(tmp_path, monkey
 
 
 def test_a_killed_process_locks_no_folder(tmp_path):
-    code = "import sys; from pathlib import Path; from forensics_lib.files import locked\n"
+    code = "import sys; from pathlib import Path; from forensics_lib.utils.files import locked\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     other = python(code, tmp_path)
     assert other.stdout.readline() == "held\n"
