@@ -35,8 +35,9 @@ quoted = '$(subst ','\'',$(1))'# one word to the shell, whatever is in it
 quoted_each = $(foreach word,$(1),$(call quoted,$(word)))# each word of a list
 RUN_OPTIONS = $(if $(strip $(DATA)),--data $(call quoted,$(DATA))) $(if $(strip $(SET)),--set $(call quoted,$(SET)))
 PIPELINE = $(PY) -m forensics_lib run --params $(call quoted,$(1)) $(RUN_OPTIONS) $(if $(strip $(FROM)),--from $(call quoted,$(FROM)))
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup run run-constrained run-open sample check-data test bench bench-quality compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test test-quick bench bench-quality compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -77,9 +78,12 @@ check-data: setup ## Count what a run needs (PARAMS, default the constrained run
 
 test: setup ## Library tests (pytest) and notebooks (nbval), in a scratch folder
 	@rm -rf outputs/.test && mkdir -p outputs/.test
-	$(PY) -m pytest tests
+	$(PYTEST) tests
 	FORENSICS_HOME="$$PWD/outputs/.test" FORENSICS_HEADLESS=1 $(PY) -m pytest --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout=1200 --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+test-quick: setup ## The library tests that train nothing
+	$(PYTEST) tests -m "not slow"
 
 bench: setup ## Measure speed and memory: inference, training, decoding (docs/performance.md), and 600,000 files
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_speed.py run

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,15 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from forensics_lib.data.manifest import build_manifest
+from forensics_lib.evaluation import evaluate as evaluation
+from forensics_lib.evaluation import metrics
+from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.params import Degradations, Params, make_params
+from forensics_lib.reports import compare as comparison
 from forensics_lib.run import Run
+from forensics_lib.training import loop
+from forensics_lib.training.loop import train
 from forensics_lib.utils.files import project_root
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
@@ -164,10 +173,45 @@ def with_data(run: Run, *entries: dict, **values) -> Run:
     return Run(params, run.data)
 
 
+def changed(run: Run, **values) -> Run:
+    """The run with other parameters."""
+    return Run(run.params.model_copy(update=values), run.data)
+
+
+def train_and_evaluate(run: Run, task: str) -> pd.DataFrame:
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    evaluate(run, task, manifest)
+    return manifest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what trains, by a fixture or by a call, as slow."""
+    for item in items:
+        called = (getattr(item.module, name, None) for name in item.function.__code__.co_names)
+        if "trained" in item.fixturenames or {id(train), id(train_and_evaluate)} & set(map(id, called)):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the project."""
     monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Intervals of fewer draws than the library's, but where they are tested themselves."""
+    for name in ("bootstrap_intervals", "localization_intervals"):
+        monkeypatch.setattr(evaluation, name, partial(getattr(metrics, name), rounds=20))
+    monkeypatch.setattr(comparison, "ROUNDS", 200)
+
+
+@pytest.fixture(autouse=True)
+def slow_where_it_trains(request, monkeypatch):
+    """``pytest -m "not slow"`` trains nothing."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(loop, "train_epoch", lambda *_: pytest.fail("a test that trains has to be marked slow"))
 
 
 @pytest.fixture
@@ -181,7 +225,36 @@ def tiny_data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny_run(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def tiny_run(tiny_data: Path) -> Run:
     """A run on tiny data whose outputs go to a scratch folder."""
-    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path))
     return Run(Params(**TINY, data_root=str(tiny_data)), tiny_data)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> tuple[Path, Path]:
+    """The home of runs that are trained once in a session, and where they are kept between tests."""
+    return tmp_path_factory.mktemp("home") / "home", tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def trained(trained_once, monkeypatch) -> Callable[[str], tuple[Run, pd.DataFrame]]:
+    """Gives the tiny run, trained and evaluated for tasks, with the last one's manifest; a test may change it at will.
+
+    Always in the same folder, as paths are part of what a run keeps.
+    """
+    home, kept = trained_once
+    run = Run(Params(**TINY, data_root=str(home / "data")), home / "data")
+    monkeypatch.setenv("FORENSICS_HOME", str(home))
+
+    def of(tasks: str) -> tuple[Run, pd.DataFrame]:
+        shutil.rmtree(home, ignore_errors=True)
+        if not (kept / tasks).is_dir():
+            make_tiny_data(run.data)
+            for task in tasks:
+                train_and_evaluate(run, task)
+            shutil.copytree(home, kept / tasks)
+        else:
+            shutil.copytree(kept / tasks, home)
+        return run, build_manifest(run, tasks[-1])
+
+    return of

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, picture, save
+from conftest import TINY, changed, picture, save, train_and_evaluate
 from PIL import Image
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.params import Params
@@ -21,12 +20,12 @@ from forensics_lib.run import Run, open_run, parameters_in_force, record_trained
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, read_json, update_json
 
+pytestmark = pytest.mark.slow
+
 
 def finished(run: Run, tasks: str = "AB") -> Run:
     for task in tasks:
-        manifest = build_manifest(run, task)
-        train(run, task, manifest)
-        evaluate(run, task, manifest)
+        train_and_evaluate(run, task)
         infer(run, task)
     return run
 
@@ -105,7 +104,7 @@ def test_workers_order_on_disk_and_batch_of_inference_change_nothing(task, place
     second = finished(places("second", other, workers=2), task)
     assert equal(weights(first, task), weights(second, task))
     assert first.test_probs(task).read_bytes() == second.test_probs(task).read_bytes()
-    again = Run(second.params.model_copy(update={"batch_size": 7}), second.data)
+    again = changed(second, batch_size=7)
     infer(again, task)
     assert first.test_probs(task).read_bytes() == second.test_probs(task).read_bytes()
     for mask in first.masks.glob("*.npz"):

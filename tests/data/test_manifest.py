@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import hub_file, picture, save, square_mask
+from conftest import changed, hub_file, picture, save, square_mask
 
 from forensics_lib.data import headers as facts
 from forensics_lib.data.audit import audit
@@ -432,7 +432,7 @@ def test_epochs_are_judged_on_deciding_images_before_others():
 
 
 def with_sets(run: Run, *entries: dict, **values) -> Run:
-    return Run(run.params.model_copy(update={"data": [DataSet(**entry) for entry in entries]} | values), run.data)
+    return changed(run, **{"data": [DataSet(**entry) for entry in entries]} | values)
 
 
 def places(run: Run, split: str) -> Path:

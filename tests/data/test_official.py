@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_tiny_data, picture, save, touch, with_data
+from conftest import TINY, changed, make_tiny_data, picture, save, touch, with_data
 
 from forensics_lib.data.manifest import build_manifest, data_sets
 from forensics_lib.data.rows import LayoutError
@@ -21,7 +21,7 @@ def link(run: Run, name: str, target: Path) -> Path:
 
 
 def opened(run: Run) -> Run:
-    return Run(run.params.model_copy(update={"run_type": "open"}), run.data)
+    return changed(run, run_type="open")
 
 
 FOREIGN = {
@@ -170,7 +170,7 @@ ITW_SM = ("0_real/Facebook_real_1042.jpg", "0_real/LinkedIn_real_7.jpg", "1_fake
 def test_itw_sm_is_known_under_any_name(tiny_run, tmp_path, run_type, way):
     root = tmp_path / ("ITW-SM" if way in ("folder", "file") else "social")
     touch(root, *ITW_SM)
-    run = Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data)
+    run = changed(tiny_run, run_type=run_type)
     if "folder" in way:
         link(run, "train/1_fake/src/deep/more", root / "1_fake")
     elif "file" in way:
@@ -271,7 +271,7 @@ def test_a_validation_set_that_is_listed_for_the_other_task(tiny_run, tmp_path):
 @pytest.mark.parametrize("run_type", ["constrained", "open"])
 @pytest.mark.parametrize("way", ["folder", "file", "hard link", "table"])
 def test_test_images_do_not_train(tiny_run, tmp_path, run_type, way):
-    run = Run(tiny_run.params.model_copy(update={"run_type": run_type, "aligned": None}), tiny_run.data)
+    run = changed(tiny_run, run_type=run_type, aligned=None)
     tests = run.data / "test" / "taskA"
     if way == "folder":
         link(run, "train/0_real/t", tests)
@@ -320,7 +320,7 @@ def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path)
 def test_itw_sm_is_known_by_its_platforms_folders(tiny_run, tmp_path, run_type, way):
     root = tmp_path / "social"
     touch(root, "0_real/facebook/0.jpg", "0_real/x/0.jpg", "1_fake/Reddit/0.jpg")
-    run = Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data)
+    run = changed(tiny_run, run_type=run_type)
     if way == "class folder":
         link(run, "train/1_fake/more", root / "1_fake")
     elif way == "platform folder":

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import OFFICIAL, hub_file, picture, records, save, square_mask, touch, with_data
+from conftest import OFFICIAL, changed, hub_file, picture, records, save, square_mask, touch, with_data
 from PIL import Image
 
 from forensics_lib.__main__ import main
@@ -24,7 +24,6 @@ from forensics_lib.data.readers import detect_layout, read_data_set, task_of
 from forensics_lib.data.rows import LayoutError
 from forensics_lib.images.io import read_image
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-from forensics_lib.run import Run
 
 TGIF_OFFICIAL = {  # table: (folder, image name, mask name)
     "sd2": ("sd2-sp", "{i}_mask_{m}.png_ps_mask.png_sd2_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
@@ -288,7 +287,7 @@ def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, t
     (tiny_run.data / "dataset" / "train" / "1_fake" / "more").symlink_to(tmp_path / "elsewhere" / target)
     with pytest.raises(LayoutError, match=f"official data only; refused: .*{fault}"):
         data_sets(tiny_run, "A")
-    opened = Run(tiny_run.params.model_copy(update={"run_type": "open"}), tiny_run.data)
+    opened = changed(tiny_run, run_type="open")
     assert len(data_sets(opened, "A")) == 2
 
 
@@ -297,7 +296,7 @@ def test_the_validation_set_is_never_trained_on_by_a_link(tiny_run, tmp_path, ru
     touch(tmp_path / "ITW-SM", "1_fake/x_1.jpg")
     (tiny_run.data / "dataset" / "train" / "1_fake" / "itw").symlink_to(tmp_path / "ITW-SM" / "1_fake")
     with pytest.raises(LayoutError, match="must not be trained on"):
-        data_sets(Run(tiny_run.params.model_copy(update={"run_type": run_type}), tiny_run.data), "A")
+        data_sets(changed(tiny_run, run_type=run_type), "A")
 
 
 def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
@@ -995,7 +994,7 @@ def sagi_d(root: Path, rng) -> Path:
 
 @pytest.mark.parametrize("name", ["SAGI-D", "sagid"])
 def test_edition_2026_trains_on_tgif_and_sagi_d(tiny_run, rng, capsys, name):
-    run = Run(tiny_run.params.model_copy(update={"edition": 2026}), tiny_run.data)
+    run = changed(tiny_run, edition=2026)
     folder = run.data / "dataset_taskB"
     assert "B" in run.params.tasks and run.missing() == {}
     assert set(build_manifest(run, "B")["layout"]) == {"tgif", "task_b_validation"}

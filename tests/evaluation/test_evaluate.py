@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture, save, square_mask
+from conftest import changed, picture, save, square_mask
 
 from forensics_lib.data.manifest import build_manifest, sources
 from forensics_lib.evaluation import evaluate as evaluation
@@ -40,7 +40,7 @@ def answers(monkeypatch):
             return Predictions(probs, {}, np.stack([binned(found) for found in counts]), exact)
 
         for module in (evaluation, robustness):
-            monkeypatch.setattr(module, "predict", predicted)
+            monkeypatch.setattr(module, "predict_labelled", predicted)
 
     return use
 
@@ -60,7 +60,7 @@ def opened(tiny_run, rng):
         for label in ("0_real", "1_fake"):
             for number in range(4):
                 save(tiny_run.data / "dataset_open" / split / label / "more" / f"{number}.png", picture(rng))
-    return Run(tiny_run.params.model_copy(update={"run_type": "open"}), tiny_run.data)
+    return changed(tiny_run, run_type="open")
 
 
 def test_thresholds_and_headline_scores_are_of_the_official_images_alone(opened, answers, capsys):
@@ -98,7 +98,7 @@ def test_a_comparison_is_of_the_images_that_decide(opened, answers, monkeypatch)
     answers(lambda rows: np.where(rows["source"] == "more", 0.1, 0.3) + rows["label"] * 0.4)
     _, manifest = prepared(opened, "A")
     for name in ("one", "two"):
-        run = Run(opened.params.model_copy(update={"run_name": name}), opened.data)
+        run = changed(opened, run_name=name)
         evaluation.evaluate(prepared(run, "A")[0], "A", manifest)
     monkeypatch.setattr(compare, "ROUNDS", 3)
     assert compare_runs(["one", "two"])["differences"]["images"].eq(8).all()

@@ -8,42 +8,37 @@ import torch
 from conftest import TINY, encoded, picture, save
 from PIL import Image
 
-from forensics_lib.data.manifest import build_manifest
 from forensics_lib.data.rows import LayoutError
-from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.predictor import predict
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import CheckpointError, save_checkpoint
 from forensics_lib.models.combined import CombinedModel
-from forensics_lib.training.loop import train
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_a_checkpoint_says_what_its_run_said(task, tiny_run, rng):
-    manifest = build_manifest(tiny_run, task)
-    train(tiny_run, task, manifest)
-    evaluate(tiny_run, task, manifest)
-    expected = infer(tiny_run, task)
-    table, masks = predict(tiny_run.test_folder(task), tiny_run.finetuned_model(task), device="cpu")
+def test_a_checkpoint_says_what_its_run_said(task, trained, rng):
+    run, _ = trained(task)
+    expected = infer(run, task)
+    table, masks = predict(run.test_folder(task), run.finetuned_model(task), device="cpu")
     assert table["path"].tolist() == expected["path"].tolist()
     assert np.allclose(table["prob"], expected["prob"], atol=1e-2)  # the run computed in fp32, this by what the machine has
     assert len(masks) == (4 if task == "B" else 0)
     for path, mask in masks.items():
-        written = load_mask(tiny_run.masks / f"{path.rsplit('/', 1)[1][:-4]}.npz")
+        written = load_mask(run.masks / f"{path.rsplit('/', 1)[1][:-4]}.npz")
         assert mask.shape == written.shape
         assert np.allclose(mask, written, atol=2e-2)
-    bad = tiny_run.data / "bad.jpg"
+    bad = run.data / "bad.jpg"
     bad.write_bytes(b"no image")
-    good = save(tiny_run.data / "good.png", picture(rng))
-    table, masks = predict([bad, good], tiny_run.finetuned_model(task), device="cpu")
+    good = save(run.data / "good.png", picture(rng))
+    table, masks = predict([bad, good], run.finetuned_model(task), device="cpu")
     assert table["error"].notna().tolist() == [True, False]
     assert table["label"].isna().tolist() == [True, False]
     assert table["prob"].isna().tolist() == [True, False]
-    table, _ = predict(good, tiny_run.finetuned_model(task), device="cpu")
+    table, _ = predict(good, run.finetuned_model(task), device="cpu")
     assert len(table) == 1
     with pytest.raises(CheckpointError, match="holds no thresholds"):
-        predict(good, tiny_run.classifier_model(task))
+        predict(good, run.classifier_model(task))
 
 
 def test_images_whose_names_are_not_utf8_are_named(tmp_path, rng, capsys):

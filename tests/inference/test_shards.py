@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import changed
 from filelock import FileLock
 
 from forensics_lib.data.manifest import build_manifest
@@ -22,7 +23,6 @@ from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.submission.build import SubmissionError, build_submission
-from forensics_lib.training.loop import train
 from forensics_lib.utils.files import read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
@@ -32,12 +32,10 @@ OTHERS = {  # other values than the tiny run's, of what a task's predictions dep
 
 
 @pytest.fixture(params=["A", "B"])
-def trained(request, tiny_run, monkeypatch) -> tuple[Run, str]:
+def trained(request, trained, monkeypatch) -> tuple[Run, str]:
+    """The tiny run, trained and evaluated, with its task."""
     monkeypatch.setattr(module, "SHARDS", 2)  # two shards of two images
-    manifest = build_manifest(tiny_run, request.param)
-    train(tiny_run, request.param, manifest)
-    evaluate(tiny_run, request.param, manifest)
-    return tiny_run, request.param
+    return trained(request.param)[0], request.param
 
 
 def shards(run: Run) -> list:
@@ -68,9 +66,9 @@ def test_other_images_or_parameters_begin_anew(trained):
     assert len(infer(run, task)) == 5
     assert not set(shards(run)) & set(before)
     before = shards(run)
-    changed = Run(run.params.model_copy(update=OTHERS[task]), run.data)
-    evaluate(changed, task, build_manifest(changed, task))
-    infer(changed, task)
+    other = changed(run, **OTHERS[task])
+    evaluate(other, task, build_manifest(other, task))
+    infer(other, task)
     assert not set(shards(run)) & set(before)
 
 
@@ -82,15 +80,15 @@ def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained, ca
     for _ in range(2):
         for key, value in OTHERS[task].items():
             with pytest.raises(InferenceError) as caught:
-                infer(Run(run.params.model_copy(update={key: value}), run.data), task)
+                infer(changed(run, **{key: value}), task)
             said = str(caught.value)
             assert f"{key}: {getattr(run.params, key)} there, {value} here" in said
             assert f"{key}=" in said and f"notebook 0{2 if task == 'A' else 3}" in said and "'train'" in said
         with pytest.raises(InferenceError) as caught:
-            infer(Run(run.params.model_copy(update=OTHERS[task]), run.data), task)
+            infer(changed(run, **OTHERS[task]), task)
         assert all(f"{key}: " in str(caught.value) for key in OTHERS[task]), "all of them are named at once"
         assert run.test_probs(task).read_bytes() == written, "a refused inference changes nothing"
-        elsewhere = Run(run.params.model_copy(update=OTHERS["B" if task == "A" else "A"] | {"batch_size": 2}), run.data)
+        elsewhere = changed(run, **OTHERS["B" if task == "A" else "A"] | {"batch_size": 2})
         pd.testing.assert_frame_equal(infer(elsewhere, task), expected)
         facts = read_json(run.thresholds)[task]
         update_json(run.thresholds, **{task: {key: facts[key] for key in facts if key not in ("inference", "precision")}})
@@ -115,12 +113,12 @@ def test_a_model_that_was_trained_since_has_no_thresholds(trained):
 def test_thresholds_chosen_anew_ask_for_another_inference(trained):
     run, task = trained
     infer(run, task)
-    changed = Run(run.params.model_copy(update=OTHERS[task]), run.data)
-    evaluate(changed, task, build_manifest(changed, task))
+    other = changed(run, **OTHERS[task])
+    evaluate(other, task, build_manifest(other, task))
     with pytest.raises(SubmissionError, match="run 04_infer"):
-        build_submission(changed, task)
-    infer(changed, task)
-    assert build_submission(changed, task).valid
+        build_submission(other, task)
+    infer(other, task)
+    assert build_submission(other, task).valid
 
 
 def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(trained):
@@ -136,7 +134,7 @@ def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(tr
 def test_a_run_is_submitted_as_what_it_was_trained_as(values, trained):
     run, task = trained
     infer(run, task)
-    other = Run(run.params.model_copy(update=values), run.data)
+    other = changed(run, **values)
     for step in (infer, build_submission):
         with pytest.raises(ValueError, match=f"was trained with {next(iter(values))}"):
             step(other, task)
@@ -147,7 +145,7 @@ def test_untrained_runs_name_those_that_are_trained(trained):
     run, task = trained
     run.record(params_file="params/mine.yaml", taskA_trained=None, taskB_trained=None)
     with pytest.raises(FileNotFoundError) as caught:
-        infer(Run(run.params.model_copy(update={"run_name": "other"}), run.data), task)
+        infer(changed(run, run_name="other"), task)
     said = str(caught.value)
     assert f"run other is not trained for Task {task}" in said and "run the training notebook of this run first" in said
     assert "tiny (params_file: params/mine.yaml)" in said
@@ -176,7 +174,7 @@ def test_two_inferences_at_once_take_turns(trained, tmp_path):
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     files = [run.write_params().rename(tmp_path / "first.yaml")]
     values = {f"test_folder_{task.lower()}": str(other)}
-    files.append(Run(run.params.model_copy(update=values), run.data).write_params().rename(tmp_path / "second.yaml"))
+    files.append(changed(run, **values).write_params().rename(tmp_path / "second.yaml"))
     with lock:
         command = [sys.executable, "-c", AT_ONCE]
         both = [subprocess.Popen([*command, str(file), task], stdout=subprocess.PIPE, text=True) for file in files]
@@ -204,16 +202,14 @@ def test_thresholds_of_an_older_version_are_refused(trained):
         infer(run, task)
 
 
-def test_a_lost_mask_is_made_again(tiny_run, monkeypatch):
-    monkeypatch.setattr(module, "SHARDS", 2)
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluate(tiny_run, "B", manifest)
-    infer(tiny_run, "B")
-    mask = tiny_run.masks / "b1.npz"
+@pytest.mark.parametrize("trained", ["B"], indirect=True)
+def test_a_lost_mask_is_made_again(trained):
+    run, task = trained
+    infer(run, task)
+    mask = run.masks / "b1.npz"
     before = load_mask(mask)
     mask.unlink()
-    infer(tiny_run, "B")
+    infer(run, task)
     assert np.array_equal(load_mask(mask), before)
 
 
@@ -278,14 +274,13 @@ def test_weights_that_are_not_finite_are_refused_and_unreadable_images_are_not_t
             infer(tiny_run, task)
 
 
-def test_written_masks_hold_no_value_that_a_threshold_may_have(tiny_run):
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluate(tiny_run, "B", manifest)
-    infer(tiny_run, "B")
-    for path in tiny_run.masks.glob("*.npz"):
+@pytest.mark.parametrize("trained", ["B"], indirect=True)
+def test_written_masks_hold_no_value_that_a_threshold_may_have(trained):
+    run, _ = trained
+    infer(run, "B")
+    for path in run.masks.glob("*.npz"):
         mask = load_mask(path)
         assert np.array_equal(written_mask(mask), mask) and len(np.unique(mask)) > 5
-        threshold = stored_thresholds(tiny_run, "B")["loc_threshold"]
+        threshold = stored_thresholds(run, "B")["loc_threshold"]
         assert np.array_equal(mask > threshold, mask >= threshold)
         assert np.array_equal(mask > threshold, mask.astype(np.float64) > threshold)

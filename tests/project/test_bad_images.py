@@ -13,8 +13,6 @@ from PIL import Image, ImageCms, features
 
 from forensics_lib.data.datasets import TrainingCrops
 from forensics_lib.data.headers import read_headers
-from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.headers import facts_of
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.images.masks import load_mask
@@ -22,7 +20,6 @@ from forensics_lib.inference import shards as module
 from forensics_lib.inference.shards import infer
 from forensics_lib.params import Degradations
 from forensics_lib.submission.build import build_submission
-from forensics_lib.training.loop import train
 
 SIZE = (40, 56)  # height and width of most of them
 RNG = np.random.default_rng(0)
@@ -239,13 +236,11 @@ def test_a_folder_or_a_pipe_that_is_named_like_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_every_test_image_is_in_the_submission(task, folder, tiny_run, monkeypatch, capsys):
+def test_every_test_image_is_in_the_submission(task, folder, trained, monkeypatch, capsys):
     """An unreadable one by the fallback probability and an empty mask of its declared size, where that is known."""
     monkeypatch.setattr(module, "SHARDS", 3)
-    manifest = build_manifest(tiny_run, task)
-    train(tiny_run, task, manifest)
-    evaluate(tiny_run, task, manifest)
-    test = tiny_run.test_folder(task)
+    run, _ = trained(task)
+    test = run.test_folder(task)
     for old in test.iterdir():
         old.unlink()
     stems = set()
@@ -253,7 +248,7 @@ def test_every_test_image_is_in_the_submission(task, folder, tiny_run, monkeypat
         if Path(name).stem not in stems and Path(name).suffix != "":  # two images of one stem would share a mask
             stems.add(Path(name).stem)
             (test / name).write_bytes(content)
-    results = infer(tiny_run, task)
+    results = infer(run, task)
     assert set(results["image_id"]) == {path.name for path in test.iterdir()}
     failed = set(results.loc[results["error"].notna(), "image_id"])
     assert failed == set(REFUSED) & set(results["image_id"])
@@ -261,11 +256,11 @@ def test_every_test_image_is_in_the_submission(task, folder, tiny_run, monkeypat
     assert "could not be read" in capsys.readouterr().out
     if task == "B":
         for name in results["image_id"]:
-            mask = load_mask(tiny_run.masks / f"{Path(name).stem}.npz")
+            mask = load_mask(run.masks / f"{Path(name).stem}.npz")
             assert name in REFUSED or mask.shape == READ[name]
             assert name not in REFUSED or not mask.any()
-        assert load_mask(tiny_run.masks / "jpeg_cut_late.npz").shape == SIZE  # its header tells the size
-        assert load_mask(tiny_run.masks / "empty.npz").shape == (1, 1)
-    result = build_submission(tiny_run, task)
+        assert load_mask(run.masks / "jpeg_cut_late.npz").shape == SIZE  # its header tells the size
+        assert load_mask(run.masks / "empty.npz").shape == (1, 1)
+    result = build_submission(run, task)
     assert result.valid
     assert result.rows == len(results)

@@ -116,19 +116,15 @@ def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):
         load_model(tiny_run.finetuned_model("B"), "B")
 
 
-def test_a_checkpoint_opens_with_timm(tiny_run, monkeypatch):
-    from forensics_lib.evaluation.evaluate import evaluate
-
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    evaluate(tiny_run, "A", manifest)
+def test_a_checkpoint_opens_with_timm(trained):
+    run, _ = trained("A")
     with_timm, in_three_lines = blocks("backbones.md")
-    checkpoint = str(tiny_run.finetuned_model("A"))
+    checkpoint = str(run.finetuned_model("A"))
     spaces: dict = {}
     exec(with_timm.replace("outputs/constrained_finetuned_model.pth", checkpoint), spaces)  # noqa: S102
-    ours, _ = load_model(tiny_run.finetuned_model("A"), "A")
+    ours, _ = load_model(run.finetuned_model("A"), "A")
     assert isinstance(spaces["backbone"], type(timm.create_model(TINY["backbone"])))
     assert all(torch.equal(value, ours.backbone.state_dict()[name]) for name, value in spaces["backbone"].state_dict().items())
     code = in_three_lines.replace("outputs/constrained_finetuned_model.pth", checkpoint)
-    exec(code.replace("folder/of/images", str(tiny_run.test_folder("A"))), spaces)  # noqa: S102
-    assert len(spaces["table"]) == len(infer(tiny_run, "A")) == 4
+    exec(code.replace("folder/of/images", str(run.test_folder("A"))), spaces)  # noqa: S102
+    assert len(spaces["table"]) == len(infer(run, "A")) == 4

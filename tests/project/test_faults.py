@@ -76,17 +76,15 @@ def test_other_errors_stay_what_they_are(tmp_path):
     assert not isinstance(told.value, WriteError)
 
 
-def test_room_for_masks_is_asked_for_before_the_first_one(tiny_run, monkeypatch):
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluate(tiny_run, "B", manifest)
+def test_room_for_masks_is_asked_for_before_the_first_one(trained, monkeypatch):
+    run, _ = trained("B")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
     with pytest.raises(WriteError, match=r"4 masks need about 37,800 bytes in .*masks, where 1,000 are free"):
-        infer(tiny_run, "B")
-    assert not list(tiny_run.masks.glob("*.npz"))
+        infer(run, "B")
+    assert not list(run.masks.glob("*.npz"))
     monkeypatch.undo()
-    monkeypatch.setenv("FORENSICS_HOME", str(tiny_run.data.parent))
-    assert len(infer(tiny_run, "B")) == 4
+    monkeypatch.setenv("FORENSICS_HOME", str(run.data.parent))
+    assert len(infer(run, "B")) == 4
 
 
 def test_files_that_vanish_while_training_are_named_and_left_out(tiny_run, capsys):

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from conftest import changed, train_and_evaluate
 
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import InferenceError, infer
 from forensics_lib.params import DataKeys, InferenceKeys, MachineKeys, ModelKeys, Params, RunKeys, TrainingKeys
 from forensics_lib.run import Run
@@ -35,23 +35,22 @@ def files() -> dict[str, str]:
 
 
 def finished(run: Run, task: str) -> dict[str, str]:
-    manifest = build_manifest(run, task)
-    train(run, task, manifest)
-    evaluate(run, task, manifest)
+    train_and_evaluate(run, task)
     infer(run, task)
     build_submission(run, task)
     return files()
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_each_group_of_parameters_changes_the_files_that_depend_on_it(task, tiny_run):
-    before = finished(tiny_run, task)
+def test_each_group_of_parameters_changes_the_files_that_depend_on_it(task, trained):
+    run, _ = trained(task)
+    before = finished(run, task)
     trained = {Path(name).name for name in before if name.endswith((".pth", "_state.pt", "_probs.csv"))}
     assert len(trained) == 7, "two models, two best epochs, the state and two tables of probabilities"
     for group, values in CHANGES.items():
         assert set(values) <= set(group.model_fields)
-        changed = Run(Params(**tiny_run.params.model_dump() | values), tiny_run.data)
-        train(changed, task, build_manifest(changed, task))
+        other = Run(Params(**run.params.model_dump() | values), run.data)
+        train(other, task, build_manifest(other, task))
         after = files()
         if group not in (ModelKeys, TrainingKeys):
             assert {name: after.get(name) for name in before} == before, group
@@ -61,15 +60,15 @@ def test_each_group_of_parameters_changes_the_files_that_depend_on_it(task, tiny
         assert {moved[Path(name).name] for name in before if Path(name).name in trained} <= set(before.values())
         others = {name: content for name, content in before.items() if name.startswith("submission") or ".npz" in name}
         assert others.items() <= after.items(), "archives and masks stay until others are made"
-        return_to = train(tiny_run, task, build_manifest(tiny_run, task))
-        assert len(return_to) == 2
-        before = finished(tiny_run, task)
+        assert len(train(run, task, build_manifest(run, task))) == 2
+        before = finished(run, task)
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_inference_with_other_settings_leaves_every_file(task, tiny_run):
-    before = finished(tiny_run, task)
+def test_inference_with_other_settings_leaves_every_file(task, trained):
+    run, _ = trained(task)
+    before = finished(run, task)
     values = {"crops_per_image": 3} if task == "A" else {"mask_flips": True}
     with pytest.raises(InferenceError, match=next(iter(values))):
-        infer(Run(tiny_run.params.model_copy(update=values), tiny_run.data), task)
+        infer(changed(run, **values), task)
     assert files() == before

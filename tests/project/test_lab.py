@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 from conftest import CHROMIUM
 
-from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation.evaluate import evaluate
-from forensics_lib.training.loop import train
 from forensics_lib.utils.files import project_root
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
@@ -26,13 +23,11 @@ SECONDS = 120_000  # milliseconds that anything may take
 
 
 @pytest.fixture
-def lab(tiny_run, tmp_path):
+def lab(trained, tmp_path):
     """A JupyterLab on a copy of notebook 04 whose run is trained; gives its address."""
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluate(tiny_run, "B", manifest)
+    run, _ = trained("B")
     notebook = json.loads((project_root() / "notebooks" / "04_infer.ipynb").read_text(encoding="utf-8"))
-    source = f'# Parameters\nparams_file: str = "{tiny_run.write_params()}"\ntasks = ["B"]'
+    source = f'# Parameters\nparams_file: str = "{run.write_params()}"\ntasks = ["B"]'
     notebook["cells"][1]["source"] = source.splitlines(keepends=True)
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab" / "04_infer.ipynb").write_text(json.dumps(notebook))

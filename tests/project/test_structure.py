@@ -41,7 +41,9 @@ def broken_rules(path: Path, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(set(LIBRARY.rglob("*.py")) - {LIBRARY / "__init__.py"}), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(set(LIBRARY.rglob("*.py")) - {LIBRARY / "__init__.py"}), ids=lambda path: str(path.relative_to(LIBRARY))
+)
 def test_a_module_imports_only_from_rooms_below_its_own(path):
     assert broken_rules(path, path.read_text()) == []
 

@@ -8,7 +8,6 @@ import pytest
 from conftest import picture, save
 from PIL import Image
 
-from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.io import read_image
 from forensics_lib.inference.shards import infer
@@ -24,7 +23,6 @@ from forensics_lib.reports.browser import (
     browse_test_masks,
 )
 from forensics_lib.reports.figures import MaskExample
-from forensics_lib.training.loop import train
 
 ORDERS = {"worst": ("score", True), "best": ("score", False)}
 
@@ -185,14 +183,12 @@ def test_nothing_to_browse_says_so(table, tmp_path):
         browser_of(table[:0], tmp_path)
 
 
-def test_browsers_of_a_run(tiny_run, monkeypatch):
+def test_browsers_of_a_run(trained, monkeypatch):
     monkeypatch.delenv("FORENSICS_HEADLESS", raising=False)
     for task in ("A", "B"):
-        manifest = build_manifest(tiny_run, task)
-        train(tiny_run, task, manifest)
-        evaluation = evaluate(tiny_run, task, manifest)
-        results = infer(tiny_run, task)
-        browser = (browse_evaluated_images if task == "A" else browse_evaluated_masks)(tiny_run, evaluation)
+        run, manifest = trained(task)
+        evaluation = evaluate(run, task, manifest)
+        browser = (browse_evaluated_images if task == "A" else browse_evaluated_masks)(run, evaluation)
         assert len(browser.chosen.options) == len(evaluation.table)
         assert not any(" nan " in name for name, _ in browser.chosen.options), "what is not known is not named"
         for order in browser.order.options:
@@ -204,7 +200,7 @@ def test_browsers_of_a_run(tiny_run, monkeypatch):
             browser.view.value = view
             assert shown(browser).size
         assert ("probability" if task == "A" else "flagged") in browser.text.value
-    browser = browse_test_masks(tiny_run, results)
+    browser = browse_test_masks(run, infer(run, "B"))
     assert len(browser.chosen.options) == 4
 
 

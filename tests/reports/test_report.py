@@ -10,7 +10,7 @@ from forensics_lib.reports import figures as plots
 from forensics_lib.reports import report
 from forensics_lib.reports.figures import save_figure
 from forensics_lib.reports.report import build_report
-from forensics_lib.training.loop import train
+from forensics_lib.training.resume import read_history
 
 PHONE = {"width": 390, "height": 844}
 
@@ -29,20 +29,20 @@ def test_a_gallery_and_a_chart_get_small(tiny_run, rng):
 
 
 @pytest.fixture
-def page_of_a_run(tiny_run):
+def page_of_a_run(trained):
     """The report of a small run of both tasks, opened at the width of a phone; and what the page asked for elsewhere."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
     if not CHROMIUM:
         pytest.skip("no Chromium on the path, and CHROMIUM names none")
+    run, _ = trained("AB")
     for task in "AB":
-        manifest = build_manifest(tiny_run, task)
-        metrics = train(tiny_run, task, manifest)
-        evaluation = evaluate(tiny_run, task, manifest)
-        save_figure(tiny_run, plots.learning_curves(metrics, task), f"task{task}_learning")
-        save_figure(tiny_run, plots.score_curves(evaluation, task), f"task{task}_validation")
-        sweep = evaluate_robustness(tiny_run, task, manifest)
-        save_figure(tiny_run, plots.robustness_curves(sweep, task), f"task{task}_robustness")
-    path = build_report(tiny_run)
+        manifest = build_manifest(run, task)
+        evaluation = evaluate(run, task, manifest)
+        save_figure(run, plots.learning_curves(read_history(run, task), task), f"task{task}_learning")
+        save_figure(run, plots.score_curves(evaluation, task), f"task{task}_validation")
+        sweep = evaluate_robustness(run, task, manifest)
+        save_figure(run, plots.robustness_curves(sweep, task), f"task{task}_robustness")
+    path = build_report(run)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport=PHONE)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import picture, save
+from conftest import changed, picture, save
 
 from forensics_lib.evaluation.metrics import best_f1_threshold, bin_threshold
 from forensics_lib.images.masks import load_mask, save_mask
@@ -32,10 +32,6 @@ def finished(tiny_run: Run, rng) -> Run:
         save_mask(tiny_run.masks / f"{Path(name).stem}.npz", rng.random(size))
     update_json(tiny_run.thresholds, A={"threshold": 0.5}, B={"threshold": 0.5, "loc_threshold": 0.25})
     return tiny_run
-
-
-def with_params(run: Run, **values) -> Run:
-    return Run(run.params.model_copy(update=values), run.data)
 
 
 def rewritten(archive: Path, change) -> Path:
@@ -71,7 +67,7 @@ def test_constrained_archive(finished):
 
 def as_run(run: Run, name: str, prob: float) -> Run:
     """Another run with the results of a first one, but for the probability of its first image."""
-    other = with_params(run, run_name=name)
+    other = changed(run, run_name=name)
     for task in ("A", "B"):
         write_csv(other.test_probs(task), pd.DataFrame({"image_id": list(SIZES), "prob": [prob, 0.2]}))
     shutil.copytree(run.masks, other.masks)
@@ -89,7 +85,7 @@ def first_prob(path: Path) -> float:
 
 @pytest.mark.parametrize("values", [{}, {"edition": 2026}, {"run_type": "open", "team": "x.y"}])
 def test_archives_of_two_runs_with_one_name_are_both_kept(finished, capsys, values):
-    first, second = with_params(finished, **values), with_params(as_run(finished, "second", 0.7), **values)
+    first, second = changed(finished, **values), changed(as_run(finished, "second", 0.7), **values)
     for task in ("A", "B"):
         names = [archive_path(first, task)] + ([scores_path(first)] if task == "B" else [])
         capsys.readouterr()
@@ -166,11 +162,11 @@ def test_localization_archive(finished):
     ],
 )
 def test_archive_names(tiny_run, changes, task, name):
-    assert archive_path(with_params(tiny_run, **changes), task).name == name
+    assert archive_path(changed(tiny_run, **changes), task).name == name
 
 
 def test_edition_2026_is_a_plain_csv(finished):
-    result = build_submission(with_params(finished, edition=2026), "A")
+    result = build_submission(changed(finished, edition=2026), "A")
     assert result.path.read_text().startswith("image_id,prob,label,threshold\n")
     assert validate_submission(result.path, "A", finished.test_folder("A")).valid
 

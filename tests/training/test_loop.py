@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import picture, save
+from conftest import changed, picture, save, train_and_evaluate
 from scipy.special import logit
 
 from forensics_lib import device as machine
@@ -39,23 +39,22 @@ from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import read_json, update_json
 
 
-def changed(run: Run, **values) -> Run:
-    return Run(run.params.model_copy(update=values), run.data)
-
-
 def contents(run: Run) -> dict[Path, bytes]:
     """What a training and its results are: everything but what is being made and the record of each call."""
     files = [path for path in (run.folder.parent).rglob("*") if path.is_file() and "begun" not in path.parts]
     return {path: path.read_bytes() for path in files if path.suffix != ".lock" and path.name not in (".lock", "run.json")}
 
 
-def trained(run: Run, task: str) -> tuple[pd.DataFrame, dict[Path, bytes]]:
-    """A run that was trained, evaluated and applied: its manifest and its files."""
-    manifest = build_manifest(run, task)
-    train(run, task, manifest)
-    evaluate(run, task, manifest)
-    infer(run, task)
-    return manifest, contents(run)
+@pytest.fixture
+def applied(trained):
+    """Gives the tiny run, trained, evaluated and applied, with its manifest and its files."""
+
+    def of(task: str) -> tuple[Run, pd.DataFrame, dict[Path, bytes]]:
+        run, manifest = trained(task)
+        infer(run, task)
+        return run, manifest, contents(run)
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -65,12 +64,10 @@ def trained(run: Run, task: str) -> tuple[pd.DataFrame, dict[Path, bytes]]:
         ("B", {"tile_size": 96, "mask_scales": [0.5, 1.0], "crops_per_image": 3, "precision": "bf16"}),
     ],
 )
-def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, changes, tiny_run, capsys):
-    manifest, before = trained(tiny_run, task)
+def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, changes, applied, capsys):
+    first, manifest, before = applied(task)
     capsys.readouterr()
-    run = changed(
-        tiny_run, team="other", tasks=[task], robustness_images=5, decoder_channels=32 if task == "A" else 16, **changes
-    )
+    run = changed(first, team="other", tasks=[task], robustness_images=5, decoder_channels=32 if task == "A" else 16, **changes)
     train(run, task, manifest)
     assert "taking up" in capsys.readouterr().out
     assert contents(run) == before
@@ -82,7 +79,9 @@ def test_a_trained_model_stays_where_nothing_changed_that_it_depends_on(task, ch
 
 @pytest.mark.parametrize(("task", "changes"), [("A", {"batch_size": 3}), ("B", {"epochs_head": 0, "mask_weight": 2.0})])
 def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(task, changes, tiny_run, monkeypatch, capsys):
-    manifest, before = trained(tiny_run, task)
+    manifest = train_and_evaluate(tiny_run, task)
+    infer(tiny_run, task)
+    before = contents(tiny_run)
     probs = pd.read_csv(tiny_run.test_probs(task))
     run, loss = changed(tiny_run, **changes), epochs.batch_loss
     monkeypatch.setattr(epochs, "batch_loss", lambda *_: torch.tensor(float("nan")))
@@ -117,9 +116,9 @@ def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(t
     assert len(infer(run, task)) == 4
 
 
-def test_a_training_stopped_in_its_first_epoch_goes_on_and_only_then_replaces_another(tiny_run, monkeypatch, capsys):
-    manifest, before = trained(tiny_run, "A")
-    run, loss, calls = changed(tiny_run, lr_head=0.002), epochs.batch_loss, []
+def test_a_training_stopped_in_its_first_epoch_goes_on_and_only_then_replaces_another(applied, monkeypatch, capsys):
+    first, manifest, before = applied("A")
+    run, loss, calls = changed(first, lr_head=0.002), epochs.batch_loss, []
     alone = changed(run, run_name="alone")
     expected = train(alone, "A", manifest)
 
@@ -141,18 +140,16 @@ def test_a_training_stopped_in_its_first_epoch_goes_on_and_only_then_replaces_an
     assert len(list((run.folder / "replaced").iterdir())) == 1
 
 
-def test_the_other_task_s_results_stay(tiny_run):
-    _, before = trained(tiny_run, "B")
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    evaluate(tiny_run, "A", manifest)
-    train(changed(tiny_run, lr_head=0.002), "A", manifest)
-    after = contents(tiny_run)
-    kept = [path for path in before if path not in (tiny_run.thresholds, tiny_run.metrics)]
+def test_the_other_task_s_results_stay(applied):
+    run, _, before = applied("B")
+    manifest = train_and_evaluate(run, "A")
+    train(changed(run, lr_head=0.002), "A", manifest)
+    after = contents(run)
+    kept = [path for path in before if path not in (run.thresholds, run.metrics)]
     assert all(after[path] == before[path] for path in kept)
-    assert set(read_json(tiny_run.thresholds)) == {"B"}
-    assert len(read_history(tiny_run, "B")) == 2
-    assert "taskB_validation" in read_json(tiny_run.folder / "run.json")
+    assert set(read_json(run.thresholds)) == {"B"}
+    assert len(read_history(run, "B")) == 2
+    assert "taskB_validation" in read_json(run.folder / "run.json")
 
 
 def as_of_an_earlier_version(run: Run, task: str, manifest: pd.DataFrame) -> Path:
@@ -169,26 +166,26 @@ def as_of_an_earlier_version(run: Run, task: str, manifest: pd.DataFrame) -> Pat
     return path
 
 
-def test_a_finished_training_of_an_earlier_version_is_taken_up(tiny_run, capsys):
-    manifest, _ = trained(tiny_run, "A")
-    as_of_an_earlier_version(tiny_run, "A", manifest)
-    before, facts = contents(tiny_run), read_json(tiny_run.folder / "run.json")
+def test_a_finished_training_of_an_earlier_version_is_taken_up(applied, capsys):
+    run, manifest, _ = applied("A")
+    as_of_an_earlier_version(run, "A", manifest)
+    before, facts = contents(run), read_json(run.folder / "run.json")
     capsys.readouterr()
-    train(tiny_run, "A", manifest)
+    train(run, "A", manifest)
     assert "taking up" in capsys.readouterr().out
-    assert contents(tiny_run) == before
+    assert contents(run) == before
     seconds = "taskA_training_seconds"
-    assert read_json(tiny_run.folder / "run.json")[seconds] == facts[seconds]
+    assert read_json(run.folder / "run.json")[seconds] == facts[seconds]
 
 
-def test_an_unfinished_training_of_an_earlier_version_is_kept_aside(tiny_run, capsys):
-    manifest, _ = trained(tiny_run, "A")
-    path = as_of_an_earlier_version(tiny_run, "A", manifest)
+def test_an_unfinished_training_of_an_earlier_version_is_kept_aside(applied, capsys):
+    run, manifest, _ = applied("A")
+    path = as_of_an_earlier_version(run, "A", manifest)
     torch.save(torch.load(path, weights_only=True) | {"epoch": 0}, path)
     capsys.readouterr()
-    train(tiny_run, "A", manifest)
+    train(run, "A", manifest)
     assert "earlier version" in capsys.readouterr().out
-    assert len(list((tiny_run.folder / "replaced").iterdir())) == 1
+    assert len(list((run.folder / "replaced").iterdir())) == 1
 
 
 @pytest.mark.parametrize("seed", [4_294_968, 20251126, 2**32, 2**63, 2**64 - 1])
@@ -238,24 +235,21 @@ def test_what_a_training_took_and_left_out_is_kept_over_its_parts(tiny_run, monk
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_both_steps_leave_their_files(tiny_run, task):
-    manifest = build_manifest(tiny_run, task)
-    metrics = train(tiny_run, task, manifest)
-    assert metrics["step"].tolist() == ["head", "finetune"]
-    assert (
-        tiny_run.classifier_model(task).name == {"A": "tiny_classifier_model.pth", "B": "tiny_taskB_classifier_model.pth"}[task]
-    )
-    head, tuned = read_checkpoint(tiny_run.classifier_model(task)), read_checkpoint(tiny_run.finetuned_model(task))
+def test_both_steps_leave_their_files(trained, task):
+    run, _ = trained(task)
+    assert read_history(run, task)["step"].tolist() == ["head", "finetune"]
+    assert run.classifier_model(task).name == {"A": "tiny_classifier_model.pth", "B": "tiny_taskB_classifier_model.pth"}[task]
+    head, tuned = read_checkpoint(run.classifier_model(task)), read_checkpoint(run.finetuned_model(task))
     assert (head["step"], tuned["step"]) == ("head", "finetune")
     assert head["config"]["task"] == task
 
 
-def test_step_one_leaves_the_backbone_as_it_was(tiny_run):
-    torch.manual_seed(tiny_run.params.seed)
-    fresh = training.build_model(tiny_run.params, "A").backbone.state_dict()
-    train(tiny_run, "A", build_manifest(tiny_run, "A"))
-    trained = read_checkpoint(tiny_run.classifier_model("A"))["model"]
-    assert all(torch.equal(value, trained[f"backbone.{name}"]) for name, value in fresh.items())
+def test_step_one_leaves_the_backbone_as_it_was(trained):
+    run, _ = trained("A")
+    torch.manual_seed(run.params.seed)
+    fresh = training.build_model(run.params, "A").backbone.state_dict()
+    learned = read_checkpoint(run.classifier_model("A"))["model"]
+    assert all(torch.equal(value, learned[f"backbone.{name}"]) for name, value in fresh.items())
 
 
 def test_step_two_starts_from_step_ones_best_and_changes_the_backbone(tiny_run):
@@ -265,20 +259,19 @@ def test_step_two_starts_from_step_ones_best_and_changes_the_backbone(tiny_run):
     assert any(not torch.equal(head["model"][k], last["model"][k]) for k in head["model"] if k.startswith("backbone.stages"))
 
 
-def test_a_finished_training_is_not_done_again_unless_something_changed(tiny_run, capsys):
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    before = tiny_run.finetuned_model("A").read_bytes()
+def test_a_finished_training_is_not_done_again_unless_something_changed(trained, capsys):
+    run, manifest = trained("A")
+    before = run.finetuned_model("A").read_bytes()
     capsys.readouterr()
-    train(tiny_run, "A", manifest)
+    train(run, "A", manifest)
     assert "taking up" in capsys.readouterr().out
-    assert tiny_run.finetuned_model("A").read_bytes() == before
-    evaluate(tiny_run, "A", manifest)
-    train(changed(tiny_run, lr_head=0.5, epochs_finetune=0), "A", manifest)
+    assert run.finetuned_model("A").read_bytes() == before
+    evaluate(run, "A", manifest)
+    train(changed(run, lr_head=0.5, epochs_finetune=0), "A", manifest)
     assert "starting anew" in capsys.readouterr().out
-    assert not tiny_run.val_probs("A").exists(), "results of the old training must not outlive it"
+    assert not run.val_probs("A").exists(), "results of the old training must not outlive it"
     with pytest.raises(FileNotFoundError):
-        stored_thresholds(tiny_run, "A")
+        stored_thresholds(run, "A")
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -316,8 +309,7 @@ def spoil(path) -> None:
 def test_corrupt_training_and_validation_images_are_counted(tiny_run, capsys):
     folder = tiny_run.data / "dataset"
     for split in ("train", "val"):
-        path = folder / split / "1_fake" / "src" / "1_fake0.png"
-        spoil(path)
+        spoil(folder / split / "1_fake" / "src" / "1_fake0.png")
     manifest = build_manifest(tiny_run, "A")
     train(tiny_run, "A", manifest)
     assert "1 training image(s) could not be read" in capsys.readouterr().out
@@ -358,34 +350,33 @@ def test_false_alarms_on_authentic_images_weigh_more():
     assert torch.equal(mask_loss(logits, marked, authentic_weight=4.0), mask_loss(logits, marked))
 
 
-def test_validation_writes_probabilities_and_thresholds(tiny_run):
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluation = evaluate(tiny_run, "B", manifest)
-    written = pd.read_csv(tiny_run.val_probs("B"))
+def test_validation_writes_probabilities_and_thresholds(trained):
+    run, manifest = trained("B")
+    evaluation = evaluate(run, "B", manifest)
+    written = pd.read_csv(run.val_probs("B"))
     assert written.columns[:2].tolist() == ["image_id", "prob"]
     assert len(written) == len(evaluation.table) == 10
-    thresholds = stored_thresholds(tiny_run, "B")
+    thresholds = stored_thresholds(run, "B")
     assert set(thresholds) == {"threshold", "loc_threshold", "temperature", "intercept"}
-    assert read_checkpoint(tiny_run.finetuned_model("B"))["thresholds"] == thresholds
+    assert read_checkpoint(run.finetuned_model("B"))["thresholds"] == thresholds
     assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
     assert evaluation.without_overlap is None, "the official set's photographs are all TGIF's here"
     assert evaluation.summary().columns.tolist() == ["deciding images", "95% from", "to", "other validation images"]
-    held_out = evaluate_held_out(tiny_run, "B", manifest)
+    held_out = evaluate_held_out(run, "B", manifest)
     assert set(held_out.table["split"]) == {"test"}
     assert held_out.thresholds == thresholds
     assert evaluation.by("source", "kind")["images"].sum() == 10
-    assert all(example.truth.any() for example in mask_examples(tiny_run, evaluation, "best", 3))
-    assert not any(example.truth.any() for example in mask_examples(tiny_run, evaluation, "alarms", 3))
+    assert all(example.truth.any() for example in mask_examples(run, evaluation, "best", 3))
+    assert not any(example.truth.any() for example in mask_examples(run, evaluation, "alarms", 3))
     ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou")
     for which, row in (("worst", ranked.iloc[0]), ("best", ranked.iloc[-1])):
-        (first,) = mask_examples(tiny_run, evaluation, which, 1)
+        (first,) = mask_examples(run, evaluation, which, 1)
         assert f"IoU {row['iou']:.2f}" in first.title
-    (nearest,) = mask_examples(tiny_run, evaluation, "borderline", 1)
+    (nearest,) = mask_examples(run, evaluation, "borderline", 1)
     assert plots.mask_gallery([nearest], 0.5, "borderline")
     unknown = replace(evaluation, table=evaluation.table.assign(method=None))
-    assert "\nmanipulated (" in mask_examples(tiny_run, unknown, "best", 1)[0].title
-    browser = browse_evaluated_masks(tiny_run, evaluation)
+    assert "\nmanipulated (" in mask_examples(run, unknown, "best", 1)[0].title
+    browser = browse_evaluated_masks(run, evaluation)
     browser.forth.click()
     assert "IoU" in browser.text.value
     assert {"loc_threshold", "iou_manipulated", "threshold"} <= set(evaluation.intervals)
@@ -394,26 +385,24 @@ def test_validation_writes_probabilities_and_thresholds(tiny_run):
     assert "none" not in set(by_size.loc[by_size["label"] == 1, "size"])
 
 
-def test_inference_covers_every_test_image(tiny_run, rng):
-    manifest = build_manifest(tiny_run, "B")
-    train(tiny_run, "B", manifest)
-    evaluate(tiny_run, "B", manifest)
-    folder = tiny_run.test_folder("B")
+def test_inference_covers_every_test_image(trained, rng):
+    run, _ = trained("B")
+    folder = run.test_folder("B")
     cut = save(folder / "cut.png", picture(rng, 64, 48))
     cut.write_bytes(cut.read_bytes()[:3000])
     (folder / "junk.jpg").write_bytes(b"junk")
     save(folder / "UPPER.PNG", picture(rng, 20, 30))
-    (tiny_run.masks).mkdir(parents=True)
-    (tiny_run.masks / "stale.npz").write_bytes(b"of another inference")
-    table = infer(tiny_run, "B")
+    (run.masks).mkdir(parents=True)
+    (run.masks / "stale.npz").write_bytes(b"of another inference")
+    table = infer(run, "B")
     assert table["image_id"].tolist() == sorted(path.name for path in folder.iterdir())
-    assert pd.read_csv(tiny_run.test_probs("B")).columns.tolist() == ["image_id", "prob"]
+    assert pd.read_csv(run.test_probs("B")).columns.tolist() == ["image_id", "prob"]
     assert set(table.loc[table["error"].notna(), "image_id"]) == {"cut.png", "junk.jpg"}
     assert (table.loc[table["error"].notna(), "prob"] == 0.5).all()
-    assert {path.name for path in tiny_run.masks.iterdir()} == {f"{name.rsplit('.')[0]}.npz" for name in table["image_id"]}
-    assert load_mask(tiny_run.masks / "cut.npz").shape == (64, 48)
-    assert not load_mask(tiny_run.masks / "cut.npz").any()
-    assert load_mask(tiny_run.masks / "UPPER.npz").shape == (20, 30)
+    assert {path.name for path in run.masks.iterdir()} == {f"{name.rsplit('.')[0]}.npz" for name in table["image_id"]}
+    assert load_mask(run.masks / "cut.npz").shape == (64, 48)
+    assert not load_mask(run.masks / "cut.npz").any()
+    assert load_mask(run.masks / "UPPER.npz").shape == (20, 30)
 
 
 def test_names_that_would_share_a_mask_are_named():
@@ -450,9 +439,9 @@ def test_without_a_threshold_the_way_out_is_named(tiny_run):
         stored_thresholds(tiny_run, "A")
 
 
-def test_metrics_are_lines_of_json_while_training_runs(tiny_run):
-    train(tiny_run, "A", build_manifest(tiny_run, "A"))
-    lines = tiny_run.metrics.read_text().splitlines()
+def test_metrics_are_lines_of_json_while_training_runs(trained):
+    run, _ = trained("A")
+    lines = run.metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == ["head", "finetune"]
     assert np.isfinite([json.loads(line)["train_loss"] for line in lines]).all()
 
@@ -513,25 +502,23 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     assert epochs.validate(fit, None)["score"] == epochs.validate(fit, None)["val_auc"] == 0.5
 
 
-def test_calibrated_probabilities_are_what_is_written_for_test_images(tiny_run):
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    evaluation = evaluate(tiny_run, "A", manifest)
-    plain = infer(tiny_run, "A")["prob"]
-    stored = json.loads(tiny_run.thresholds.read_text())
+def test_calibrated_probabilities_are_what_is_written_for_test_images(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
+    plain = infer(run, "A")["prob"]
+    stored = json.loads(run.thresholds.read_text())
     assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
     assert stored["A"]["intercept"] == evaluation.thresholds["intercept"]
     before = {key: stored["A"].pop(key) for key in ("temperature", "intercept")}
     stored["A"]["temperature"] = 2.0  # alone, as a run of a version that fitted no intercept left it
-    tiny_run.thresholds.write_text(json.dumps(stored))
-    again = logit(infer(tiny_run, "A")["prob"]) * 2
+    run.thresholds.write_text(json.dumps(stored))
+    again = logit(infer(run, "A")["prob"]) * 2
     np.testing.assert_allclose(logit(plain), again / before["temperature"] + before["intercept"], atol=1e-4)
 
 
-def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    evaluation = evaluate(tiny_run, "A", manifest)
+def test_an_evaluation_tells_what_stands_behind_its_scores(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
     for low, high in evaluation.intervals.values():
         assert low <= high
     assert set(evaluation.intervals) >= {"auc", "f1", "fpr", "threshold", "tpr_at_5_fpr"}
@@ -540,31 +527,30 @@ def test_an_evaluation_tells_what_stands_behind_its_scores(tiny_run):
     wrong = evaluation.most_wrong()
     called = wrong["prob"] >= evaluation.thresholds["threshold"]
     assert (called != wrong["label"].astype(bool)).all()
-    sweep = evaluate_robustness(tiny_run, "A", manifest)
+    sweep = evaluate_robustness(run, "A", manifest)
     assert sweep["images"].eq(8).all()
-    card = build_card(tiny_run, "A").read_text()
+    card = build_card(run, "A").read_text()
     assert "chosen on 8 validation images (4 of them positive)" in card and "log(4 / 4)" in card
-    facts = read_json(tiny_run.folder / "run.json")
-    update_json(tiny_run.folder / "run.json", taskA_chosen_on=None)  # as a version that fitted no intercept left it
-    assert "fitted no intercept" in build_card(tiny_run, "A").read_text()
-    update_json(tiny_run.folder / "run.json", **facts)
+    facts = read_json(run.folder / "run.json")
+    update_json(run.folder / "run.json", taskA_chosen_on=None)  # as a version that fitted no intercept left it
+    assert "fitted no intercept" in build_card(run, "A").read_text()
+    update_json(run.folder / "run.json", **facts)
     for part in ("Intended use", "| AUC |", "Scores by generator", "after common changes", "test_convnext", "Limits"):
         assert part in card
     for figure in (
         plots.reliability_diagram(evaluation, "A"),
         plots.robustness_curves(sweep, "A"),
-        plots.attribution_gallery(tiny_run, evaluation.surest(), "surest"),
+        plots.attribution_gallery(run, evaluation.surest(), "surest"),
     ):
         figure.canvas.draw()
 
 
-def test_without_a_mistake_the_gallery_of_mistakes_is_empty(tiny_run):
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    evaluation = evaluate(tiny_run, "A", manifest)
+def test_without_a_mistake_the_gallery_of_mistakes_is_empty(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
     evaluation.table["prob"] = evaluation.table["label"].astype(float)
     assert evaluation.most_wrong().empty
-    plots.attribution_gallery(tiny_run, evaluation.most_wrong(), "none").canvas.draw()
+    plots.attribution_gallery(run, evaluation.most_wrong(), "none").canvas.draw()
 
 
 def test_platforms_are_known_by_source_or_name():
@@ -605,11 +591,10 @@ def test_images_of_one_pixel_are_trained_on_and_judged(tiny_run, task):
     assert pd.isna(infer(tiny_run, task).set_index("image_id").loc["dot.png", "error"])
 
 
-def test_a_state_of_another_version_starts_training_anew(tiny_run, capsys):
-    manifest = build_manifest(tiny_run, "A")
-    train(tiny_run, "A", manifest)
-    path = tiny_run.folder / "checkpoints" / "taskA_state.pt"
+def test_a_state_of_another_version_starts_training_anew(trained, capsys):
+    run, manifest = trained("A")
+    path = run.folder / "checkpoints" / "taskA_state.pt"
     torch.save(torch.load(path, weights_only=True) | {"format": 1}, path)
     capsys.readouterr()
-    assert len(train(tiny_run, "A", manifest)) == 2
+    assert len(train(run, "A", manifest)) == 2
     assert "starting anew" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, changed
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -103,7 +103,7 @@ def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize("ended", [KeyboardInterrupt, OSError])
 def test_an_epoch_whose_validation_does_not_end_is_not_trained_again(ended, tiny_run, monkeypatch):
-    run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 2}), tiny_run.data)
+    run = changed(tiny_run, epochs_finetune=2)
     manifest, columns = build_manifest(run, "A"), ["step", "epoch", "train_loss", "val_auc", "lr"]
     expected = train(run, "A", manifest)[columns]
     (run.folder / "checkpoints" / "taskA_state.pt").unlink()
@@ -145,7 +145,7 @@ def command(tiny_run):
     started = []
 
     def start(*arguments, **changes) -> tuple[Run, subprocess.Popen]:
-        run = Run(tiny_run.params.model_copy(update={"epochs_finetune": 500, "tasks": ["A"]} | changes), tiny_run.data)
+        run = changed(tiny_run, **{"epochs_finetune": 500, "tasks": ["A"]} | changes)
         words = [sys.executable, "-m", "forensics_lib", *arguments, "--params", str(run.write_params())]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         process = subprocess.Popen(words, cwd=project_root(), **options)

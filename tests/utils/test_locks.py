@@ -7,7 +7,6 @@ import time
 import pytest
 from filelock import FileLock
 
-from forensics_lib.data.manifest import build_manifest
 from forensics_lib.training.loop import train
 from forensics_lib.training.resume import epoch_lines, only_trainer, read_history
 from forensics_lib.utils import locks as attach
@@ -21,24 +20,24 @@ time.sleep(600)
 """
 
 
-def test_a_training_elsewhere_is_shown_and_taken_up(tiny_run, monkeypatch, capsys):
-    manifest = build_manifest(tiny_run, "A")
-    expected = train(tiny_run, "A", manifest)
+def test_a_training_elsewhere_is_shown_and_taken_up(trained, monkeypatch, capsys):
+    run, manifest = trained("A")
+    expected = read_history(run, "A")
     capsys.readouterr()
-    lines = tiny_run.metrics.read_text().splitlines(keepends=True)
-    tiny_run.metrics.write_text(lines[0])
-    elsewhere = FileLock(tiny_run.folder / "checkpoints" / "taskA.lock")
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text(lines[0])
+    elsewhere = FileLock(run.folder / "checkpoints" / "taskA.lock")
     elsewhere.acquire()
 
     def looked(_seconds: float) -> None:
-        tiny_run.metrics.write_text("".join(lines))
+        run.metrics.write_text("".join(lines))
         if "finetune 1/1" in (told := capsys.readouterr().out):
             elsewhere.release()
         shown.append(told)
 
     shown: list[str] = []
     monkeypatch.setattr(attach.time, "sleep", looked)
-    metrics = train(tiny_run, "A", manifest)
+    metrics = train(run, "A", manifest)
     assert metrics.equals(expected)
     assert "being trained by another process" in shown[0]
     assert "".join(shown).count("head 1/1") == 1
@@ -106,11 +105,11 @@ def test_epochs_of_a_training_that_replaces_another_are_shown_from_its_first_on(
         assert capsys.readouterr().out.splitlines()[3:] == ["new 1", "new 2"]
 
 
-def test_epochs_of_the_training_before_are_not_shown_as_those_of_one_without_an_epoch(tiny_run):
-    train(tiny_run, "A", build_manifest(tiny_run, "A"))
-    assert len(epoch_lines(tiny_run, "A")) == 2
-    (tiny_run.folder / "checkpoints" / "begun").mkdir()
-    (tiny_run.folder / "checkpoints" / "begun" / "taskB_head_best.pth").touch()
-    assert len(epoch_lines(tiny_run, "A")) == 2
-    (tiny_run.folder / "checkpoints" / "begun" / "taskA_head_best.pth").touch()
-    assert epoch_lines(tiny_run, "A") == []
+def test_epochs_of_the_training_before_are_not_shown_as_those_of_one_without_an_epoch(trained):
+    run, _ = trained("A")
+    assert len(epoch_lines(run, "A")) == 2
+    (run.folder / "checkpoints" / "begun").mkdir()
+    (run.folder / "checkpoints" / "begun" / "taskB_head_best.pth").touch()
+    assert len(epoch_lines(run, "A")) == 2
+    (run.folder / "checkpoints" / "begun" / "taskA_head_best.pth").touch()
+    assert epoch_lines(run, "A") == []
