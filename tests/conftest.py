@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,14 @@ from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation import evaluate as evaluation
 from forensics_lib.evaluation import metrics
 from forensics_lib.evaluation.evaluate import evaluate
+from forensics_lib.images.masks import save_mask
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.reports import compare as comparison
 from forensics_lib.run import Run
 from forensics_lib.training import loop
 from forensics_lib.training.loop import train
-from forensics_lib.utils.files import project_root
+from forensics_lib.utils.files import project_root, update_json, write_csv
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -53,6 +56,7 @@ TINY = {
 }
 OPERATIONS = ("resize", "blur", "noise", "double_jpeg", "jpeg", "webp", "social")
 NOTHING, EVERYTHING = (Degradations(**dict.fromkeys(OPERATIONS, probability)) for probability in (0.0, 1.0))
+SIZES = {"a.jpg": (20, 30), "b.png": (31, 17)}  # the test images of ``submittable``
 CORPUS = Path(os.environ.get("FORENSICS_CORPUS", project_root().parent / "shared" / "corpus"))
 OFFICIAL = CORPUS.parent / "official"
 needs_corpus = pytest.mark.skipif(not CORPUS.is_dir(), reason=f"no corpus at {CORPUS} (FORENSICS_CORPUS)")
@@ -94,6 +98,11 @@ def records(rows) -> list[dict]:
     return table.where(table.notna(), None).to_dict("records")
 
 
+def tally(rows, *keys) -> Counter:
+    """How many rows there are of each combination of the values of ``keys``."""
+    return Counter(tuple(row[key] for key in keys) for row in rows)
+
+
 def photo_table(paths: list[Path], **columns) -> pd.DataFrame:
     rows = pd.DataFrame({"path": [str(path) for path in paths], "label": 0, "split": "train", "error": None, "data_set": "set"})
     return rows.assign(group=rows["path"], **columns)
@@ -127,6 +136,11 @@ def hub_file(path: Path, rng, *, names: list[str] | None, labels: list, masks: b
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=rows_in_group)
     return path
+
+
+def model(task="B", backbone="test_convnext", **options) -> CombinedModel:
+    """A small model with a decoder."""
+    return CombinedModel(task, backbone, decoder_channels=16, **options)
 
 
 def make_tiny_data(root: Path, seed: int = 0) -> Path:
@@ -228,6 +242,21 @@ def tiny_data(tmp_path: Path) -> Path:
 def tiny_run(tiny_data: Path) -> Run:
     """A run on tiny data whose outputs go to a scratch folder."""
     return Run(Params(**TINY, data_root=str(tiny_data)), tiny_data)
+
+
+@pytest.fixture
+def submittable(tiny_run: Run, rng) -> Run:
+    """A run with results for two test images per task, as inference leaves them."""
+    for task in ("A", "B"):
+        for old in tiny_run.test_folder(task).iterdir():
+            old.unlink()
+        for name, size in SIZES.items():
+            save(tiny_run.test_folder(task) / name, picture(rng, *size))
+        write_csv(tiny_run.test_probs(task), pd.DataFrame({"image_id": list(SIZES), "prob": [0.9, 0.2]}))
+    for name, size in SIZES.items():
+        save_mask(tiny_run.masks / f"{Path(name).stem}.npz", rng.random(size))
+    update_json(tiny_run.thresholds, A={"threshold": 0.5}, B={"threshold": 0.5, "loc_threshold": 0.25})
+    return tiny_run
 
 
 @pytest.fixture(scope="session")

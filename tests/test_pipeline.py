@@ -4,16 +4,21 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import zmq
 from conftest import TINY, make_tiny_data
-from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 
 from forensics_lib import pipeline
 from forensics_lib.__main__ import _overrides, _parser, main, parse_settings
@@ -291,3 +296,38 @@ def test_the_validator_from_the_shell(home, capsys):
     archive.write_bytes(b"no zip")
     assert main(["validate", str(archive), "--task", "A", "--images", str(data / "test" / "taskA")]) == 1
     assert "not a zip archive" in capsys.readouterr().out
+
+
+SLOW = """
+import time
+from pathlib import Path
+from forensics_lib.utils.locks import stop_requests
+with stop_requests() as asked:
+    Path("begun").touch()
+    while not asked():
+        time.sleep(0.1)
+    time.sleep(6)  # a long batch
+    Path("saved").touch()
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    parameters = nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(SLOW)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "slow.ipynb")
+    monkeypatch.setattr(pipeline, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(project_root()))
+
+    def interrupt():
+        while not (folder / "begun").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises((KeyboardInterrupt, PapermillExecutionError, DeadKernelError)):
+        pipeline._execute(tiny_run, "slow", {})
+    assert (folder / "saved").exists()

@@ -4,7 +4,7 @@ import pytest
 from conftest import make_tiny_data
 
 from forensics_lib.params import ParamsError
-from forensics_lib.run import MissingDataError, open_run
+from forensics_lib.run import MissingDataError, open_run, stored_thresholds
 from forensics_lib.synthesis import sample
 
 
@@ -98,3 +98,8 @@ def test_the_sample_does_not_take_over_where_a_disk_is_not_mounted(empty_home, n
         MissingDataError, match=rf"{names[0]} is a link to /mnt/none/{names[0]}, which is not there: is its disk"
     ):
         open_run("params/constrained.yaml")
+
+
+def test_without_a_threshold_the_way_out_is_named(tiny_run):
+    with pytest.raises(FileNotFoundError, match="training notebook"):
+        stored_thresholds(tiny_run, "A")

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CORPUS, TINY, needs_corpus, photo_table, picture, save, square_mask
+from conftest import CORPUS, TINY, needs_corpus, picture, save, square_mask
 from PIL import Image
 
 from forensics_lib.data import audit as audits
@@ -21,9 +21,7 @@ from forensics_lib.data.audit import (
 )
 from forensics_lib.data.check import check_data
 from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.images.headers import read_header
 from forensics_lib.images.masks import read_mask
-from forensics_lib.images.spectra import average_spectrum, radial_profile
 from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.reports import data_figures as data_plots
 from forensics_lib.run import Run
@@ -107,23 +105,6 @@ def test_an_audit_draws_both_classes_and_takes_any_seed(rng, monkeypatch, seed, 
     assert even.iloc[audits._drawn(even, limit, seed)]["label"].value_counts().max() == limit - limit // 2
     monkeypatch.setattr(audits, "AUDIT_ROWS", limit)
     assert 0 <= shortcut_audit(even, seed=seed).auc <= 1
-
-
-@pytest.mark.parametrize("quality", [35, 60, 75, 90, 97])
-def test_jpeg_quality_is_estimated_from_the_header(quality, tmp_path, rng):
-    Image.fromarray(picture(rng)).save(tmp_path / "x.jpg", quality=quality)
-    assert abs(read_header(tmp_path / "x.jpg").jpeg_quality - quality) <= 1.5
-
-
-def test_a_camera_is_known_by_its_exif(tmp_path, rng):
-    image = Image.fromarray(picture(rng))
-    exif = image.getexif()
-    exif[0x0110] = "a camera"
-    image.save(tmp_path / "x.jpg", exif=exif)
-    image.save(tmp_path / "y.png")
-    assert read_header(tmp_path / "x.jpg").camera
-    assert not read_header(tmp_path / "y.png").camera
-    assert read_header(tmp_path / "y.png").jpeg_quality is None
 
 
 @needs_corpus
@@ -289,18 +270,3 @@ def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
         figures += [unknown, data_plots.mask_area_distribution(mask_areas(manifest.assign(method=None)))]
     for figure in figures:
         figure.canvas.draw()
-
-
-def test_a_periodic_trace_stands_out_in_the_average_spectrum(tmp_path, rng):
-    """A faint wave of four pixels: in each picture lost under noise, in the average a peak at 1/4."""
-    lifted = 4 * np.cos(np.arange(160) * np.pi / 2)
-    paths = []
-    for i in range(30):
-        noise = rng.normal(128, 12, (160, 160, 1)) + lifted[None, :, None]
-        paths.append(save(tmp_path / f"{i}.png", np.repeat(noise.clip(0, 255), 3, 2).astype(np.uint8)))
-    spectrum = average_spectrum(photo_table(paths))
-    assert spectrum.shape == (128, 128)
-    row = spectrum[64, 66:]
-    assert row.argmax() + 2 == 32, "a quarter of the sampling frequency"
-    assert radial_profile(np.ones((128, 128))).tolist() == [1.0] * 64
-    assert np.isnan(average_spectrum(photo_table([save(tmp_path / "small.png", picture(rng))]))).all()

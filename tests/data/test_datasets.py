@@ -1,6 +1,5 @@
 import itertools
 import multiprocessing
-import tracemalloc
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from forensics_lib.data.datasets import (
     numbered_draws,
 )
 from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.images.crops import chosen_crops, chosen_places
 from forensics_lib.params import Degradations, Params
 
 
@@ -140,23 +138,6 @@ def test_a_balanced_epoch_shows_every_image_once():
     assert sorted(epoch_order(np.array([0, 1] * 20), 0, 0)) == list(range(40))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (31, 64), (32, 32), (100, 40), (200, 300)])
-@pytest.mark.parametrize("count", [1, 4])
-def test_inference_crops_are_native_and_never_too_many(shape, count, rng):
-    image = picture(rng, *shape)
-    found = chosen_crops(image, 32, count)
-    assert 1 <= len(found) <= count
-    assert all(crop.shape == (32, 32, 3) for crop in found)
-
-
-def test_the_textured_place_is_chosen(rng):
-    image = np.full((96, 96, 3), 128, np.uint8)
-    image[64:, 64:] = picture(rng, 32, 32)
-    centre, textured = chosen_crops(image, 32, 2)
-    assert (centre == image[32:64, 32:64]).all()
-    assert (textured == image[64:, 64:]).all()
-
-
 def test_equalizing_gives_other_formats_a_jpeg_history(tmp_path, rng):
     """A PNG is first compressed as one of the JPEG files were: what is left of it is what such a JPEG holds."""
     import pandas as pd
@@ -232,25 +213,6 @@ def test_keys_of_an_epoch_differ_within_each_batch_and_over_all(rows, batches_of
     keys = [key for batch in source.batches for key in batch]
     assert len(keys) == len(set(keys)) == 32
     assert {seed for seed, _, _ in keys} == {10**15}
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (129, 300), (700, 90)])
-def test_texture_is_the_mean_difference_of_neighbours(shape, rng):
-    image = picture(rng, *shape)
-    green = image[..., 1].astype(int)
-    energy = np.abs(np.diff(green, axis=0, prepend=green[:1])) + np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
-    places = chosen_places(image, 32, 6)[1:]
-    texture = [energy[y : y + 32, x : x + 32].mean() for y, x in places]
-    assert texture == sorted(texture, reverse=True)
-
-
-def test_ranking_by_texture_needs_little_memory(rng):
-    image = np.broadcast_to(rng.integers(0, 256, (8_000, 1, 3), dtype=np.uint8), (8_000, 6_000, 3))
-    tracemalloc.start()
-    chosen_places(image, 224, 5)
-    used = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert used < 40e6
 
 
 def test_rows_are_columns_with_missing_values_as_none():

@@ -16,7 +16,6 @@ from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import read_image
 from forensics_lib.params import Aligned, ParamsError, make_params
 from forensics_lib.run import Run
-from forensics_lib.synthesis.autoencoder import load_autoencode
 
 
 def smear(image: np.ndarray) -> np.ndarray:
@@ -208,16 +207,6 @@ def test_an_unreadable_photograph_has_no_twin(photos, capsys):
 def test_a_callable_that_changes_the_size_is_refused(photos):
     with pytest.raises(ValueError, match="must return an image of the same shape"):
         make_twins(photos, Aligned(), lambda image: image[:-1])
-
-
-def test_callables_are_found_by_name(monkeypatch, tmp_path):
-    (tmp_path / "my_autoencoder.py").write_text("def load():\n    return lambda image: image\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert load_autoencode("my_autoencoder:load")("x") == "x"
-    assert load_autoencode("own")(np.zeros((20, 30, 3), np.uint8)).shape == (20, 30, 3)
-    for wrong in ("my_autoencoder:nothing", "no_such_module:load"):
-        with pytest.raises(ValueError, match=f"'{wrong}' cannot be loaded"):
-            load_autoencode(wrong)
 
 
 def test_an_open_run_trains_on_twins_and_a_constrained_one_may_not(tiny_run):

@@ -1,15 +1,27 @@
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, OFFICIAL, encoded, needs_corpus, needs_official, picture, records, save
+from conftest import (
+    CORPUS,
+    OFFICIAL,
+    encoded,
+    needs_corpus,
+    needs_official,
+    picture,
+    records,
+    save,
+)
 from PIL import Image
 
-from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.data.layouts import mask_names, read_task_a, read_task_b_validation, read_test, read_tgif
+from forensics_lib.data.manifest import build_manifest, build_test_manifest
 from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.images.io import FORMATS, SUFFIXES
+from forensics_lib.training.loop import train
 
 
 def test_task_a_labels_splits_and_sources(tiny_data):
@@ -169,3 +181,32 @@ def test_training_images_of_rare_endings(tiny_data, rng):
         (folder / name).write_bytes(encoded(picture(rng), form))
     listed = {Path(row["path"]).name for row in records(read_task_a(tiny_data / "dataset"))}
     assert set(names) <= listed
+
+
+def test_names_that_would_share_a_mask_are_named():
+    with pytest.raises(LayoutError, match=r"x\.jpg and x\.png and x would share the mask x\.npz; y\.z\.gif and y\.z\.webp"):
+        mask_names(["f/x.jpg", "f/y.z.gif", "f/x.png", "f/one.png", "f/y.z.webp", "f/x"])
+    assert mask_names(["f/x.jpg", "f/X.png"]) == {"x.jpg": "x.npz", "X.png": "X.npz"}
+
+
+def test_test_images_that_would_share_a_mask_are_told_before_training(tiny_run):
+    manifest = build_manifest(tiny_run, "B")
+    folder = tiny_run.test_folder("B")
+    shutil.copy(folder / "b1.jpg", folder / "b1.jpeg%20")
+    for early in (lambda: build_test_manifest(tiny_run, "B"), lambda: train(tiny_run, "B", manifest)):
+        with pytest.raises(LayoutError, match=r"b1\.jpeg%20 and b1\.jpg would share the mask b1\.npz"):
+            early()
+    assert not tiny_run.metrics.is_file(), "nothing was trained"
+
+
+def test_masks_whose_names_differ_in_case_alone_are_noted(tiny_run, capsys):
+    folder = tiny_run.test_folder("B")
+    shutil.copy(folder / "b1.jpg", folder / "B1.png")
+    shutil.copy(folder / "b2.jpg", folder / "ne\u0301.png")
+    shutil.copy(folder / "b2.jpg", folder / "N\u00e9.png")
+    assert len(build_test_manifest(tiny_run, "B")) == 7
+    said = capsys.readouterr().out
+    assert "B1.npz and b1.npz" in said
+    assert "N\u00e9.npz and ne\u0301.npz" in said
+    build_test_manifest(tiny_run, "A")
+    assert "case" not in capsys.readouterr().out

@@ -400,3 +400,44 @@ def test_what_lies_above_the_data_root_tells_nothing(tmp_path, above):
     link(run, "train/1_fake/gi", tmp_path / "gi" / "train" / "ai")
     with pytest.raises(LayoutError, match="GenImage"):
         data_sets(run, "A")
+
+
+def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
+    touch(tmp_path / "gen", "sdv5/train/ai/1.png")
+    entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "gen")}
+    with pytest.raises(LayoutError, match=r"refused: .*gen \(genimage\)"):
+        build_manifest(with_data(tiny_run, *entries), "A")
+    assert len(data_sets(with_data(tiny_run, *entries, run_type="open"), "A")) == 2
+
+
+def test_a_constrained_run_looks_at_names_and_at_where_links_lead(tiny_run, tmp_path):
+    touch(tmp_path / "faces", "train/stylegan/1_fake/1.png", "train/cat/0_real/1.png")
+    with pytest.raises(LayoutError, match=r"stylegan: not among CNNDetection's"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "faces"), "layout": "cnndetection"}), "A")
+    touch(tmp_path / "ldm", "train/latent_diffusion_mine/1.png")
+    with pytest.raises(LayoutError, match="latent_diffusion_mine: not among"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "ldm")}), "A")
+    touch(tmp_path / "dataset_open", "train/1_fake/1.png", "train/0_real/1.png")
+    with pytest.raises(LayoutError, match=r"dataset_open.* is open data"):
+        data_sets(with_data(tiny_run, {"root": str(tmp_path / "dataset_open")}), "A")
+
+
+@pytest.mark.parametrize(
+    ("target", "fault"),
+    [("dataset_open/train/1_fake", "is open data"), ("sd5/train/ai", "GenImage"), ("sd3/fake", "Community")],
+)
+def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, tmp_path, target, fault):
+    touch(tmp_path / "elsewhere" / target, "1.png")
+    (tiny_run.data / "dataset" / "train" / "1_fake" / "more").symlink_to(tmp_path / "elsewhere" / target)
+    with pytest.raises(LayoutError, match=f"official data only; refused: .*{fault}"):
+        data_sets(tiny_run, "A")
+    opened = changed(tiny_run, run_type="open")
+    assert len(data_sets(opened, "A")) == 2
+
+
+@pytest.mark.parametrize("run_type", ["constrained", "open"])
+def test_the_validation_set_is_never_trained_on_by_a_link(tiny_run, tmp_path, run_type):
+    touch(tmp_path / "ITW-SM", "1_fake/x_1.jpg")
+    (tiny_run.data / "dataset" / "train" / "1_fake" / "itw").symlink_to(tmp_path / "ITW-SM" / "1_fake")
+    with pytest.raises(LayoutError, match="must not be trained on"):
+        data_sets(changed(tiny_run, run_type=run_type), "A")

@@ -6,35 +6,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import OFFICIAL, changed, hub_file, picture, records, save, square_mask, touch, with_data
-from PIL import Image
+from conftest import changed, hub_file, picture, records, save, square_mask, tally, touch, with_data
 
-from forensics_lib.__main__ import main
 from forensics_lib.data import check as official
 from forensics_lib.data.datasets import TrainingCrops
-from forensics_lib.data.duplicates import groups_across_splits, overlapping, shared_photographs
-from forensics_lib.data.layouts import read_task_b_validation, read_tgif
 from forensics_lib.data.manifest import build_manifest, data_sets, usable
 from forensics_lib.data.readers import detect_layout, read_data_set, task_of
 from forensics_lib.data.rows import LayoutError
 from forensics_lib.images.io import read_image
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-
-TGIF_OFFICIAL = {  # table: (folder, image name, mask name)
-    "sd2": ("sd2-sp", "{i}_mask_{m}.png_ps_mask.png_sd2_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
-    "ps": ("ps-sp", "{i}_mask_{m}.png_ps_{v}.png", "{i}_mask_{m}.png_ps_mask.png"),
-    "sd2-fr": ("sd2-fr", "{i}_mask_{m}.png_sd2-512_{v}.png", "{i}_mask_{m}_512.png"),
-    "sdxl": ("sdxl-fr", "{i}_mask_{m}.png_sdxl-1024_{v}.png", "{i}_mask_{m}_1024.png"),
-}
-
-
-def tally(rows, *keys) -> Counter:
-    return Counter(tuple(row[key] for key in keys) for row in rows)
 
 
 def read(root: Path, **values):
@@ -258,170 +241,9 @@ def test_a_table_with_masks_serves_task_b(tiny_run, rng):
     assert manifest["label"].tolist() == [0, 1, 0, 1]
 
 
-def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
-    touch(tmp_path / "gen", "sdv5/train/ai/1.png")
-    entries = {"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "gen")}
-    with pytest.raises(LayoutError, match=r"refused: .*gen \(genimage\)"):
-        build_manifest(with_data(tiny_run, *entries), "A")
-    assert len(data_sets(with_data(tiny_run, *entries, run_type="open"), "A")) == 2
-
-
-def test_a_constrained_run_looks_at_names_and_at_where_links_lead(tiny_run, tmp_path):
-    touch(tmp_path / "faces", "train/stylegan/1_fake/1.png", "train/cat/0_real/1.png")
-    with pytest.raises(LayoutError, match=r"stylegan: not among CNNDetection's"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "faces"), "layout": "cnndetection"}), "A")
-    touch(tmp_path / "ldm", "train/latent_diffusion_mine/1.png")
-    with pytest.raises(LayoutError, match="latent_diffusion_mine: not among"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "ldm")}), "A")
-    touch(tmp_path / "dataset_open", "train/1_fake/1.png", "train/0_real/1.png")
-    with pytest.raises(LayoutError, match=r"dataset_open.* is open data"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "dataset_open")}), "A")
-
-
-@pytest.mark.parametrize(
-    ("target", "fault"),
-    [("dataset_open/train/1_fake", "is open data"), ("sd5/train/ai", "GenImage"), ("sd3/fake", "Community")],
-)
-def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, tmp_path, target, fault):
-    touch(tmp_path / "elsewhere" / target, "1.png")
-    (tiny_run.data / "dataset" / "train" / "1_fake" / "more").symlink_to(tmp_path / "elsewhere" / target)
-    with pytest.raises(LayoutError, match=f"official data only; refused: .*{fault}"):
-        data_sets(tiny_run, "A")
-    opened = changed(tiny_run, run_type="open")
-    assert len(data_sets(opened, "A")) == 2
-
-
-@pytest.mark.parametrize("run_type", ["constrained", "open"])
-def test_the_validation_set_is_never_trained_on_by_a_link(tiny_run, tmp_path, run_type):
-    touch(tmp_path / "ITW-SM", "1_fake/x_1.jpg")
-    (tiny_run.data / "dataset" / "train" / "1_fake" / "itw").symlink_to(tmp_path / "ITW-SM" / "1_fake")
-    with pytest.raises(LayoutError, match="must not be trained on"):
-        data_sets(changed(tiny_run, run_type=run_type), "A")
-
-
-def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
-    monkeypatch.setitem(official.EXPECTED, "own", {("val", 0): 4, ("val", 1): 4})
-    monkeypatch.setitem(official.EXPECTED, "task_b_validation", {("val", 0): 2, ("val", 1): 2})
-    counts = {("train", 0): 2, ("train", 1): 4, ("val", 0): 2, ("val", 1): 4, ("test", 0): 2, ("test", 1): 4}
-    monkeypatch.setitem(official.EXPECTED, "tgif", counts)
-    monkeypatch.setitem(official.TEST_IMAGES, "A", 4)
-    assert official.check_data(tiny_run).complete
-    twin = tiny_run.test_folder("B") / "b0.webp"
-    twin.write_bytes(b"")
-    clashing = official.check_data(tiny_run)
-    assert not clashing.complete
-    assert "b0.jpg and b0.webp would share the mask b0.npz" in clashing.report()
-    twin.unlink()
-    next((tiny_run.data / "dataset_taskB" / "TGIF" / "masks" / "training").rglob("*_512.png")).unlink()
-    found = official.check_data(tiny_run)
-    assert not found.complete and "INCOMPLETE" in found.report() and "its mask" in found.report()
-    next((tiny_run.data / "dataset_taskB" / "TGIF" / "sd2-fr" / "validation").rglob("*.png")).unlink()
-    missing = official.check_data(tiny_run).table.set_index(["layout", "split", "class"])["missing"]
-    assert missing["tgif", "val", "positive"].sum() == 1  # pandas 2 gives a series, since test images stand there twice
-    assert main(["check-data", "--data", str(tiny_run.data)]) == 1
-    assert "INCOMPLETE" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("task", [None, "B"])
-def test_published_counts_hold_for_the_official_set_alone(task, tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(official.EXPECTED, "own", {("val", 0): 4, ("val", 1): 4})
-    for number, split, name in ((0, "train", "0_real"), (1, "train", "1_fake"), (2, "val", "0_real")):
-        folder = tmp_path / "second" / split / name
-        folder.mkdir(parents=True)
-        Image.new("RGB", (40, 40), (number, 90, 9)).save(folder / "a.png")
-    entries = [{"root": str(tiny_run.data / "dataset")}, {"root": str(tmp_path / "second")}]
-    entries = [entry | {"task": task, "layout": "own"} for entry in entries]
-    run = with_data(tiny_run, *entries, run_type="open", tasks=[task or "A"])
-    table = official.check_data(run).table
-    own = table[table["layout"] == "own"].set_index("set")
-    assert own.loc[str(tmp_path / "second"), "expected"].isna().all()
-    assert own["missing"].eq(0).all()
-    assert own.loc[str(tiny_run.data / "dataset"), "expected"].notna().any() == (task is None)
-
-
-def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
-    assert main(["check-data", "--data", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    for part in ("58560", "8184", "6212", "3227", "5000", "10000", str(tmp_path / "test" / "taskB")):
-        assert part in said
-
-
-def test_official_tgif_and_validation_are_complete_by_count(official_tree, tmp_path):
-    expected = dict.fromkeys(official.EXPECTED["tgif"], 0)
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"), official.EXPECTED["tgif"])
-    assert {line["found"] for line in lines} == set(official.EXPECTED["tgif"].values())
-    assert [line["missing"] for line in lines] == [0] * len(expected)
-    published = official.EXPECTED["task_b_validation"]
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"), published)
-    assert [(line["found"], line["missing"]) for line in lines] == [(3_227, 0), (6_212, 0)]
-
-
 def test_a_wrong_entry_names_its_key():
     with pytest.raises(ParamsError, match=r"data\.0\.rot: unknown key .*did you mean 'root'"):
         make_params({"data": [{"rot": "x", "root": "y"}]}, "own.yaml")
-
-
-@pytest.fixture(scope="module")
-def official_tree(tmp_path_factory) -> Path:
-    """TGIF and the Task B validation set as empty files under all their official names."""
-    if not OFFICIAL.is_dir():
-        pytest.skip(f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
-    root = tmp_path_factory.mktemp("official")
-    for split in ("training", "validation", "testing"):
-        _lay_out_tgif(root / "TGIF", split)
-    table = (OFFICIAL / "taskB_val.csv").read_bytes()
-    touch(root / "val", "taskB_val.csv")
-    (root / "val" / "taskB_val.csv").write_bytes(table)
-    originals = {line["src_path"] for line in csv.DictReader(table.decode().splitlines())}
-    touch(root / "val", *(name.replace("\\", "/").removeprefix("sagid/val/") for name in originals))
-    return root
-
-
-def _lay_out_tgif(root: Path, split: str) -> None:
-    def lines(table: str) -> list[dict[str, str]]:
-        with (OFFICIAL / "tgif" / f"{table}_{split}.csv").open() as file:
-            return list(csv.DictReader(file))
-
-    for item in lines("orig"):
-        touch(root, *(f"orig/{split}/{item['category']}/{item['image_id']}_orig{size}.png" for size in ("", "_512", "_1024")))
-    for table, (folder, image, mask) in TGIF_OFFICIAL.items():
-        for item in lines(table.removesuffix("-fr")):
-            values = {"i": item["image_id"], "m": item["mask_variation"], "v": item["gen_variation_id"]}
-            touch(root, f"{folder}/{split}/{item['category']}/{image.format(**values)}")
-            touch(root, f"masks/{split}/{item['category']}/{mask.format(**values)}")
-
-
-def test_official_tgif_counts_masks_and_groups(official_tree):
-    rows = records(read_tgif(official_tree / "TGIF"))
-    fakes = [row for row in rows if row["label"]]
-    assert len(fakes) == 74_976
-    assert tally(fakes, "split") == {("train",): 4 * 14_640, ("val",): 4 * 2_046, ("test",): 4 * 2_058}
-    assert tally(fakes, "kind") == {("sp",): 37_488, ("fr",): 37_488}
-    assert tally(fakes, "method") == {(method,): 18_744 for method in ("sd2-sp", "ps-sp", "sd2-fr", "sdxl-fr")}
-    masks = {row["mask_path"] for row in fakes}
-    assert len(masks) == 3 * 6_248
-    assert all(Path(mask).is_file() for mask in masks)
-    assert len(rows) - len(fakes) == 3 * 3_124
-
-
-def test_official_overlap_of_tgif_and_task_b_validation(official_tree):
-    tgif = read_tgif(official_tree / "TGIF").table()
-    validation = read_task_b_validation(official_tree / "val").table()
-    assert (len(validation), int(validation["label"].sum())) == (3_227 + 6_212, 6_212)
-    both = pd.concat([tgif.assign(data_set="TGIF"), validation.assign(data_set="val")])
-    shared = shared_photographs(both).set_index(["one", "other"])["photographs"]
-    assert [shared[f"TGIF {split}", "val val"] for split in ("train", "val", "test")] == [597, 126, 142]
-    ours = both[both["data_set"] == "val"]
-    assert ours.loc[overlapping(both)[both["data_set"] == "val"], "group"].nunique() == 865
-    tgif["split"] = "tgif " + tgif["split"]
-    both = groups_across_splits(pd.concat([tgif, validation]).assign(error=np.nan))
-    shared = both[both["val"] > 0]
-    assert len(shared) == 865
-    assert {split: int((shared[f"tgif {split}"] > 0).sum()) for split in ("train", "val", "test")} == {
-        "train": 597,
-        "val": 126,
-        "test": 142,
-    }
 
 
 def test_a_listing_that_names_no_more_than_the_prefix(tmp_path):
@@ -956,12 +778,6 @@ def test_the_split_of_a_table(tmp_path):
     assert tally(read(tmp_path / "mine.csv", split="train"), "split") == {("val",): 1, ("train",): 1}
     with pytest.raises(LayoutError, match="never trained on"):
         read(tmp_path / "test_list.csv", split="train")
-
-
-def test_check_data_says_what_is_not_read(tiny_run, capsys):
-    touch(tiny_run.data / "dataset", "holdout2/0_real/1.png")
-    official.check_data(tiny_run)
-    assert f"not read: {tiny_run.data / 'dataset' / 'holdout2'}" in capsys.readouterr().out
 
 
 def test_the_data_root_in_other_spellings(tiny_run):

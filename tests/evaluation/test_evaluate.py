@@ -1,6 +1,7 @@
 """What is reported of a model follows from the images that decide, and stands also where they are few."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,18 +11,20 @@ from conftest import changed, picture, save, square_mask
 from forensics_lib.data.manifest import build_manifest, sources
 from forensics_lib.evaluation import evaluate as evaluation
 from forensics_lib.evaluation import robustness
+from forensics_lib.evaluation.evaluate import _platform, evaluate, evaluate_held_out, evaluate_robustness
 from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, f1_score, threshold_free_scores, value_counts
 from forensics_lib.evaluation.predictions import Predictions
-from forensics_lib.models.checkpoint import save_checkpoint
+from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
 from forensics_lib.reports import compare
 from forensics_lib.reports import figures as plots
 from forensics_lib.reports.browser import browse_evaluated_masks
 from forensics_lib.reports.compare import compare as compare_runs
+from forensics_lib.reports.figures import mask_examples
 from forensics_lib.reports.model_card import build_card
 from forensics_lib.reports.report import build_report
-from forensics_lib.run import Run
-from forensics_lib.utils.files import read_json
+from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.utils.files import read_json, update_json
 
 
 @pytest.fixture
@@ -166,3 +169,81 @@ def test_photographs_that_stand_elsewhere_are_left_out_beside_all(tiny_run, answ
     found = evaluation.evaluate(run, "B", manifest)
     assert found.without_overlap["images"] == 2 < found.metrics["images"]
     assert "without overlap" in found.summary().columns
+
+
+def test_validation_writes_probabilities_and_thresholds(trained):
+    run, manifest = trained("B")
+    evaluation = evaluate(run, "B", manifest)
+    written = pd.read_csv(run.val_probs("B"))
+    assert written.columns[:2].tolist() == ["image_id", "prob"]
+    assert len(written) == len(evaluation.table) == 10
+    thresholds = stored_thresholds(run, "B")
+    assert set(thresholds) == {"threshold", "loc_threshold", "temperature", "intercept"}
+    assert read_checkpoint(run.finetuned_model("B"))["thresholds"] == thresholds
+    assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
+    assert evaluation.without_overlap is None, "the official set's photographs are all TGIF's here"
+    assert evaluation.summary().columns.tolist() == ["deciding images", "95% from", "to", "other validation images"]
+    held_out = evaluate_held_out(run, "B", manifest)
+    assert set(held_out.table["split"]) == {"test"}
+    assert held_out.thresholds == thresholds
+    assert evaluation.by("source", "kind")["images"].sum() == 10
+    assert all(example.truth.any() for example in mask_examples(run, evaluation, "best", 3))
+    assert not any(example.truth.any() for example in mask_examples(run, evaluation, "alarms", 3))
+    ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou")
+    for which, row in (("worst", ranked.iloc[0]), ("best", ranked.iloc[-1])):
+        (first,) = mask_examples(run, evaluation, which, 1)
+        assert f"IoU {row['iou']:.2f}" in first.title
+    (nearest,) = mask_examples(run, evaluation, "borderline", 1)
+    assert plots.mask_gallery([nearest], 0.5, "borderline")
+    unknown = replace(evaluation, table=evaluation.table.assign(method=None))
+    assert "\nmanipulated (" in mask_examples(run, unknown, "best", 1)[0].title
+    browser = browse_evaluated_masks(run, evaluation)
+    browser.forth.click()
+    assert "IoU" in browser.text.value
+    assert {"loc_threshold", "iou_manipulated", "threshold"} <= set(evaluation.intervals)
+    by_size = evaluation.by("kind", "size")
+    assert set(by_size.loc[by_size["label"] == 0, "size"]) == {"none"}
+    assert "none" not in set(by_size.loc[by_size["label"] == 1, "size"])
+
+
+def test_an_evaluation_tells_what_stands_behind_its_scores(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
+    for low, high in evaluation.intervals.values():
+        assert low <= high
+    assert set(evaluation.intervals) >= {"auc", "f1", "fpr", "threshold", "tpr_at_5_fpr"}
+    table = evaluation.threshold_table()
+    assert table.loc["best in hindsight", "f1"] >= table["f1"].max() - 1e-9
+    wrong = evaluation.most_wrong()
+    called = wrong["prob"] >= evaluation.thresholds["threshold"]
+    assert (called != wrong["label"].astype(bool)).all()
+    sweep = evaluate_robustness(run, "A", manifest)
+    assert sweep["images"].eq(8).all()
+    card = build_card(run, "A").read_text()
+    assert "chosen on 8 validation images (4 of them positive)" in card and "log(4 / 4)" in card
+    facts = read_json(run.folder / "run.json")
+    update_json(run.folder / "run.json", taskA_chosen_on=None)  # as a version that fitted no intercept left it
+    assert "fitted no intercept" in build_card(run, "A").read_text()
+    update_json(run.folder / "run.json", **facts)
+    for part in ("Intended use", "| AUC |", "Scores by generator", "after common changes", "test_convnext", "Limits"):
+        assert part in card
+    for figure in (
+        plots.reliability_diagram(evaluation, "A"),
+        plots.robustness_curves(sweep, "A"),
+        plots.attribution_gallery(run, evaluation.surest(), "surest"),
+    ):
+        figure.canvas.draw()
+
+
+def test_without_a_mistake_the_gallery_of_mistakes_is_empty(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
+    evaluation.table["prob"] = evaluation.table["label"].astype(float)
+    assert evaluation.most_wrong().empty
+    plots.attribution_gallery(run, evaluation.most_wrong(), "none").canvas.draw()
+
+
+def test_platforms_are_known_by_source_or_name():
+    assert _platform("itw_sm/facebook", "a.jpg") == "facebook"
+    assert _platform("src", "X_618.jpg") == "x"
+    assert _platform("src", "holiday_1.jpg") is None

@@ -1,13 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from sklearn.metrics import f1_score as sklearn_f1
 
-from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.device import choose_machine
-from forensics_lib.evaluation import predictions as scoring
 from forensics_lib.evaluation.metrics import (
     THRESHOLD_FREE,
     VALUES,
@@ -31,11 +27,8 @@ from forensics_lib.evaluation.metrics import (
     threshold_free_scores,
     value_counts,
 )
-from forensics_lib.images.io import read_image
 from forensics_lib.images.masks import written_mask
-from forensics_lib.inference.predict import predict_mask
 from forensics_lib.inference.probabilities import round_probs
-from forensics_lib.models.combined import build_model
 
 
 @pytest.fixture
@@ -363,37 +356,3 @@ def test_a_draw_holds_whole_photographs_and_both_classes():
 def test_an_image_without_a_photograph_is_an_error(scored):
     with pytest.raises(ValueError, match="1 of 200 images have no group"):
         bootstrap_interval(lambda y, p: y.mean(), *scored, groups=np.array([None] + ["a"] * 199, object))
-
-
-# ---- Predictions -----------------------------------------------------------------------------------------------------
-
-
-def expected_scores(model, rows, params, machine) -> pd.DataFrame:
-    lines = []
-    for _, row in rows.iterrows():
-        _, mask = predict_mask(model, read_image(row["path"]), params, machine)
-        truth = scoring.truth_mask(row, mask.shape).ravel()
-        probs = mask.ravel().astype(float)
-        both = 0 < truth.mean() < 1
-        lines.append([f(truth, probs) if both else np.nan for f in (roc_auc_score, average_precision_score)])
-    return pd.DataFrame(lines, columns=["pixel_auc", "pixel_ap"])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_predictions_have_the_exact_scores_of_each_mask(tiny_run, monkeypatch, processes):
-    rows, params = usable(build_manifest(tiny_run, "B"), "val"), tiny_run.params
-    broken = rows.index[-1]
-    rows.loc[broken, "path"] = "gone.png"
-    torch.manual_seed(0)
-    model, machine = build_model(params, "B").eval(), choose_machine(params)
-    parts = []
-    monkeypatch.setattr(scoring, "world", lambda: processes)
-    monkeypatch.setattr(scoring, "all_gather", lambda part: parts.append(part) or parts)
-    monkeypatch.setattr(scoring, "check_finite", lambda *_: None)  # which would miss what the next process answers
-    for number in range(processes):
-        monkeypatch.setattr(scoring, "rank", lambda number=number: number)
-        found = scoring.predict_labelled(model, "B", rows, params, machine)  # the last one sees all parts
-    expected = expected_scores(model, rows.drop(index=broken), params, machine)
-    assert expected["pixel_auc"].notna().any()
-    pd.testing.assert_frame_equal(found.exact[found.good()][["pixel_auc", "pixel_ap"]], expected, rtol=0, atol=1e-9)
-    assert found.exact.loc[broken].isna().all() and list(found.errors) == [broken]

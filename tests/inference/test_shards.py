@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import changed
+from conftest import changed, picture, save
 from filelock import FileLock
+from scipy.special import logit
 
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation import predictions as scoring
@@ -32,7 +34,7 @@ OTHERS = {  # other values than the tiny run's, of what a task's predictions dep
 
 
 @pytest.fixture(params=["A", "B"])
-def trained(request, trained, monkeypatch) -> tuple[Run, str]:
+def trained_run(request, trained, monkeypatch) -> tuple[Run, str]:
     """The tiny run, trained and evaluated, with its task."""
     monkeypatch.setattr(module, "SHARDS", 2)  # two shards of two images
     return trained(request.param)[0], request.param
@@ -42,8 +44,8 @@ def shards(run: Run) -> list:
     return sorted((run.folder / "shards").rglob("*.parquet"))
 
 
-def test_only_what_is_missing_is_done_again(trained, capsys):
-    run, task = trained
+def test_only_what_is_missing_is_done_again(trained_run, capsys):
+    run, task = trained_run
     first = infer(run, task)
     kept, gone = shards(run)
     before = kept.stat().st_mtime_ns
@@ -56,8 +58,8 @@ def test_only_what_is_missing_is_done_again(trained, capsys):
     assert gone.is_file()
 
 
-def test_other_images_or_parameters_begin_anew(trained):
-    run, task = trained
+def test_other_images_or_parameters_begin_anew(trained_run):
+    run, task = trained_run
     infer(run, task)
     before = shards(run)
     name = "a" if task == "A" else "b"
@@ -72,9 +74,9 @@ def test_other_images_or_parameters_begin_anew(trained):
     assert not set(shards(run)) & set(before)
 
 
-def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained, capsys):
+def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained_run, capsys):
     """In force on the present version's files, and on those that name settings in the checkpoint alone."""
-    run, task = trained
+    run, task = trained_run
     expected = infer(run, task)
     written = run.test_probs(task).read_bytes()
     for _ in range(2):
@@ -94,15 +96,15 @@ def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained, ca
         update_json(run.thresholds, **{task: {key: facts[key] for key in facts if key not in ("inference", "precision")}})
 
 
-def test_another_precision_is_said(trained, capsys):
-    run, task = trained
+def test_another_precision_is_said(trained_run, capsys):
+    run, task = trained_run
     update_json(run.thresholds, **{task: read_json(run.thresholds)[task] | {"precision": "bf16"}})
     infer(run, task)
     assert "thresholds were chosen in bf16, this machine predicts in fp32" in capsys.readouterr().out
 
 
-def test_a_model_that_was_trained_since_has_no_thresholds(trained):
-    run, task = trained
+def test_a_model_that_was_trained_since_has_no_thresholds(trained_run):
+    run, task = trained_run
     content = read_checkpoint(run.finetuned_model(task))
     del content["thresholds"]
     torch.save(content, run.finetuned_model(task))
@@ -110,8 +112,8 @@ def test_a_model_that_was_trained_since_has_no_thresholds(trained):
         infer(run, task)
 
 
-def test_thresholds_chosen_anew_ask_for_another_inference(trained):
-    run, task = trained
+def test_thresholds_chosen_anew_ask_for_another_inference(trained_run):
+    run, task = trained_run
     infer(run, task)
     other = changed(run, **OTHERS[task])
     evaluate(other, task, build_manifest(other, task))
@@ -121,8 +123,8 @@ def test_thresholds_chosen_anew_ask_for_another_inference(trained):
     assert build_submission(other, task).valid
 
 
-def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(trained):
-    run, task = trained
+def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(trained_run):
+    run, task = trained_run
     infer(run, task)
     kept = read_json(run.thresholds)[task]
     update_json(run.thresholds, **{task: kept | {"inference": kept["inference"] | {"new": 1}}})
@@ -131,8 +133,8 @@ def test_settings_chosen_anew_ask_for_another_inference_where_thresholds_stay(tr
 
 
 @pytest.mark.parametrize("values", [{"run_type": "open"}, {"sample": True}])
-def test_a_run_is_submitted_as_what_it_was_trained_as(values, trained):
-    run, task = trained
+def test_a_run_is_submitted_as_what_it_was_trained_as(values, trained_run):
+    run, task = trained_run
     infer(run, task)
     other = changed(run, **values)
     for step in (infer, build_submission):
@@ -141,8 +143,8 @@ def test_a_run_is_submitted_as_what_it_was_trained_as(values, trained):
     assert build_submission(run, task).valid
 
 
-def test_untrained_runs_name_those_that_are_trained(trained):
-    run, task = trained
+def test_untrained_runs_name_those_that_are_trained(trained_run):
+    run, task = trained_run
     run.record(params_file="params/mine.yaml", taskA_trained=None, taskB_trained=None)
     with pytest.raises(FileNotFoundError) as caught:
         infer(changed(run, run_name="other"), task)
@@ -164,9 +166,9 @@ print(len(infer.infer(open_run(sys.argv[1]), sys.argv[2])))
 
 
 @pytest.mark.slow
-def test_two_inferences_at_once_take_turns(trained, tmp_path):
+def test_two_inferences_at_once_take_turns(trained_run, tmp_path):
     """The second waits and takes up the first one's shards; with other test images it does its own, unmixed."""
-    run, task = trained
+    run, task = trained_run
     other = tmp_path / "others"
     shutil.copytree(run.test_folder(task), other)
     (other / "extra.jpg").write_bytes(next(other.iterdir()).read_bytes())
@@ -185,8 +187,8 @@ def test_two_inferences_at_once_take_turns(trained, tmp_path):
     assert len(pd.read_csv(run.test_probs(task))) == sum(len(pd.read_parquet(path)) for path in shards(run))
 
 
-def test_shards_that_are_not_the_folders_are_refused(trained):
-    run, task = trained
+def test_shards_that_are_not_the_folders_are_refused(trained_run):
+    run, task = trained_run
     infer(run, task)
     first, second = shards(run)
     second.replace(first)
@@ -195,16 +197,16 @@ def test_shards_that_are_not_the_folders_are_refused(trained):
         infer(run, task)
 
 
-def test_thresholds_of_an_older_version_are_refused(trained):
-    run, task = trained
+def test_thresholds_of_an_older_version_are_refused(trained_run):
+    run, task = trained_run
     update_json(run.thresholds, **{task: {"threshold": 0.5}})
     with pytest.raises(InferenceError, match="names no temperature"):
         infer(run, task)
 
 
-@pytest.mark.parametrize("trained", ["B"], indirect=True)
-def test_a_lost_mask_is_made_again(trained):
-    run, task = trained
+@pytest.mark.parametrize("trained_run", ["B"], indirect=True)
+def test_a_lost_mask_is_made_again(trained_run):
+    run, task = trained_run
     infer(run, task)
     mask = run.masks / "b1.npz"
     before = load_mask(mask)
@@ -233,8 +235,8 @@ def broken(after: int, model_answers):
     return answers
 
 
-def test_a_model_that_answers_no_number_is_refused_by_name(trained, monkeypatch):
-    run, task = trained
+def test_a_model_that_answers_no_number_is_refused_by_name(trained_run, monkeypatch):
+    run, task = trained_run
     names = {"A": "predict_probabilities", "B": "predict_masks"}
     for place in (module, scoring):
         monkeypatch.setattr(place, names[task], broken(3, getattr(module, names[task])))
@@ -247,8 +249,8 @@ def test_a_model_that_answers_no_number_is_refused_by_name(trained, monkeypatch)
             score(run, task, build_manifest(run, task))
 
 
-def test_answers_that_are_no_numbers_in_shards_of_an_earlier_version_are_refused(trained):
-    run, task = trained
+def test_answers_that_are_no_numbers_in_shards_of_an_earlier_version_are_refused(trained_run):
+    run, task = trained_run
     infer(run, task)
     path = shards(run)[1]
     table = pd.read_parquet(path)
@@ -274,9 +276,9 @@ def test_weights_that_are_not_finite_are_refused_and_unreadable_images_are_not_t
             infer(tiny_run, task)
 
 
-@pytest.mark.parametrize("trained", ["B"], indirect=True)
-def test_written_masks_hold_no_value_that_a_threshold_may_have(trained):
-    run, _ = trained
+@pytest.mark.parametrize("trained_run", ["B"], indirect=True)
+def test_written_masks_hold_no_value_that_a_threshold_may_have(trained_run):
+    run, _ = trained_run
     infer(run, "B")
     for path in run.masks.glob("*.npz"):
         mask = load_mask(path)
@@ -284,3 +286,37 @@ def test_written_masks_hold_no_value_that_a_threshold_may_have(trained):
         threshold = stored_thresholds(run, "B")["loc_threshold"]
         assert np.array_equal(mask > threshold, mask >= threshold)
         assert np.array_equal(mask > threshold, mask.astype(np.float64) > threshold)
+
+
+def test_inference_covers_every_test_image(trained, rng):
+    run, _ = trained("B")
+    folder = run.test_folder("B")
+    cut = save(folder / "cut.png", picture(rng, 64, 48))
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (folder / "junk.jpg").write_bytes(b"junk")
+    save(folder / "UPPER.PNG", picture(rng, 20, 30))
+    (run.masks).mkdir(parents=True)
+    (run.masks / "stale.npz").write_bytes(b"of another inference")
+    table = infer(run, "B")
+    assert table["image_id"].tolist() == sorted(path.name for path in folder.iterdir())
+    assert pd.read_csv(run.test_probs("B")).columns.tolist() == ["image_id", "prob"]
+    assert set(table.loc[table["error"].notna(), "image_id"]) == {"cut.png", "junk.jpg"}
+    assert (table.loc[table["error"].notna(), "prob"] == 0.5).all()
+    assert {path.name for path in run.masks.iterdir()} == {f"{name.rsplit('.')[0]}.npz" for name in table["image_id"]}
+    assert load_mask(run.masks / "cut.npz").shape == (64, 48)
+    assert not load_mask(run.masks / "cut.npz").any()
+    assert load_mask(run.masks / "UPPER.npz").shape == (20, 30)
+
+
+def test_calibrated_probabilities_are_what_is_written_for_test_images(trained):
+    run, manifest = trained("A")
+    evaluation = evaluate(run, "A", manifest)
+    plain = infer(run, "A")["prob"]
+    stored = json.loads(run.thresholds.read_text())
+    assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
+    assert stored["A"]["intercept"] == evaluation.thresholds["intercept"]
+    before = {key: stored["A"].pop(key) for key in ("temperature", "intercept")}
+    stored["A"]["temperature"] = 2.0  # alone, as a run of a version that fitted no intercept left it
+    run.thresholds.write_text(json.dumps(stored))
+    again = logit(infer(run, "A")["prob"]) * 2
+    np.testing.assert_allclose(logit(plain), again / before["temperature"] + before["intercept"], atol=1e-4)

@@ -1,20 +1,15 @@
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, picture
+from conftest import TINY, model, picture
 
-from forensics_lib.models.checkpoint import CheckpointError, add_to_checkpoint, load_model, read_checkpoint, save_checkpoint
+from forensics_lib.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, _widen, build_model
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
-
-
-def model(task="B", backbone="test_convnext", **options):
-    return CombinedModel(task, backbone, decoder_channels=16, **options)
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "tf_efficientnet_lite0", "resnet18", "test_vit"])
@@ -73,27 +68,6 @@ def test_all_stages():
     assert all(p.requires_grad for p in network.backbone.parameters())
 
 
-def test_checkpoint_rebuilds_the_model(tmp_path: Path):
-    network = model(frontend="srm").eval()
-    save_checkpoint(tmp_path / "m.pth", network)
-    add_to_checkpoint(tmp_path / "m.pth", thresholds={"threshold": 0.25})
-    rebuilt, content = load_model(tmp_path / "m.pth", "B")
-    x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(network(x).mask_logits, rebuilt(x).mask_logits)
-    assert content["thresholds"] == {"threshold": 0.25}
-
-
-def test_checkpoint_of_another_task_is_refused(tmp_path: Path):
-    save_checkpoint(tmp_path / "m.pth", model("A"))
-    with pytest.raises(CheckpointError, match="trained for Task A, not for Task B"):
-        load_model(tmp_path / "m.pth", "B")
-
-
-class _Attack:
-    def __reduce__(self):
-        return (Path.touch, (Path("/tmp/forensics-attack"),))  # noqa: S108 (must not come to be)
-
-
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_threads_change_nothing_in_bf16(task):
     torch.manual_seed(0)
@@ -109,50 +83,6 @@ def test_threads_change_nothing_in_bf16(task):
     torch.set_num_threads(before)
     for number, output in enumerate(outputs):
         assert all(torch.equal(value, first) for value, first in zip(output, outputs[number % 3], strict=True))
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
-    (tmp_path / "m.pth").write_bytes(pickle.dumps({"format": 1, "model": _Attack()}))
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        read_checkpoint(tmp_path / "m.pth")
-    torch.save({"format": 1, "model": _Attack()}, tmp_path / "n.pth")
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        read_checkpoint(tmp_path / "n.pth")
-    assert not Path("/tmp/forensics-attack").exists()  # noqa: S108
-
-
-def test_unknown_backbone_suggests_others():
-    with pytest.raises(ValueError, match=r"no model 'convnext_bse'.*convnext"):
-        model(backbone="convnext_bse")
-
-
-def test_pretrained_without_network_names_model_cache_and_ways_out(monkeypatch):
-    import timm
-
-    def offline(*_, **__):
-        raise OSError("cannot reach the hub")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match="convnext_base") as caught:
-        model("A", "convnext_base", pretrained=True)
-    assert all(word in str(caught.value) for word in ("cache", "pretrained_file", "pretrained: false"))
-
-
-def test_pretrained_file_is_loaded(tmp_path: Path):
-    import timm
-
-    source = timm.create_model("test_convnext", num_classes=10)
-    torch.save(source.state_dict(), tmp_path / "w.pth")
-    network = model("A", pretrained=True, pretrained_file=str(tmp_path / "w.pth"))
-    assert torch.equal(source.stem[0].weight, network.backbone.stem[0].weight)
-
-
-def test_pretrained_file_that_is_missing_or_of_another_model(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="pretrained_file"):
-        model("A", pretrained=True, pretrained_file=str(tmp_path / "none.pth"))
-    torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
-    with pytest.raises(OSError, match="do not load into test_convnext"):
-        model("A", pretrained=True, pretrained_file=str(tmp_path / "w.pth"))
 
 
 def test_a_pretrained_network_begins_as_it_was_when_it_gets_residuals(tmp_path: Path):

@@ -11,7 +11,6 @@ from PIL import Image
 
 from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
 from forensics_lib.synthesis import sample
-from forensics_lib.synthesis.autoencoder import WEIGHTS, load_autoencoder, regenerate, train_autoencoder
 from forensics_lib.synthesis.sample import PHOTOS, build_sample, load_photo
 
 
@@ -120,22 +119,3 @@ def test_files_of_others_are_not_deleted(tmp_path, monkeypatch):
 def test_every_photograph_is_there(name):
     assert load_photo(name).shape[2] == 3
     assert PHOTOS[name].licence
-
-
-def test_the_autoencoder_regenerates_without_copying():
-    photo = load_photo("coffee")[:101, :130]
-    twin = regenerate(load_autoencoder(), photo)
-    error = np.abs(twin.astype(float) - photo).mean()
-    assert twin.shape == photo.shape
-    assert 0.5 < error < 12
-    assert WEIGHTS.stat().st_size < 3_000_000
-
-
-@pytest.mark.slow
-def test_the_weights_script_learns():
-    photos = [load_photo("coffee")]
-    errors = []
-    for steps in (2, 40):
-        twin = regenerate(train_autoencoder(photos, steps, batch=4), photos[0])
-        errors.append(np.abs(twin.astype(float) - photos[0]).mean())
-    assert errors[1] < errors[0] / 2

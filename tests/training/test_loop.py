@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,31 +11,22 @@ import pandas as pd
 import pytest
 import torch
 from conftest import changed, picture, save, train_and_evaluate
-from scipy.special import logit
 
 from forensics_lib import device as machine
-from forensics_lib.data.layouts import mask_names
-from forensics_lib.data.manifest import build_manifest, build_test_manifest, data_fingerprint, usable
-from forensics_lib.data.rows import LayoutError
-from forensics_lib.evaluation.evaluate import _platform, evaluate, evaluate_held_out, evaluate_robustness
+from forensics_lib.data.manifest import build_manifest, data_fingerprint, usable
+from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
 from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.images.io import ImageError
-from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.models.combined import Output, build_model
-from forensics_lib.reports import figures as plots
-from forensics_lib.reports.attribution import grad_cam
-from forensics_lib.reports.browser import browse_evaluated_masks
-from forensics_lib.reports.figures import mask_examples
-from forensics_lib.reports.model_card import build_card
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
 from forensics_lib.training.loop import train
 from forensics_lib.training.losses import mask_loss
 from forensics_lib.training.resume import read_history
-from forensics_lib.utils.files import read_json, update_json
+from forensics_lib.utils.files import read_json
 
 
 def contents(run: Run) -> dict[Path, bytes]:
@@ -350,95 +340,6 @@ def test_false_alarms_on_authentic_images_weigh_more():
     assert torch.equal(mask_loss(logits, marked, authentic_weight=4.0), mask_loss(logits, marked))
 
 
-def test_validation_writes_probabilities_and_thresholds(trained):
-    run, manifest = trained("B")
-    evaluation = evaluate(run, "B", manifest)
-    written = pd.read_csv(run.val_probs("B"))
-    assert written.columns[:2].tolist() == ["image_id", "prob"]
-    assert len(written) == len(evaluation.table) == 10
-    thresholds = stored_thresholds(run, "B")
-    assert set(thresholds) == {"threshold", "loc_threshold", "temperature", "intercept"}
-    assert read_checkpoint(run.finetuned_model("B"))["thresholds"] == thresholds
-    assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
-    assert evaluation.without_overlap is None, "the official set's photographs are all TGIF's here"
-    assert evaluation.summary().columns.tolist() == ["deciding images", "95% from", "to", "other validation images"]
-    held_out = evaluate_held_out(run, "B", manifest)
-    assert set(held_out.table["split"]) == {"test"}
-    assert held_out.thresholds == thresholds
-    assert evaluation.by("source", "kind")["images"].sum() == 10
-    assert all(example.truth.any() for example in mask_examples(run, evaluation, "best", 3))
-    assert not any(example.truth.any() for example in mask_examples(run, evaluation, "alarms", 3))
-    ranked = evaluation.table[evaluation.table["label"] == 1].sort_values("iou")
-    for which, row in (("worst", ranked.iloc[0]), ("best", ranked.iloc[-1])):
-        (first,) = mask_examples(run, evaluation, which, 1)
-        assert f"IoU {row['iou']:.2f}" in first.title
-    (nearest,) = mask_examples(run, evaluation, "borderline", 1)
-    assert plots.mask_gallery([nearest], 0.5, "borderline")
-    unknown = replace(evaluation, table=evaluation.table.assign(method=None))
-    assert "\nmanipulated (" in mask_examples(run, unknown, "best", 1)[0].title
-    browser = browse_evaluated_masks(run, evaluation)
-    browser.forth.click()
-    assert "IoU" in browser.text.value
-    assert {"loc_threshold", "iou_manipulated", "threshold"} <= set(evaluation.intervals)
-    by_size = evaluation.by("kind", "size")
-    assert set(by_size.loc[by_size["label"] == 0, "size"]) == {"none"}
-    assert "none" not in set(by_size.loc[by_size["label"] == 1, "size"])
-
-
-def test_inference_covers_every_test_image(trained, rng):
-    run, _ = trained("B")
-    folder = run.test_folder("B")
-    cut = save(folder / "cut.png", picture(rng, 64, 48))
-    cut.write_bytes(cut.read_bytes()[:3000])
-    (folder / "junk.jpg").write_bytes(b"junk")
-    save(folder / "UPPER.PNG", picture(rng, 20, 30))
-    (run.masks).mkdir(parents=True)
-    (run.masks / "stale.npz").write_bytes(b"of another inference")
-    table = infer(run, "B")
-    assert table["image_id"].tolist() == sorted(path.name for path in folder.iterdir())
-    assert pd.read_csv(run.test_probs("B")).columns.tolist() == ["image_id", "prob"]
-    assert set(table.loc[table["error"].notna(), "image_id"]) == {"cut.png", "junk.jpg"}
-    assert (table.loc[table["error"].notna(), "prob"] == 0.5).all()
-    assert {path.name for path in run.masks.iterdir()} == {f"{name.rsplit('.')[0]}.npz" for name in table["image_id"]}
-    assert load_mask(run.masks / "cut.npz").shape == (64, 48)
-    assert not load_mask(run.masks / "cut.npz").any()
-    assert load_mask(run.masks / "UPPER.npz").shape == (20, 30)
-
-
-def test_names_that_would_share_a_mask_are_named():
-    with pytest.raises(LayoutError, match=r"x\.jpg and x\.png and x would share the mask x\.npz; y\.z\.gif and y\.z\.webp"):
-        mask_names(["f/x.jpg", "f/y.z.gif", "f/x.png", "f/one.png", "f/y.z.webp", "f/x"])
-    assert mask_names(["f/x.jpg", "f/X.png"]) == {"x.jpg": "x.npz", "X.png": "X.npz"}
-
-
-def test_test_images_that_would_share_a_mask_are_told_before_training(tiny_run):
-    manifest = build_manifest(tiny_run, "B")
-    folder = tiny_run.test_folder("B")
-    shutil.copy(folder / "b1.jpg", folder / "b1.jpeg%20")
-    for early in (lambda: build_test_manifest(tiny_run, "B"), lambda: train(tiny_run, "B", manifest)):
-        with pytest.raises(LayoutError, match=r"b1\.jpeg%20 and b1\.jpg would share the mask b1\.npz"):
-            early()
-    assert not tiny_run.metrics.is_file(), "nothing was trained"
-
-
-def test_masks_whose_names_differ_in_case_alone_are_noted(tiny_run, capsys):
-    folder = tiny_run.test_folder("B")
-    shutil.copy(folder / "b1.jpg", folder / "B1.png")
-    shutil.copy(folder / "b2.jpg", folder / "ne\u0301.png")
-    shutil.copy(folder / "b2.jpg", folder / "N\u00e9.png")
-    assert len(build_test_manifest(tiny_run, "B")) == 7
-    said = capsys.readouterr().out
-    assert "B1.npz and b1.npz" in said
-    assert "N\u00e9.npz and ne\u0301.npz" in said
-    build_test_manifest(tiny_run, "A")
-    assert "case" not in capsys.readouterr().out
-
-
-def test_without_a_threshold_the_way_out_is_named(tiny_run):
-    with pytest.raises(FileNotFoundError, match="training notebook"):
-        stored_thresholds(tiny_run, "A")
-
-
 def test_metrics_are_lines_of_json_while_training_runs(trained):
     run, _ = trained("A")
     lines = run.metrics.read_text().splitlines()
@@ -500,80 +401,6 @@ def test_epochs_are_judged_on_sources_that_training_lacks(tiny_run, monkeypatch)
     assert epochs.validate(fit, None)["score"] == 0.0
     fit.val = val.assign(source="src")
     assert epochs.validate(fit, None)["score"] == epochs.validate(fit, None)["val_auc"] == 0.5
-
-
-def test_calibrated_probabilities_are_what_is_written_for_test_images(trained):
-    run, manifest = trained("A")
-    evaluation = evaluate(run, "A", manifest)
-    plain = infer(run, "A")["prob"]
-    stored = json.loads(run.thresholds.read_text())
-    assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
-    assert stored["A"]["intercept"] == evaluation.thresholds["intercept"]
-    before = {key: stored["A"].pop(key) for key in ("temperature", "intercept")}
-    stored["A"]["temperature"] = 2.0  # alone, as a run of a version that fitted no intercept left it
-    run.thresholds.write_text(json.dumps(stored))
-    again = logit(infer(run, "A")["prob"]) * 2
-    np.testing.assert_allclose(logit(plain), again / before["temperature"] + before["intercept"], atol=1e-4)
-
-
-def test_an_evaluation_tells_what_stands_behind_its_scores(trained):
-    run, manifest = trained("A")
-    evaluation = evaluate(run, "A", manifest)
-    for low, high in evaluation.intervals.values():
-        assert low <= high
-    assert set(evaluation.intervals) >= {"auc", "f1", "fpr", "threshold", "tpr_at_5_fpr"}
-    table = evaluation.threshold_table()
-    assert table.loc["best in hindsight", "f1"] >= table["f1"].max() - 1e-9
-    wrong = evaluation.most_wrong()
-    called = wrong["prob"] >= evaluation.thresholds["threshold"]
-    assert (called != wrong["label"].astype(bool)).all()
-    sweep = evaluate_robustness(run, "A", manifest)
-    assert sweep["images"].eq(8).all()
-    card = build_card(run, "A").read_text()
-    assert "chosen on 8 validation images (4 of them positive)" in card and "log(4 / 4)" in card
-    facts = read_json(run.folder / "run.json")
-    update_json(run.folder / "run.json", taskA_chosen_on=None)  # as a version that fitted no intercept left it
-    assert "fitted no intercept" in build_card(run, "A").read_text()
-    update_json(run.folder / "run.json", **facts)
-    for part in ("Intended use", "| AUC |", "Scores by generator", "after common changes", "test_convnext", "Limits"):
-        assert part in card
-    for figure in (
-        plots.reliability_diagram(evaluation, "A"),
-        plots.robustness_curves(sweep, "A"),
-        plots.attribution_gallery(run, evaluation.surest(), "surest"),
-    ):
-        figure.canvas.draw()
-
-
-def test_without_a_mistake_the_gallery_of_mistakes_is_empty(trained):
-    run, manifest = trained("A")
-    evaluation = evaluate(run, "A", manifest)
-    evaluation.table["prob"] = evaluation.table["label"].astype(float)
-    assert evaluation.most_wrong().empty
-    plots.attribution_gallery(run, evaluation.most_wrong(), "none").canvas.draw()
-
-
-def test_platforms_are_known_by_source_or_name():
-    assert _platform("itw_sm/facebook", "a.jpg") == "facebook"
-    assert _platform("src", "X_618.jpg") == "x"
-    assert _platform("src", "holiday_1.jpg") is None
-
-
-def test_grad_cam_follows_what_speaks_for_synthetic(tiny_run):
-    """A model whose margin is the mean of one feature map must show just that map."""
-    model = build_model(tiny_run.params, "A").eval()
-    image = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
-    machine = training.choose_machine(tiny_run.params)
-    shown, heat = grad_cam(model, image, machine)
-    assert shown.shape == (96, 64, 3) and heat.shape == (96, 64)
-    assert heat.min() >= 0 and heat.max() <= 1
-
-    maps = torch.zeros(1, 2, 3, 2)
-    maps[0, 1, 2, 1] = 5.0
-    model.encode = lambda x: (maps, [])
-    model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None, final.mean((2, 3)))
-    heat = grad_cam(model, image, machine)[1]
-    assert np.unravel_index(heat.argmax(), heat.shape)[0] > 64 and heat[:32].max() == 0
 
 
 @pytest.mark.parametrize("task", ["A", "B"])

@@ -2,17 +2,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
-import nbformat
 import pytest
 import torch
 from conftest import TINY, changed
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
-from forensics_lib import pipeline
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.models.checkpoint import read_checkpoint
@@ -23,32 +18,6 @@ from forensics_lib.training import loop as training
 from forensics_lib.training.loop import train
 from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import project_root
-from forensics_lib.utils.locks import SIGNALS, stop_requests
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_noted_and_the_second_ends(number, capsys):
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), stop_requests() as asked:
-        assert not asked()
-        os.kill(os.getpid(), number)
-        assert asked()
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
-    assert "once more" in capsys.readouterr().out
-
-
-def test_other_threads_take_no_signals():
-    told = []
-
-    def work():
-        with stop_requests() as asked:
-            told.append(asked())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert told == [False]
 
 
 @pytest.mark.parametrize(("task", "settings"), [("A", {"dropout": 0.3}), ("B", {"dropout": 0.3})])
@@ -181,38 +150,3 @@ def test_processes_that_train_together_say_what_they_kept(command):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
     assert errors.startswith("stopped in finetune epoch"), output + errors
-
-
-SLOW = """
-import time
-from pathlib import Path
-from forensics_lib.utils.locks import stop_requests
-with stop_requests() as asked:
-    Path("begun").touch()
-    while not asked():
-        time.sleep(0.1)
-    time.sleep(6)  # a long batch
-    Path("saved").touch()
-"""
-
-
-@pytest.mark.slow
-def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    parameters = nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(SLOW)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "slow.ipynb")
-    monkeypatch.setattr(pipeline, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(project_root()))
-
-    def interrupt():
-        while not (folder / "begun").exists():
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises((KeyboardInterrupt, PapermillExecutionError, DeadKernelError)):
-        pipeline._execute(tiny_run, "slow", {})
-    assert (folder / "saved").exists()

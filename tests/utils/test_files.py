@@ -10,7 +10,6 @@ from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
 from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import atomic_write, locked, project_root, read_json, update_json, write_text
-from forensics_lib.utils.progress import progress
 
 
 def python(code: str, *arguments) -> subprocess.Popen:
@@ -64,18 +63,6 @@ def test_updates_keep_other_keys(tmp_path):
     update_json(path, a=1)
     update_json(path, b=2)
     assert json.loads(path.read_text()) == read_json(path) == {"a": 1, "b": 2}
-
-
-def test_progress_speaks_in_lines_where_nobody_watches(monkeypatch, capsys):
-    monkeypatch.setattr("forensics_lib.utils.progress.LINE_SECONDS", 0)
-    bar = progress(range(3), "work")
-    for _ in bar:
-        bar.note("loss 1")
-    assert "work: 1/3" in capsys.readouterr().out
-
-
-def test_progress_passes_everything_on():
-    assert list(progress(iter("abc"), "letters", total=3)) == ["a", "b", "c"]
 
 
 def test_entries_that_two_processes_set_at_once_are_all_kept(tmp_path):

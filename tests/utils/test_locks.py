@@ -1,7 +1,10 @@
 """A run that is already being trained elsewhere is waited for, not trained twice."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -10,6 +13,7 @@ from filelock import FileLock
 from forensics_lib.training.loop import train
 from forensics_lib.training.resume import epoch_lines, only_trainer, read_history
 from forensics_lib.utils import locks as attach
+from forensics_lib.utils.locks import SIGNALS, stop_requests
 
 HOLD = """
 import sys, time
@@ -113,3 +117,28 @@ def test_epochs_of_the_training_before_are_not_shown_as_those_of_one_without_an_
     assert len(epoch_lines(run, "A")) == 2
     (run.folder / "checkpoints" / "begun" / "taskA_head_best.pth").touch()
     assert epoch_lines(run, "A") == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_and_the_second_ends(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), stop_requests() as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        assert asked()
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+    assert "once more" in capsys.readouterr().out
+
+
+def test_other_threads_take_no_signals():
+    told = []
+
+    def work():
+        with stop_requests() as asked:
+            told.append(asked())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert told == [False]

@@ -1,0 +1,39 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import model
+
+from forensics_lib.models.checkpoint import CheckpointError, add_to_checkpoint, load_model, read_checkpoint, save_checkpoint
+
+
+def test_checkpoint_rebuilds_the_model(tmp_path: Path):
+    network = model(frontend="srm").eval()
+    save_checkpoint(tmp_path / "m.pth", network)
+    add_to_checkpoint(tmp_path / "m.pth", thresholds={"threshold": 0.25})
+    rebuilt, content = load_model(tmp_path / "m.pth", "B")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(network(x).mask_logits, rebuilt(x).mask_logits)
+    assert content["thresholds"] == {"threshold": 0.25}
+
+
+def test_checkpoint_of_another_task_is_refused(tmp_path: Path):
+    save_checkpoint(tmp_path / "m.pth", model("A"))
+    with pytest.raises(CheckpointError, match="trained for Task A, not for Task B"):
+        load_model(tmp_path / "m.pth", "B")
+
+
+class _Attack:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/forensics-attack"),))  # noqa: S108 (must not come to be)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
+    (tmp_path / "m.pth").write_bytes(pickle.dumps({"format": 1, "model": _Attack()}))
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "m.pth")
+    torch.save({"format": 1, "model": _Attack()}, tmp_path / "n.pth")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "n.pth")
+    assert not Path("/tmp/forensics-attack").exists()  # noqa: S108
