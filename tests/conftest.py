@@ -207,6 +207,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Values that have no name stand in a test's name as they are written, at most 50 characters of them."""
+    if isinstance(val, dict):
+        val = " ".join(f"{key}={value}" for key, value in val.items())
+    elif isinstance(val, np.ndarray):
+        val = f"{val.dtype} {val.shape}"
+    elif isinstance(val, list | tuple | set | str | bytes):
+        val = val if isinstance(val, str) else str(val)
+    else:
+        return None
+    return val if len(val) <= 50 else f"{val[:47]}..."
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the project."""

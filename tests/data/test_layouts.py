@@ -1,4 +1,3 @@
-import csv
 import os
 import shutil
 from pathlib import Path
@@ -101,25 +100,6 @@ def test_official_task_b_table(tmp_path):
     kinds = [row["kind"] for row in rows]
     assert (kinds.count("fr"), kinds.count("sp")) == (3169, 3043)
     assert len({row["group"] for row in rows if row["source"] == "coco"}) == 1950
-
-
-@needs_official
-def test_official_tgif_names(tmp_path):
-    """Empty files under the first official names of each method: each must find its mask's official name."""
-    for method, middle, mask in (
-        ("sd2", "_mask_{m}.png_ps_mask.png_sd2_{v}.png", "_mask_{m}.png_ps_mask.png"),
-        ("ps", "_mask_{m}.png_ps_{v}.png", "_mask_{m}.png_ps_mask.png"),
-    ):
-        with (OFFICIAL / "tgif" / f"{method}_validation.csv").open() as lines:
-            for item in list(csv.DictReader(lines))[:50]:
-                values = {"m": item["mask_variation"], "v": item["gen_variation_id"]}
-                for folder, ending in ((f"{method}-sp", middle), ("masks", mask)):
-                    path = tmp_path / folder / "validation" / item["category"] / (item["image_id"] + ending.format(**values))
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.touch()
-    rows = records(read_tgif(tmp_path))
-    assert len(rows) == 100
-    assert all(Path(row["mask_path"]).is_file() for row in rows)
 
 
 @needs_corpus

@@ -20,6 +20,11 @@ def link(run: Run, name: str, target: Path) -> Path:
     return place
 
 
+def refuses(run: Run, reason: str, task: str = "A") -> None:
+    with pytest.raises(LayoutError, match=reason):
+        data_sets(run, task)
+
+
 def opened(run: Run) -> Run:
     return changed(run, run_type="open")
 
@@ -61,16 +66,14 @@ def test_a_constrained_run_follows_every_kind_of_link(tiny_run, tmp_path, name, 
 def test_a_link_to_the_whole_of_a_foreign_set_is_judged_by_what_lies_below(tiny_run, tmp_path):
     touch(tmp_path / "sets" / "gi", "sd5/train/ai/1.png", "sd5/train/nature/2.png")
     link(tiny_run, "train/1_fake/sets", tmp_path / "sets")
-    with pytest.raises(LayoutError, match="GenImage"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "GenImage")
 
 
 def test_a_linked_training_folder_is_judged(tiny_run, tmp_path):
     touch(tmp_path / "gi", "x/train/ai/1.png")
     (tiny_run.data / "dataset" / "train" / "1_fake").rename(tmp_path / "kept")
     link(tiny_run, "train/1_fake", tmp_path / "gi")
-    with pytest.raises(LayoutError, match="GenImage"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "GenImage")
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -81,23 +84,20 @@ def test_what_the_open_folder_links_to_is_open_data(tiny_run, tmp_path, single):
     theirs.symlink_to(tmp_path / "pool" / "deep" / "1.png" if single else tmp_path / "pool")
     ours = "1.png" if single else "2.png"
     link(tiny_run, "train/1_fake/src/mine.png", tmp_path / "pool" / "deep" / ours)
-    with pytest.raises(LayoutError, match=r"dataset_open holds it too"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, r"dataset_open holds it too")
 
 
 @pytest.mark.parametrize("other", ["dataset_taskB/TGIF/orig", "dataset_taskB/validation/coco/original", "test/taskA"])
 def test_folders_that_are_for_something_else_are_not_trained_on(tiny_run, other):
     link(tiny_run, "train/0_real/more", tiny_run.data / other)
-    with pytest.raises(LayoutError, match=r"leads into"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, r"leads into")
 
 
 def test_a_place_that_another_set_of_the_run_names(tiny_run, tmp_path):
     touch(tmp_path / "b", "sd2-sp/training/cat/1.png", "originals/1.png")
     link(tiny_run, "train/0_real/more", tmp_path / "b" / "originals")
     entries = {"root": str(tiny_run.data / "dataset"), "layout": "own"}, {"root": str(tmp_path / "b")}
-    with pytest.raises(LayoutError, match=r"it is the set .*b \(tgif\)"):
-        data_sets(with_data(tiny_run, *entries), "A")
+    refuses(with_data(tiny_run, *entries), r"it is the set .*b \(tgif\)")
 
 
 @pytest.mark.parametrize("place", ["inside", "above"])
@@ -108,8 +108,7 @@ def test_images_that_a_table_or_a_parquet_file_lists(tiny_run, tmp_path, place):
     else:
         touch(tmp_path / "mine", "images/train-0.parquet")
     link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
-    with pytest.raises(LayoutError, match=r"the set of the table|parquet set"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, r"the set of the table|parquet set")
 
 
 def test_official_sets_are_linked_in_as_ever(tiny_run, tmp_path):
@@ -149,8 +148,7 @@ def test_cnndetections_test_generators_do_not_train(tiny_run, tmp_path, root):
     names = ("crn/0_real/1.png", "crn/1_fake/1.png", "progan/cat/0_real/1.png", "progan/cat/1_fake/1.png")
     touch(tmp_path / root / ("test" if root == "all" else ""), *names)
     entry = {"root": str(tmp_path / root), "layout": "cnndetection", "split": "train"}
-    with pytest.raises(LayoutError, match=r"test split|not among CNNDetection's"):
-        data_sets(with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, entry), "A")
+    refuses(with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, entry), r"test split|not among CNNDetection's")
 
 
 @pytest.mark.parametrize("which", ["coco_root", "lsun_root"])
@@ -208,24 +206,21 @@ def test_hard_links_of_the_listed_validation_set_do_not_train(tiny_run, tmp_path
 @pytest.mark.parametrize("file", ["", "1_fake0.png"])
 def test_a_training_link_into_the_validation_folder(tiny_run, file):
     link(tiny_run, f"train/1_fake/more{file}", tiny_run.data / "dataset" / "val" / "1_fake" / "src" / file)
-    with pytest.raises(LayoutError, match="it is in the run's validation set"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "it is in the run's validation set")
 
 
 def test_the_task_b_validation_set_is_never_trained_on(tiny_run):
     place = tiny_run.data / "dataset_taskB" / "TGIF" / "orig" / "training" / "more"
     place.symlink_to(tiny_run.data / "dataset_taskB" / "validation" / "coco" / "original")
     for run in (tiny_run, opened(tiny_run)):
-        with pytest.raises(LayoutError, match="must not be trained on"):
-            data_sets(run, "B")
+        refuses(run, "must not be trained on", task="B")
 
 
 def test_flat_class_folders_are_not_itw_sm_for_that_reason(tiny_run, tmp_path, rng):
     for label in ("0_real", "1_fake"):
         save(tmp_path / "flat" / label / "cat_0001.png", picture(rng))
     own = {"root": str(tiny_run.data / "dataset")}
-    with pytest.raises(LayoutError, match=r"refused: .*flat \(folders\)"):
-        data_sets(with_data(tiny_run, own, {"root": str(tmp_path / "flat"), "split": "val"}), "A")
+    refuses(with_data(tiny_run, own, {"root": str(tmp_path / "flat"), "split": "val"}), r"refused: .*flat \(folders\)")
     with pytest.raises(LayoutError, match="set split: train, val or test"):
         build_manifest(with_data(tiny_run, own, {"root": str(tmp_path / "flat")}, run_type="open"), "A")
     stated = {"root": str(tmp_path / "flat"), "split": "test"}
@@ -300,8 +295,7 @@ def test_a_chain_of_links_through_a_linked_folder(tiny_run, tmp_path):
     (tmp_path / "first").symlink_to(tiny_run.data / "dataset_open" / "train" / "1_fake" / "flux")
     (tmp_path / "single.png").symlink_to(tmp_path / "first" / "1.png")
     link(tiny_run, "train/1_fake/src/z.png", tmp_path / "single.png")
-    with pytest.raises(LayoutError, match="it is open data"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "it is open data")
 
 
 def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path):
@@ -311,8 +305,7 @@ def test_an_open_file_that_is_linked_through_a_linked_folder(tiny_run, tmp_path)
     theirs.parent.mkdir(parents=True)
     theirs.symlink_to(tmp_path / "first" / "1.png")
     link(tiny_run, "train/1_fake/src/z.png", tmp_path / "pool" / "1.png")
-    with pytest.raises(LayoutError, match="dataset_open holds it too"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "dataset_open holds it too")
 
 
 @pytest.mark.parametrize("run_type", ["constrained", "open"])
@@ -350,8 +343,7 @@ def test_images_that_a_table_of_any_form_lists(tiny_run, tmp_path, form):
     name = "t.CSV" if form == "ending" else "t.csv"
     (tmp_path / "mine" / name).write_text(text, encoding="utf-16" if form == "UTF-16" else "utf-8")
     link(tiny_run, "train/1_fake/more", tmp_path / "mine" / "images")
-    with pytest.raises(LayoutError, match="the set of the table"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, "the set of the table")
 
 
 def test_hard_links_of_open_data_do_not_train_a_constrained_run(tiny_run, rng):
@@ -379,8 +371,7 @@ def test_a_stated_itw_sm_is_one(tiny_run, tmp_path, form):
     touch(root / ("ITW-SM" if form == "inner" else ""), f"0_real/{name}", f"1_fake/{name}")
     run = with_data(tiny_run, {"root": str(tiny_run.data / "dataset")}, {"root": str(root), "layout": "itw_sm"})
     if form == "flat":
-        with pytest.raises(LayoutError, match=r"official data only; refused: .*set \(itw_sm, but"):
-            data_sets(run, "A")
+        refuses(run, r"official data only; refused: .*set \(itw_sm, but")
     else:
         assert [entry.layout for entry in data_sets(run, "A")] == ["own", "itw_sm"]
 
@@ -398,8 +389,7 @@ def test_what_lies_above_the_data_root_tells_nothing(tmp_path, above):
     assert [entry.layout for entry in data_sets(named, "A")] == ["own"]
     touch(tmp_path / "gi" / "train" / "ai", "1.png")
     link(run, "train/1_fake/gi", tmp_path / "gi" / "train" / "ai")
-    with pytest.raises(LayoutError, match="GenImage"):
-        data_sets(run, "A")
+    refuses(run, "GenImage")
 
 
 def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
@@ -412,14 +402,13 @@ def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):
 
 def test_a_constrained_run_looks_at_names_and_at_where_links_lead(tiny_run, tmp_path):
     touch(tmp_path / "faces", "train/stylegan/1_fake/1.png", "train/cat/0_real/1.png")
-    with pytest.raises(LayoutError, match=r"stylegan: not among CNNDetection's"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "faces"), "layout": "cnndetection"}), "A")
+    refuses(
+        with_data(tiny_run, {"root": str(tmp_path / "faces"), "layout": "cnndetection"}), r"stylegan: not among CNNDetection's"
+    )
     touch(tmp_path / "ldm", "train/latent_diffusion_mine/1.png")
-    with pytest.raises(LayoutError, match="latent_diffusion_mine: not among"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "ldm")}), "A")
+    refuses(with_data(tiny_run, {"root": str(tmp_path / "ldm")}), "latent_diffusion_mine: not among")
     touch(tmp_path / "dataset_open", "train/1_fake/1.png", "train/0_real/1.png")
-    with pytest.raises(LayoutError, match=r"dataset_open.* is open data"):
-        data_sets(with_data(tiny_run, {"root": str(tmp_path / "dataset_open")}), "A")
+    refuses(with_data(tiny_run, {"root": str(tmp_path / "dataset_open")}), r"dataset_open.* is open data")
 
 
 @pytest.mark.parametrize(
@@ -429,8 +418,7 @@ def test_a_constrained_run_looks_at_names_and_at_where_links_lead(tiny_run, tmp_
 def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, tmp_path, target, fault):
     touch(tmp_path / "elsewhere" / target, "1.png")
     (tiny_run.data / "dataset" / "train" / "1_fake" / "more").symlink_to(tmp_path / "elsewhere" / target)
-    with pytest.raises(LayoutError, match=f"official data only; refused: .*{fault}"):
-        data_sets(tiny_run, "A")
+    refuses(tiny_run, f"official data only; refused: .*{fault}")
     opened = changed(tiny_run, run_type="open")
     assert len(data_sets(opened, "A")) == 2
 
@@ -439,5 +427,4 @@ def test_links_in_the_constrained_folder_may_not_lead_into_open_data(tiny_run, t
 def test_the_validation_set_is_never_trained_on_by_a_link(tiny_run, tmp_path, run_type):
     touch(tmp_path / "ITW-SM", "1_fake/x_1.jpg")
     (tiny_run.data / "dataset" / "train" / "1_fake" / "itw").symlink_to(tmp_path / "ITW-SM" / "1_fake")
-    with pytest.raises(LayoutError, match="must not be trained on"):
-        data_sets(changed(tiny_run, run_type=run_type), "A")
+    refuses(changed(tiny_run, run_type=run_type), "must not be trained on")
