@@ -208,16 +208,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Values that have no name stand in a test's name as they are written, at most 50 characters of them."""
+    """Containers and texts stand in a test's name as they are written, at most 50 characters of them."""
     if isinstance(val, dict):
         val = " ".join(f"{key}={value}" for key, value in val.items())
-    elif isinstance(val, np.ndarray):
-        val = f"{val.dtype} {val.shape}"
-    elif isinstance(val, list | tuple | set | str | bytes):
-        val = val if isinstance(val, str) else str(val)
-    else:
+    elif not isinstance(val, list | tuple | set | str | bytes):
         return None
-    return val if len(val) <= 50 else f"{val[:47]}..."
+    text = str(val).encode("unicode_escape").decode()
+    return text if len(text) <= 50 else f"{text[:47]}..."
 
 
 @pytest.fixture(autouse=True)
