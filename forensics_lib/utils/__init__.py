@@ -1,1 +1,1 @@
-"""What every other room stands on: files, processes, locks, progress."""
+"""Foundations of all other packages: files, processes, locks, progress."""

@@ -1,4 +1,4 @@
-"""How many cores this process may use, and a pool of processes that uses them."""
+"""The number of usable CPU cores, and a process pool of that size."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from loky import cpu_count, get_reusable_executor
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: at most what its affinity, its container's quota and SLURM's allocation allow.
+    """The number of CPU cores within this process's affinity, container quota and SLURM allocation.
 
-    ``OMP_NUM_THREADS`` does not count: torchrun sets it to 1 for all of its processes, whatever they may use.
+    ``OMP_NUM_THREADS`` is ignored: torchrun sets it to 1 in all of its processes, whatever their share of the cores.
     """
     allotted = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
     return max(1, min(cpu_count(), int(allotted))) if allotted.isdecimal() else cpu_count()
 
 
 def processes() -> Executor:
-    """One process per usable core, started when first needed; they end by themselves after some idle seconds."""
+    """A pool with one process per usable core, started on first use; idle processes exit after some seconds."""
     return get_reusable_executor(max_workers=usable_cores())

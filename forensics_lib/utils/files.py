@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and finding the project's folders."""
+"""Atomic file writes, the project's folders, and readable names of odd paths."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HOST = re.sub(r"[^\w.-]", "", platform.node())[:40]
-TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # the names that ``atomic_write`` gives
-ABANDONED = 24 * 3600  # seconds without a change after which another machine's temporary file has no writer
-LOCK_SECONDS = 600  # longest wait for others that change files in a folder, each for seconds
-_again: dict[Path, float] = {}  # when a folder may be looked through again
+TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # names given by ``atomic_write``
+ABANDONED = 24 * 3600  # seconds without a change after which another machine's temporary file counts as abandoned
+LOCK_SECONDS = 600  # longest wait for other writers in a folder, each of which takes seconds
+_again: dict[Path, float] = {}  # when a folder may be searched again
 
 
 def project_root() -> Path:
-    """The checkout's folder: notebooks run from anywhere, so paths start here and not at the working directory."""
+    """The checkout's folder: paths start here, since notebooks run in any working directory."""
     return Path(__file__).resolve().parents[2]
 
 
 def home() -> Path:
-    """Where ``data``, ``outputs`` and ``submission`` lie: the project, or ``FORENSICS_HOME`` where that is set.
+    """The parent of ``data``, ``outputs`` and ``submission``: ``FORENSICS_HOME`` if set, else the project's folder.
 
-    Raises ``ValueError`` where that is relative: notebooks run in another folder than the command that starts them.
+    Raises ``ValueError`` for a relative path: notebooks run in another directory than the command that starts them.
     """
     chosen = Path(os.environ.get("FORENSICS_HOME") or project_root()).expanduser()
     if not chosen.is_absolute():
@@ -50,20 +50,20 @@ def home() -> Path:
 
 
 def from_home(path: str | Path) -> Path:
-    """A path as a parameter names it: absolute, with ``~``, or counted from ``home()``."""
+    """Resolve a path from a parameter: absolute, with ``~``, or relative to ``home()``."""
     return home() / Path(path).expanduser()
 
 
 def is_main() -> bool:
-    """Whether this process writes what its group found: torchrun numbers the processes of a group in ``RANK``."""
+    """Whether this is the main process, which alone writes results: torchrun numbers the processes in ``RANK``."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path`` to write to; rename it to ``path`` only when the block ends well.
+    """Yield a temporary path beside ``path``, and rename it to ``path`` if the block succeeds.
 
-    Raises ``WriteError`` where the disk is full or the folder cannot be written to.
+    Raises ``WriteError`` if the disk is full or the folder is not writable.
     """
     temporary = handle = None
     try:
@@ -73,7 +73,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         yield temporary
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if cause := _why_not_written(path, temporary, error):
             raise WriteError(f"{path} was not written: {cause}. Earlier results are whole; the same command goes on") from error
         raise
@@ -85,21 +85,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _held_temporary(path: Path) -> tuple[int, Path]:
-    """A new file beside ``path`` and a handle of it; it is locked, so that others see that its writer lives."""
+    """Create and lock a file beside ``path``; the lock shows other processes that its writer is alive."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:30]}~{HOST}~", suffix=path.suffix, dir=path.parent)
-        with suppress(OSError):  # a file system without locks: what nobody can lock, nobody removes
+        with suppress(OSError):  # a file system without locks: nobody can lock the file, so nobody removes it
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if Path(name).exists():  # else another process took it for abandoned before it was locked
+        if Path(name).exists():  # else another process removed it as abandoned before it was locked
             return handle, Path(name)
         os.close(handle)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed; looking for them takes a hundredth of the time at most.
+    """Remove temporary files of killed processes; the search takes at most 1% of the running time.
 
-    The lock of a process ends with it.  Not every file system tells locks to other machines: what one of those wrote goes
-    only when it was not changed for a day.
+    A lock ends with its process.  Some file systems do not share locks between machines: files from another machine are
+    removed only after a day without a change.
     """
     began = time.monotonic()
     if began < _again.get(folder, began):
@@ -108,14 +108,14 @@ def _remove_abandoned(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         found = [(entry, match) for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
     for entry, match in found:
-        with suppress(OSError):  # locked, or gone meanwhile
+        with suppress(OSError):  # locked, or already removed
             if match["host"] == HOST or time.time() - entry.stat().st_mtime > ABANDONED:
                 _remove_unlocked(Path(entry))
     _again[folder] = time.monotonic() + 100 * (time.monotonic() - began)
 
 
 def _remove_unlocked(path: Path) -> None:
-    """Remove a file; raises ``OSError`` where a process holds its lock."""
+    """Remove a file; raises ``OSError`` if a process holds its lock."""
     handle = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +125,7 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _release(handle: int) -> None:
-    """Unlock and close: processes that were forked meanwhile have the handle too, and closing alone unlocks nothing then."""
+    """Unlock, then close: forked processes share the handle, so closing it here would not release the lock."""
     with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
@@ -133,10 +133,10 @@ def _release(handle: int) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process is in such a block of this folder: for whoever reads a file, changes and writes it.
+    """Hold the exclusive lock of a folder, for read-modify-write of its files.
 
-    Not to be nested.  The lock is the system's and ends with the process that holds it, however that ends.  Raises
-    ``WriteError`` where the folder cannot be written to, or another process keeps the lock.
+    Must not be nested.  The operating system releases the lock when its process ends, however it ends.  Raises
+    ``WriteError`` if the folder is not writable or another process keeps the lock.
     """
     path = folder / ".lock"
     lock = FileLock(path, timeout=LOCK_SECONDS)
@@ -158,11 +158,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class WriteError(OSError):
-    """A file cannot be written; the message says which, why, and what is needed."""
+    """A file cannot be written; the message names it, the cause and the remedy."""
 
 
 def _why_not_written(path: Path, temporary: Path | None, error: Exception) -> str | None:
-    """The cause where it lies with the disk or the folder, else None."""
+    """The cause if it is the disk or the folder, else None."""
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
         return f"{path.parent} cannot be written to ({error.strerror}); give permission, or choose another place"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -180,7 +180,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -193,28 +193,28 @@ def write_traceback(folder: Path, error: BaseException) -> Path:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write ``table`` as CSV without its index, floats with six decimals, whole or not at all."""
+    """Write ``table`` as CSV without its index, floats with six decimals, atomically."""
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6f")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``, or an empty one where there is no such file."""
+    """The JSON object in ``path``; an empty one if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def update_json(path: Path, **values: Any) -> None:
-    """Set some keys of the JSON object in ``path`` and keep the others, also those that another process sets meanwhile."""
+    """Set keys of the JSON object in ``path``; other keys stay, including those that another process sets at the same time."""
     with locked(path.parent):
         write_json(path, read_json(path) | values)
 
 
-LFS = b"version https://git-lfs"  # what stands in place of a file that git-lfs has not downloaded
+LFS = b"version https://git-lfs"  # beginning of the pointer that replaces a file until git-lfs downloads it
 LFS_POINTER = "a git-lfs pointer and not the file itself: fetch it with git lfs pull"
 NOT_UTF8 = (
     "its name is not UTF-8 (its bytes are shown as \\x..): rename it, for example by convmv -r -f cp437 -t utf8 --notest "
@@ -223,13 +223,13 @@ NOT_UTF8 = (
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can be stored and printed: bytes that are not UTF-8 become ``\\xe9`` and the like."""
+    """A path as printable text: bytes that are not UTF-8 become escapes such as ``\\xe9``."""
     text = str(path)
     return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def broken_link(path: str | Path) -> str | None:
-    """The link on the way to ``path``, or ``path`` itself, that leads nowhere, and where it leads; None without one."""
+    """Describe the broken link at or above ``path``, with its target; None if there is none."""
     path = Path(path)
     for part in (*reversed(path.parents), path):
         if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 (which raise for odd names)
@@ -238,7 +238,7 @@ def broken_link(path: str | Path) -> str | None:
 
 
 def why_no_file(path: str) -> str:
-    """Why there is no file at ``path``, as ``shown`` gives it, with the remedy."""
+    """Explain why there is no file at ``path`` (as returned by ``shown``), with the remedy."""
     if link := broken_link(path):
         return link
     stored = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(path))
@@ -248,7 +248,7 @@ def why_no_file(path: str) -> str:
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
-    """Whether git-lfs has not downloaded a file."""
+    """Whether a file is only a git-lfs pointer, not yet downloaded."""
     try:
         with Path(path).open("rb") as file:
             return file.read(len(LFS)) == LFS

@@ -13,15 +13,15 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
-LOOK = 1.0  # seconds between two looks at what another process does
+LOOK = 1.0  # seconds between two polls of another process's lock and output
 
 
 @contextmanager
 def exclusive(path: Path, held: str, lines: Callable[[], list[str]] = list) -> Iterator[None]:
-    """Within the block no other process is in a block of the same lock file ``path``.
+    """Hold the exclusive lock of the lock file ``path``.
 
-    While another one is, ``held`` is printed, and then whatever ``lines`` gives that was not printed yet.  Interrupting the
-    wait leaves the other process alone.  The operating system holds the lock: it ends with its process, however that ends.
+    While another process holds it, print ``held``, then each new line that ``lines`` returns.  Interrupting the wait does
+    not affect the other process.  The operating system releases the lock when its process ends, however it ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -30,7 +30,7 @@ def exclusive(path: Path, held: str, lines: Callable[[], list[str]] = list) -> I
         shown = 0
         while not _acquired(lock):
             found = lines()
-            shown = 0 if len(found) < shown else shown  # the other process began anew
+            shown = 0 if len(found) < shown else shown  # the other process restarted
             for line in found[shown:]:
                 print(line, flush=True)
             shown = len(found)
@@ -52,9 +52,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block the first SIGTERM or Ctrl-C is only noted, and the function given tells of it; a second one ends.
+    """Catch the first SIGTERM or Ctrl-C: the yielded function then returns True; a second signal interrupts.
 
-    In threads other than the main one, where Python takes no signals, nothing is noted.
+    Outside the main thread, where Python receives no signals, nothing is caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -63,7 +63,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     owner = os.getpid()
 
     def note(number: int, _: FrameType | None) -> None:
-        if os.getpid() != owner:  # Ctrl-C reaches loader processes too; the one that started them ends them
+        if os.getpid() != owner:  # Ctrl-C reaches loader processes too; their parent ends them
             return
         if noted:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Folder names of splits and classes, in any of the field's spellings."""
+"""Names of splits and classes, in any of the field's spellings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# How the field spells splits and classes, of folders and files; ``split_of`` and ``class_of`` look names up
+# Spellings of splits and classes in folder and file names; look names up by ``split_of`` and ``class_of``
 SPLITS = dict.fromkeys(("train", "training", "trainset", "train_set", "trn", "progan_train"), "train")
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "validate", "valset", "val_set", "validset", "progan_val"), "val")
 SPLITS |= dict.fromkeys(("dev", "devel", "development", "devset", "dev_set", "eval", "evaluation"), "val")
@@ -25,24 +25,24 @@ def _plain(name: str) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder's name tells, in any of the field's spellings: train, val, test or None."""
+    """The split that a folder name stands for, in any spelling: train, val, test or None."""
     return SPLITS.get(_plain(name))
 
 
 def class_of(name: str) -> int | None:
-    """The label that a folder's name tells, in any of the field's spellings: 0, 1 or None."""
+    """The label that a folder name stands for, in any spelling: 0, 1 or None."""
     return CLASSES.get(_plain(name))
 
 
 def split_in(name: str) -> str | None:
-    """The split that the words of a name tell, as in ``validation-00000-of-00004.parquet``; None where they tell several."""
+    """The split named by a word of a file name, as in ``validation-00000-of-00004.parquet``; None if words name several."""
     stem = name.partition(".")[0]
     told = {split for word in (stem, *re.split(r"[-_ ]", stem)) if (split := split_of(word))}
     return told.pop() if len(told) == 1 else None
 
 
 def named_folders(root: Path, told: Callable[[str], Any]) -> Iterator[tuple[Path, Any]]:
-    """The folders in ``root``, through links, with what ``told`` makes of their names; hidden ones are passed over."""
+    """The folders in ``root``, following links, each with ``told(name)``; hidden folders are skipped."""
     if root.is_dir():
         for folder in sorted(root.iterdir()):
             if not folder.name.startswith(".") and folder.name != "__MACOSX" and folder.is_dir():
@@ -50,6 +50,6 @@ def named_folders(root: Path, told: Callable[[str], Any]) -> Iterator[tuple[Path
 
 
 def split_folders(root: Path) -> list[tuple[Path, str]]:
-    """The folders in ``root`` that are named for a split, in any spelling: training first, then validation, then test."""
+    """The folders in ``root`` named for a split, in any spelling: training first, then validation, then test."""
     found = [(folder, split) for folder, split in named_folders(root, split_of) if split]
     return sorted(found, key=lambda item: (("train", "val", "test").index(item[1]), item[0]))

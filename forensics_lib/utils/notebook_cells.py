@@ -1,4 +1,4 @@
-"""The parameters that are set in a running notebook's cells."""
+"""Parameters set in the cells of a running notebook."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 def notebook_parameters() -> dict[str, Any]:
     """The parameters set in the running notebook's ``# Parameters`` cells: its own, then papermill's injected one.
 
-    Only names assigned in those cells, as each was last executed, count: neither variables of other cells nor a line that
-    was taken out are parameters.  Where the kernel keeps no history of cells (under nbval), every plain value counts.
+    Only names assigned in those cells, as last executed, count: neither variables of other cells nor deleted lines are
+    parameters.  If the kernel keeps no history of cells (under nbval), every plain value counts.
     """
     from IPython import get_ipython
 
@@ -23,7 +23,7 @@ def notebook_parameters() -> dict[str, Any]:
 
 
 def parameters_in(namespace: dict[str, Any]) -> dict[str, Any]:
-    """The parameters among the names of a kernel; see ``notebook_parameters``."""
+    """The parameters in a kernel's namespace; see ``notebook_parameters``."""
     cells = _parameters_cells(namespace.get("In", []))
     names = {name for source in cells for name in assigned_names(source)}
     if not cells:
@@ -33,10 +33,10 @@ def parameters_in(namespace: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters_cells(history: list[str]) -> list[str]:
-    """The ``# Parameters`` cells of a kernel's history as each was last executed: the notebook's own, then papermill's.
+    """The ``# Parameters`` cells in a kernel's history, as last executed: the notebook's own, then papermill's.
 
-    Papermill's is told by what it holds, plain assignments, and by where it was first executed: right after the notebook's
-    own, of which it repeats no line.
+    Papermill's cell holds plain assignments only, was first executed right after the notebook's own, and repeats no line
+    of that.
     """
     own = injected = None
     before = ""
@@ -52,7 +52,7 @@ def _parameters_cells(history: list[str]) -> list[str]:
 
 
 def _plain_assignments(source: str) -> bool | None:
-    """Whether a cell has neither types nor comments after its first line, as papermill writes one; None: it is not Python."""
+    """Whether a cell has neither annotations nor comments after its first line, as papermill writes it; None: not Python."""
     try:
         typed = any(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
     except SyntaxError:
@@ -62,7 +62,7 @@ def _plain_assignments(source: str) -> bool | None:
 
 
 def assigned_names(source: str) -> list[str]:
-    """The names that a cell's source assigns at its top level, in order."""
+    """The names assigned at the top level of a cell's source, in order."""
     names = []
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

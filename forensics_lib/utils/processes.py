@@ -1,8 +1,7 @@
-"""Several processes that work on one run together, started by torchrun or by ``processes`` in the parameters.
+"""Distributed runs: several processes on one run, started by torchrun or by the parameter ``processes``.
 
-Each of them calls the very functions that a notebook calls.  They divide batches and images among themselves, the first
-one writes what all of them found, and all see one file system.  A single process is a group of one: nothing here then
-does anything.
+Every process calls the same functions as a notebook does.  They share batches and images among themselves, the main
+process (rank 0) writes the results, and all see one file system.  In a single process the functions here do nothing.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import is_main
 
-PATIENCE = timedelta(days=1)  # how long processes wait for one that makes twins; torchrun ends all when one dies
+PATIENCE = timedelta(days=1)  # timeout of collectives: one process may make twins for hours; torchrun ends all when one dies
 T = TypeVar("T")
 TORCHRUN_ENDS = re.compile(r"[WE]\d{4} .*(closing signal|failed \(exitcode|Received \d+ death signal)")
-LAUNCHED = "FORENSICS_LAUNCHED"  # set in processes that this module started
+LAUNCHED = "FORENSICS_LAUNCHED"  # set in processes started by ``launch``
 
 
 class WorkerError(RuntimeError):
-    """A process of a group failed; the message holds the end of the group's log."""
+    """A process of the group failed; the message holds the last lines of the group's log."""
 
 
 def join_group() -> None:
-    """Join the processes that torchrun started, if it did; cores and GPUs of a node are divided among them.
+    """Join the process group if torchrun started this process; a node's cores and GPUs are divided among its processes.
 
-    Only the first process prints.
+    Only the main process prints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -52,35 +51,35 @@ def join_group() -> None:
 
 
 def leave_group() -> None:
-    """Wait for the others and end the group, if there is one."""
+    """Wait for the other processes and end the group, if there is one."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number, from 0 on."""
+    """This process's rank, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes (world size)."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_processes() -> int:
-    """How many of the processes are on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def wait_for_all() -> None:
-    """Go on only when every process is here."""
+    """Barrier: wait until every process arrives."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every process's ``value``, in order of rank, in every process."""
+    """The ``value`` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world()
@@ -89,7 +88,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(*values: int) -> list[int]:
-    """The sum of every process's value, of each of them."""
+    """The sum of each value over all processes."""
     if not dist.is_initialized():
         return list(values)
     numbers = torch.tensor(values)
@@ -98,14 +97,14 @@ def all_reduce_sum(*values: int) -> list[int]:
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Give every process the first one's weights and buffers."""
+    """Copy the main process's weights and buffers to all processes."""
     if dist.is_initialized():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
 def main_process_first(make: Callable[[], T]) -> T:
-    """``make()`` in the first process and then in the others, who find what it left on disk."""
+    """Call ``make()`` in the main process, then in the others, which find its results on disk."""
     if not is_main():
         wait_for_all()
     made = make()
@@ -115,7 +114,7 @@ def main_process_first(make: Callable[[], T]) -> T:
 
 
 def replicated(model: nn.Module) -> nn.Module:
-    """A view of ``model`` whose gradients are averaged over the processes; the model itself where there is but one."""
+    """Wrap ``model`` so that gradients are averaged over the processes; the model itself if there is only one."""
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
@@ -125,9 +124,9 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def launch(processes: int, *arguments: str) -> None:
-    """Run ``python -m forensics_lib`` with ``arguments`` in ``processes`` processes here, and print what they print.
+    """Run ``python -m forensics_lib`` with ``arguments`` in ``processes`` local processes, and print their output.
 
-    Raises ``WorkerError`` where one of them fails; ``KeyboardInterrupt`` says what they kept.
+    Raises ``WorkerError`` if one of them fails; the message of ``KeyboardInterrupt`` is their last line, what was saved.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"}
@@ -138,9 +137,9 @@ def launch(processes: int, *arguments: str) -> None:
         text=True,
         errors="replace",
         env=environment,
-        process_group=0,  # Ctrl-C is for this process, which then tells torchrun once
+        process_group=0,  # Ctrl-C reaches only this process, which then signals torchrun once
     )
-    said: deque[str] = deque(maxlen=30)  # by the processes, before torchrun tells at length that it ends them
+    said: deque[str] = deque(maxlen=30)  # last lines of the processes, without torchrun's long report of ending them
     try:
         ended = False
         for line in process.stdout or ():
@@ -161,7 +160,7 @@ def launch(processes: int, *arguments: str) -> None:
 
 
 def should_launch(processes: int) -> bool:
-    """Whether work is to be handed to new processes: more than one is wanted and this is not one of them."""
+    """Whether to launch processes: more than one is wanted, and this is not one of them."""
     return processes > 1 and world() == 1 and not launched()
 
 

@@ -1,7 +1,7 @@
-"""One progress display for everything that takes more than two seconds.
+"""Progress display for everything that takes more than two seconds.
 
-A bar where a person watches, in a terminal or in JupyterLab (as text, which leaves no dead widget in a saved notebook);
-one line every few seconds where output goes to a file or a pipe, or where ``FORENSICS_HEADLESS`` is set.
+A bar in a terminal or in JupyterLab (as text, since a saved notebook would keep a dead widget); a line every few seconds
+if output goes to a file or a pipe, or ``FORENSICS_HEADLESS`` is set.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-LINE_SECONDS = 10.0  # at most one line in this time when nobody watches a terminal
+LINE_SECONDS = 10.0  # at most one line in this time without a terminal
 
 
 class progress(Generic[T]):
-    """Iterate over ``items`` and show how far it is, how fast, and how long it still takes.
+    """Iterate over ``items`` and show position, speed and remaining time.
 
     ``note(text)`` adds a short text (a loss, a score) to the display.
     """
@@ -54,12 +54,12 @@ class progress(Generic[T]):
 
 
 def headless() -> bool:
-    """Whether nobody watches or can use a widget, whose messages could only fail: ``FORENSICS_HEADLESS`` is set."""
+    """Whether ``FORENSICS_HEADLESS`` is set: nobody watches, and widgets cannot work."""
     return bool(os.environ.get("FORENSICS_HEADLESS"))
 
 
 def _interactive() -> bool:
-    """Whether somebody watches: a terminal, or a notebook that is not executed headlessly."""
+    """Whether output goes to a terminal, or to a notebook that is not executed headlessly."""
     if headless():
         return False
     return sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
