@@ -1,1 +1,1 @@
-"""Pixels: reading files, masks, crops, degradations and spectra."""
+"""Images: reading files, masks, crops, degradations and spectra."""

@@ -1,4 +1,4 @@
-"""Native-resolution crops: padding, random squares, and the crops that inference scores."""
+"""Native-resolution crops: padding, random squares, and the crops that inference uses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from forensics_lib.images.io import STRIP
 
 
 def random_square(image: np.ndarray, side: int, rng: np.random.Generator, step: int = 1) -> np.ndarray:
-    """A random square of at most ``side`` of ``(H, W, 3)``, that begins at multiples of ``step``: all of a smaller image."""
+    """A random square crop of at most ``side`` pixels of ``(H, W, 3)``, at offsets that are multiples of ``step``."""
     top, left = (step * int(rng.integers(max(0, length - side) // step + 1)) for length in image.shape[:2])
     return image[top : top + side, left : left + side]
 
 
 def pad_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pad ``(H, W, ...)`` at its lower and right side by reflection to at least ``height`` x ``width``."""
+    """Pad ``(H, W, ...)`` by reflection at the bottom and right to at least ``height`` x ``width``."""
     missing = [(0, max(0, height - image.shape[0])), (0, max(0, width - image.shape[1]))]
     if not any(after for _, after in missing):
         return image
@@ -23,7 +23,7 @@ def pad_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fitted(donor: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random part of ``donor`` of this (height, width), reflected where it is smaller."""
+    """A random crop of ``donor`` of ``shape`` (height, width); a smaller donor is padded by reflection."""
     donor = pad_to(donor, *shape)
     top, left = (int(rng.integers(have - want + 1)) for have, want in zip(donor.shape[:2], shape, strict=True))
     return donor[top : top + shape[0], left : left + shape[1]]
@@ -35,10 +35,10 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def chosen_crops(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
-    """The centre crop and up to ``count - 1`` more, the most textured of a half-overlapping grid.
+    """The centre crop and the ``count - 1`` most textured crops of a half-overlapping grid.
 
     Texture is the mean absolute difference of neighbouring pixels of the green channel.  Smaller images are padded by
-    reflection; one that has room for a single crop gives one.
+    reflection; an image of the size of one crop gives one.
     """
     image = pad_to(image, size, size)
     return [image[y : y + size, x : x + size] for y, x in chosen_places(image, size, count)]
@@ -63,10 +63,10 @@ def _grid(length: int, size: int) -> list[int]:
 
 
 def _texture(image: np.ndarray, size: int, places: list[tuple[int, int]]) -> np.ndarray:
-    """Mean absolute neighbour difference of each ``size`` square, from sums of rows that are made a strip at a time."""
+    """Mean absolute neighbour difference of each ``size`` square, from running sums computed in strips of rows."""
     tops, lefts = np.array(places).T
     columns, column = np.unique(lefts, return_inverse=True)
-    rows = np.empty((image.shape[0], len(columns)), np.int64)  # of each row, what lies in the columns of a square
+    rows = np.empty((image.shape[0], len(columns)), np.int64)  # sums over a square's columns, per row
     for top in range(0, image.shape[0], STRIP):
         strip, above = (image[start : top + STRIP, :, 1].astype(np.int16) for start in (top, max(top - 1, 0)))
         energy = np.abs(np.diff(strip, axis=0, prepend=above[:1])) + np.abs(np.diff(strip, axis=1, prepend=strip[:, :1]))
@@ -77,6 +77,6 @@ def _texture(image: np.ndarray, size: int, places: list[tuple[int, int]]) -> np.
 
 
 def centre_crop(image: np.ndarray, side: int) -> np.ndarray:
-    """The central ``side`` x ``side`` pixels at native resolution, or what there is of them."""
+    """The central ``side`` x ``side`` pixels at native resolution, or fewer of a smaller image."""
     top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
     return image[top : top + side, left : left + side]

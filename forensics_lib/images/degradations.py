@@ -1,17 +1,18 @@
-"""What happens to pictures on their way: recompression, scaling, blur, noise, and a platform's upload.
+"""Degradations of images in circulation: recompression, scaling, blur, noise, and a platform's upload.
 
 One implementation serves training augmentation and the robustness sweep.  Images are ``(H, W, 3)`` uint8, masks
-``(H, W)`` bool or None; whatever moves pixels moves both.
+``(H, W)`` bool or None; geometric operations transform both.
 
-No operation makes a picture darker or brighter on average, which a network could learn: all compute in floats and round
-once.  Two things cannot be helped: noise and sharp kernels are cut off at 0 and 255, so that black gets brighter and white
-darker, and WebP's own colour conversion adds up to a quarter of a grey level.
+No operation changes the mean brightness, which a network could learn: all compute in floats and round once.  Two effects
+remain: noise and sharp kernels are clipped at 0 and 255, which brightens black and darkens white, and WebP's colour
+conversion adds up to a quarter of a grey level.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,12 @@ from forensics_lib.utils.callables import load_callable
 
 KERNELS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 SUBSAMPLINGS = (0, 2)  # 4:4:4 and 4:2:0
-BLOCK = 16  # pixels a side of what JPEG with 4:2:0 colours and WebP code at once
+BLOCK = 16  # side of the blocks of JPEG 4:2:0 and WebP, pixels
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """The last compression that an image has gone through."""
+    """The last compression of an image."""
 
     format: str  # JPEG or WEBP
     quality: int  # 1 to 100
@@ -37,9 +38,17 @@ class Encoding:
 def recompress(
     image: np.ndarray, codec: str, quality: int, subsampling: int = 2, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Encode and decode as ``codec`` (``JPEG`` or ``WEBP``) of ``quality`` 1 to 100.
+    """Encode an image and decode it again.
 
-    The codec's blocks begin in the image's corner or, with ``rng``, anywhere, as in a crop of a larger picture.
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        codec: ``JPEG`` or ``WEBP``.
+        quality: 1 to 100.
+        subsampling: of JPEG's colours, as Pillow numbers it: 0 for 4:4:4, 1 for 4:2:2, 2 for 4:2:0.
+        rng: draws the offset of the codec's blocks, as in a crop of a larger picture; None: blocks begin in the corner.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
     """
     return _recompressed(image, codec, quality, subsampling, rng)[0]
 
@@ -49,7 +58,7 @@ def _recompressed(
 ) -> tuple[np.ndarray, Encoding]:
     top, left = rng.integers(BLOCK, size=2) if rng else (0, 0)
     buffer = io.BytesIO()
-    options = {"subsampling": subsampling} if codec == "JPEG" else {"method": 2}
+    options: dict[str, Any] = {"subsampling": subsampling} if codec == "JPEG" else {"method": 2}
     padded = np.pad(image, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
     Image.fromarray(padded).save(buffer, codec, quality=quality, **options)
     decoded = np.array(Image.open(buffer).convert("RGB"))[top:, left:]
@@ -59,7 +68,7 @@ def _recompressed(
 def resize(
     image: np.ndarray, mask: np.ndarray | None, scale: float, kernel: Image.Resampling
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scale both sides by ``scale``, at least to one pixel; the mask by its nearest pixels."""
+    """Scale both sides by ``scale``, to one pixel at least; masks by nearest neighbour."""
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     resized = resampled(image, size, kernel)
     if mask is None:
@@ -68,15 +77,15 @@ def resize(
 
 
 def resampled(image: np.ndarray, size: tuple[int, int], kernel: Image.Resampling) -> np.ndarray:
-    """An image at ``size`` (width, height).
+    """Resample an image to ``size`` (width, height).
 
-    In floats: Pillow rounds 8-bit pixels up at each half, after each direction, which makes an image half a level brighter
-    when the box filter halves it.
+    In floats: for 8-bit pixels Pillow rounds halves up after each direction, so that halving by the box filter would
+    brighten an image by half a grey level.
     """
     result = np.empty((size[1], size[0], image.shape[2]), np.uint8)
     for channel in range(image.shape[2]):
         values = Image.fromarray(image[..., channel].astype(np.float32)).resize(size, kernel)
-        result[..., channel] = np.rint(values).clip(0, 255)
+        result[..., channel] = np.rint(np.asarray(values)).clip(0, 255)
     return result
 
 
@@ -93,7 +102,7 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
 def upload(
     image: np.ndarray, mask: np.ndarray | None, scale: float, quality: int, rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding]:
-    """What a platform does: shrink by ``scale`` (Lanczos), then JPEG of ``quality`` with 4:2:0 colours; see ``recompress``."""
+    """A platform's upload: shrink by ``scale`` (Lanczos), then JPEG 4:2:0 of ``quality``; see ``recompress``."""
     if scale < 1:
         image, mask = resize(image, mask, scale, Image.Resampling.LANCZOS)
     image, encoding = _recompressed(image, "JPEG", quality, 2, rng)
@@ -108,10 +117,18 @@ def degrade(
     *,
     equalize: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-    """Scaling, blur, noise, compression and upload in the order of a picture's life, and the compression that was last.
+    """Apply random scaling, blur, noise, compression and upload, in the order of an image's life.
 
-    Blocks of compressions begin anywhere.  With ``equalize`` an image that nothing has compressed is compressed all the same,
-    so that all leave here by one distribution of codecs and qualities, whatever their files were.
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        mask: ``(H, W)`` bool, transformed with the image, or None.
+        settings: probability and range of each operation.
+        rng: draws the operations, their strengths and the offset of compression blocks.
+        equalize: whether an image that no operation compressed is compressed in the end, so that all images have one
+            distribution of codecs and qualities, whatever their files were.
+
+    Returns:
+        The image ``(H', W', 3)`` uint8, its mask ``(H', W')`` bool or None, and the last compression or None.
     """
     encoding = None
     if settings.own:

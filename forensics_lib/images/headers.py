@@ -1,4 +1,4 @@
-"""Image headers and perceptual hashes: what a file tells without decoding all of it."""
+"""Image headers and perceptual hashes, without decoding files in full."""
 
 from __future__ import annotations
 
@@ -9,57 +9,64 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from forensics_lib.images.io import ImageError, open_image, to_rgb
+from forensics_lib.images.io import ImageError, open_image, stream_of, to_rgb
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself without decoding its pixels."""
+    """Properties of an image file that need no decoding."""
 
     width: int
     height: int
     format: str  # as Pillow names it: JPEG, PNG, WEBP, ...
-    jpeg_quality: float | None = None  # 1 to 100 as libjpeg counts, estimated; None for other formats
+    jpeg_quality: float | None = None  # 1 to 100 on libjpeg's scale, estimated; None for other formats
     camera: bool = False  # whether EXIF names a camera's make or model
     bytes: int = 0
 
 
 def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header:
-    """What a file says of itself, read without decoding it.  Raises ``ImageError``.
+    """Read an image's header without decoding its pixels.
 
-    With ``complete`` a truncated file is an error too: it is told by its format's end mark, and where the mark is not in
-    its place, or the format has none, by decoding.
+    Args:
+        source: a file's path, the path of a member of a parquet file, or an encoded image.
+        complete: whether a truncated file is an error as well.  It is recognised by its format's end marker, and by
+            decoding where the marker is missing or the format has none.
+
+    Raises:
+        ImageError: the file cannot be read; the message names it and the cause.
     """
     with open_image(source) as image:
         tables = getattr(image, "quantization", None)
         length, ended = _length_and_end(image)
-        readable = image.format != "PNG" or "exif" in image.info  # else Pillow would decode a PNG to its end for it
+        readable = image.format != "PNG" or "exif" in image.info  # else Pillow would decode all of a PNG to look for EXIF
         camera = readable and bool({0x010F, 0x0110} & set(image.getexif()))
         if complete and not ended:
             image.load()
-            to_rgb(image)  # refuses what has no known white
+            to_rgb(image)  # an error where white is unknown
         quality = _quality(tuple(tables[min(tables)])) if tables else None
-        form = "JPEG" if image.format == "MPO" else image.format or ""  # an MPO is a JPEG that others follow
+        form = "JPEG" if image.format == "MPO" else image.format or ""  # an MPO is a JPEG followed by others
         return Header(image.width, image.height, form, quality, camera, length)
 
 
-def _length_and_end(image: Image.Image) -> tuple[int, bool]:
-    """The file's length in bytes, and whether it ends as its format says it must; False where only decoding can tell."""
-    place, length = image.fp.tell(), image.fp.seek(0, os.SEEK_END)
+def _length_and_end(image: ImageFile) -> tuple[int, bool]:
+    """The file's length in bytes, and whether its end marker is there; False if only decoding can tell."""
+    file = stream_of(image)
+    place, length = file.tell(), file.seek(0, os.SEEK_END)
     ended = False
-    if image.format == "WEBP":  # a RIFF container: its second word is the length of what follows
-        image.fp.seek(4)
-        ended = int.from_bytes(image.fp.read(4), "little") + 8 <= length
+    if image.format == "WEBP":  # a RIFF container: its second word is the length of the rest
+        file.seek(4)
+        ended = int.from_bytes(file.read(4), "little") + 8 <= length
     elif image.format in ("JPEG", "PNG"):
-        image.fp.seek(max(0, length - 32))
-        ended = (b"IEND" if image.format == "PNG" else b"\xff\xd9") in image.fp.read(32)
-    image.fp.seek(place)
+        file.seek(max(0, length - 32))
+        ended = (b"IEND" if image.format == "PNG" else b"\xff\xd9") in file.read(32)
+    file.seek(place)
     return length, ended
 
 
 def facts_of(paths: list[str]) -> list[tuple]:
-    """Width, height, format, JPEG quality, camera, bytes, error of each file; the others are None where there is one."""
+    """Width, height, format, JPEG quality, camera, bytes and error of each file; with an error the others are None."""
     return [_facts_of(path) for path in paths]
 
 
@@ -72,19 +79,19 @@ def _facts_of(path: str) -> tuple:
 
 
 def hashes_of(paths: list[str]) -> list[tuple[int | None]]:
-    """The 64-bit perceptual hash of each image (pHash, the signs of low DCT frequencies); None where it means nothing.
+    """The 64-bit perceptual hash of each image (pHash: the signs of low DCT frequencies).
 
-    That is where a file cannot be read, and where a picture is flat.
+    None for unreadable files, and for flat pictures, whose hash is noise.
     """
     return [(_hash_of(path),) for path in paths]
 
 
 def _hash_of(path: str) -> int | None:
-    from imagehash import phash  # imports scipy and wavelets, which nothing else here needs
+    from imagehash import phash  # slow to import: scipy and wavelets
 
     try:
         with open_image(path) as image:
-            image.draft("L", (128, 128))  # JPEG decodes at a fraction of its size: the hash looks at 32 x 32 pixels
+            image.draft("L", (128, 128))  # JPEG decodes at a fraction of its size: the hash uses 32 x 32 pixels
             grey = to_rgb(image).convert("L").resize((64, 64), Image.Resampling.BOX)
     except ImageError:
         return None
@@ -101,7 +108,7 @@ _STANDARD = np.array([
 
 @lru_cache(maxsize=4096)
 def _quality(table: tuple[int, ...]) -> float:
-    """The quality, as libjpeg counts, whose scaling of the standard table comes nearest to a file's luminance table."""
+    """The quality on libjpeg's scale whose luminance table is nearest to a file's."""
     found = np.sort(np.asarray(table, float))  # Pillow's order of entries has changed; their values have not
     scale = float(np.median(found / np.sort(_STANDARD))) * 100
     return round(100 - scale / 2 if scale <= 100 else 5000 / scale, 1)

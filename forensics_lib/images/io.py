@@ -5,9 +5,9 @@
 - Every mode becomes 8-bit RGB: alpha is dropped, palettes are looked up, CMYK is converted, the first frame of an animation
   or page of a TIFF counts.  Grey of more than 8 bits is scaled from black to white and rounded, floats from 0 to 1; colours
   of 16 bits keep their upper byte, as Pillow's decoders do it.
-- What has no known white is an error, never black or noise: integers with a sign or of 32 bits, floats outside of [0, 1].
+- Pixels without a known white are an error, never black or noise: signed or 32-bit integers, floats outside of [0, 1].
 - A truncated file is an error, never a half-grey image; so is one of more than ``MAX_PIXELS`` pixels.
-- The content decides what a file is, not its name, and only ``FORMATS`` are opened: others that Pillow knows would start
+- The content decides what a file is, not its name, and only ``FORMATS`` are opened: other formats of Pillow would start
   programs (PostScript) or open further files.  HEIC needs the package pillow-heif.
 """
 
@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from forensics_lib.images.parquet import member_bytes
 from forensics_lib.utils.files import LFS_POINTER, is_lfs_pointer, shown, why_no_file
 
 MAX_PIXELS = 250_000_000
-STRIP = 128  # rows that are copied at a time
+STRIP = 128  # rows copied at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
@@ -36,11 +39,11 @@ SUFFIXES = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
     ".jpg_large", ".jpg_orig", ".jpg_medium", ".jpg_small", ".png_large", ".png_orig",  # as saved from Twitter
 })  # fmt: skip
-_WEAK_MAGIC = {"BMP", "PPM"}  # begin with two ordinary letters, as a text may
+_WEAK_MAGIC = {"BMP", "PPM"}  # their signature is two ordinary letters, which may begin a text file too
 
 Image.MAX_IMAGE_PIXELS = None  # the check below replaces Pillow's, which only warns between one and two times its limit
 
-Region = Callable[[int, int], tuple[slice, slice]]  # of height and width: the rows and the columns, with both ends
+Region = Callable[[int, int], tuple[slice, slice]]  # (height, width) to slices of rows and columns, with start and stop
 
 
 class ImageError(ValueError):
@@ -48,12 +51,12 @@ class ImageError(ValueError):
 
 
 class UnusableImage(ValueError):
-    """What a file holds cannot be used; ``open_image`` adds the file's name."""
+    """The content of a file cannot be used; ``open_image`` adds the file's name to the message."""
 
 
 @contextmanager
-def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """Open an image, and turn everything that can go wrong with it into ``ImageError``."""
+def open_image(source: str | Path | bytes) -> Iterator[ImageFile]:
+    """Open an image; every failure, also within the block, becomes ``ImageError``."""
     name = "image bytes" if isinstance(source, bytes) else shown(source)
     try:
         data = source if isinstance(source, bytes) else member_bytes(name)
@@ -64,7 +67,7 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
             with Image.open(name if data is None else io.BytesIO(data), formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
-                if image.format == "TIFF":
+                if isinstance(image, TiffImageFile):
                     _prepare_tiff(image)
                 if image.format == "BMP":
                     _refuse_packed_greys(image)
@@ -82,7 +85,7 @@ def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
 
 
 def _hint(name: str, data: bytes | None) -> str:
-    """What can be done about a file that is no image to Pillow; empty where nothing is known."""
+    """The remedy for a file that Pillow does not recognise; empty if none is known."""
     if name.lower().endswith((".heic", ".heif", ".hif")):
         return "; for heic, pip install pillow-heif"
     with io.BytesIO(data) if data is not None else Path(name).open("rb") as file:
@@ -91,8 +94,8 @@ def _hint(name: str, data: bytes | None) -> str:
     return ""
 
 
-def _prepare_tiff(image: Image.Image) -> None:
-    """Keep a TIFF on its stored grid, which Pillow would turn; raises ``UnusableImage`` where Pillow would read it wrongly."""
+def _prepare_tiff(image: TiffImageFile) -> None:
+    """Keep a TIFF on its stored grid, which Pillow would rotate; raises ``UnusableImage`` if Pillow would misread it."""
     tags, compressed = image.tag_v2, image.info.get("compression") != "raw"
     bits, sample_format = max(tags.get(258, (1,))), max(tags.get(339, (1,)))
     whites_zero, planes = tags.get(262, 0) == 0, tags.get(284, 1) == 2
@@ -106,16 +109,24 @@ def _prepare_tiff(image: Image.Image) -> None:
     if sample_format == 3 and compressed and tags.prefix == b"MM":
         raise UnusableImage(f"{kind}, compressed and big-endian, is not read; save it little-endian")
     image.getexif()[0x0112] = 1
-    image._size = tags[256], tags[257]  # width and height; Pillow tells those of the turned picture
+    image._size = tags[256], tags[257]  # width and height; Pillow gives those of the rotated picture
 
 
-def _refuse_packed_greys(image: Image.Image) -> None:
-    """Raise ``UnusableImage`` of a BMP whose palette makes Pillow unpack its pixels at another depth than they have."""
-    place = image.fp.tell()
-    image.fp.seek(14)
-    header = image.fp.read(16)
-    image.fp.seek(place)
-    at = 10 if header[:4] == b"\x0c\0\0\0" else 14  # OS/2's header has shorter sizes
+def stream_of(image: ImageFile) -> IO[bytes]:
+    """The open file behind an image that is not loaded yet."""
+    if image.fp is None:
+        raise ValueError("the image's file is closed")
+    return image.fp
+
+
+def _refuse_packed_greys(image: ImageFile) -> None:
+    """Raise ``UnusableImage`` for a BMP whose palette makes Pillow unpack its pixels at a wrong bit depth."""
+    file = stream_of(image)
+    place = file.tell()
+    file.seek(14)
+    header = file.read(16)
+    file.seek(place)
+    at = 10 if header[:4] == b"\x0c\0\0\0" else 14  # OS/2's header has shorter fields
     bits = int.from_bytes(header[at : at + 2], "little")
     if {"1": 1, "L": 8}.get(image.mode, bits) != bits:
         raise UnusableImage(
@@ -125,7 +136,7 @@ def _refuse_packed_greys(image: Image.Image) -> None:
 
 @lru_cache(maxsize=1)
 def _formats() -> list[str]:
-    """Those of ``FORMATS`` that can be decoded here."""
+    """The ``FORMATS`` that this installation can decode."""
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
 
@@ -135,10 +146,10 @@ def _formats() -> list[str]:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file begins as an image of ``FORMATS`` does, whatever its name; what follows may still be damaged."""
+    """Whether a file's signature is that of one of ``FORMATS``, whatever its name; its pixels may still be damaged."""
     try:
         if not Path(path).is_file():
-            return False  # opening a pipe would wait for ever
+            return False  # opening a pipe would block
         with Path(path).open("rb") as file:
             start = file.read(16)
     except OSError:
@@ -154,16 +165,24 @@ def is_image(path: str | Path) -> bool:
 
 
 def has_image_ending(name: str) -> bool:
-    """Whether a name ends as an image's, also where a download added something: ``a.JPG``, ``a.jpg:large``, ``a.jpeg%20``."""
+    """Whether a name has an image's ending, also with a download's suffix: ``a.JPG``, ``a.jpg:large``, ``a.jpeg%20``."""
     ending = name[name.rfind(".") :].lower() if "." in name else ""
     return ending in SUFFIXES or re.split(r"[^a-z0-9.]", ending, maxsplit=1)[0] in SUFFIXES
 
 
 def read_image(source: str | Path | bytes, region: Region | None = None) -> np.ndarray:
-    """An image as ``(H, W, 3)`` uint8 RGB, by the policy above; of ``region`` alone where one is given.
+    """Read an image, or a region of it, by this module's policy.
 
-    ``region`` is asked, with the image's height and width, for the rows and columns that are wanted: all pixels are decoded,
-    so that a damaged file is an error wherever it is damaged, but no others are copied.  Raises ``ImageError``.
+    Args:
+        source: a file's path, the path of a member of a parquet file, or an encoded image.
+        region: function of the image's height and width that returns slices of the wanted rows and columns; None: all.
+            All pixels are decoded, so that any damage is an error, but only the region is copied.
+
+    Returns:
+        RGB pixels, ``(H, W, 3)`` uint8.
+
+    Raises:
+        ImageError: the file cannot be read; the message names it and the cause.
     """
     with open_image(source) as image:
         image.load()
@@ -177,7 +196,7 @@ def read_image(source: str | Path | bytes, region: Region | None = None) -> np.n
 
 
 def as_file(image: Image.Image | np.ndarray) -> bytes:
-    """An open image, or pixels of ``(H, W, 3)`` or ``(H, W)`` uint8, as a file that ``read_image`` reads to the same pixels.
+    """Encode an open image, or pixels ``(H, W, 3)`` or ``(H, W)`` uint8, losslessly; ``read_image`` gives the same pixels.
 
     Raises ``ImageError``.
     """
@@ -193,6 +212,7 @@ def as_file(image: Image.Image | np.ndarray) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of any mode to 8-bit RGB.  Raises ``UnusableImage``."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -212,12 +232,12 @@ def grey_values(image: Image.Image) -> tuple[np.ndarray, int]:
         if not (low >= 0 and high <= 1):  # also where they are not finite
             raise UnusableImage(f"floats from {low:g} to {high:g} have no known white; they must lie in [0, 1]")
         return values, 1
-    twelve = image.format == "TIFF" and max(image.tag_v2.get(258, (16,))) == 12
+    twelve = isinstance(image, TiffImageFile) and max(image.tag_v2.get(258, (16,))) == 12
     return values, 4095 if twelve else 65535
 
 
 def _to_bytes(values: np.ndarray, white: int) -> np.ndarray:
-    """Values from 0 to ``white`` as the nearest of 256 grey levels, uint8."""
+    """Scale values in [0, ``white``] to the nearest of 256 grey levels, uint8."""
     if values.dtype.kind == "f":
         return (values * 255).round().astype(np.uint8)
     return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Masks: ground truth as it is read, predictions as they are stored."""
+"""Masks: reading ground truth, storing predictions."""
 
 from __future__ import annotations
 
@@ -6,42 +6,51 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from forensics_lib.images.io import UnusableImage, grey_values, open_image, to_rgb
 from forensics_lib.utils.files import atomic_write
 
 EMPTY_MASK = "the mask marks nothing"
-GREY_SPREAD = 16  # between the channels of a pixel that counts as grey in a mask, as lossy codecs leave it
-MAX_IDS = 32  # distinct values that may be numbers of objects; masks with more have soft edges
+GREY_SPREAD = 16  # largest difference between the channels of a grey pixel, as lossy codecs leave it
+MAX_IDS = 32  # most distinct values of a map of object ids; masks with more have soft edges
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """A ground-truth mask as ``(H, W)`` bool, True where the image was manipulated.
+    """Read a ground-truth mask: a grey picture, black for authentic and white for manipulated pixels.
 
-    A mask is a grey picture of its image's ``size`` (height, width): black where nothing was changed, white where the image
-    was manipulated.  Grey values of at least half of the file's white (128 of 8 bits, 32,768 of 16, 0.5 of floats) count as
-    manipulated; in a file of integers with nothing above 1, the ones do.  Palettes are looked up, so a palette's colours
-    count and not their numbers.  Whatever else a file may mean is never guessed.  Raises ``ImageError`` where
+    Grey values of at least half of the file's white (128 for 8 bits, 32,768 for 16, 0.5 for floats) count as manipulated;
+    in a file of integers with nothing above 1, the ones do.  Palettes are looked up.  Ambiguous files are refused.
 
-    - the sizes differ, or nothing is marked;
-    - nothing reaches half of white (0 and 2, 0 and 100, 0 and 255 of 16 bits);
-    - there are more than two values and none is near white, or few that cover areas of their own (numbers of objects or
-      classes, a value that is to be ignored); soft edges and what a lossy codec leaves beside them are no areas;
-    - colours are told apart (red on black, an overlay);
-    - colours of 16 bits do not reach half of white, since their lower bytes are not decoded;
-    - an alpha channel marks other pixels than the colours do (a mask in the alpha channel).
+    Args:
+        path: the mask's file, or the path of a member of a parquet file.
+        size: height and width of the mask's image, pixels.
+
+    Returns:
+        ``(H, W)`` bool, True for manipulated pixels.
+
+    Raises:
+        ImageError: the file cannot be read, or
+
+            - the sizes differ, or nothing is marked;
+            - nothing reaches half of white (0 and 2, 0 and 100, 0 and 255 of 16 bits);
+            - there are more than two values and none is near white, or a few values cover areas (ids of objects or
+              classes, an ignore value), unlike soft edges and the artefacts of lossy codecs beside them;
+            - it has colours (red on black, an overlay);
+            - 16-bit colours do not reach half of white, since their lower bytes are not decoded;
+            - an alpha channel marks other pixels than the colours do (a mask in the alpha channel).
     """
     return _mask_and_distinct(path, size)[0]
 
 
 def mask_facts(path: str | Path, size: tuple[int, int]) -> tuple[float, int]:
-    """The share of manipulated pixels of a mask, and how many grey values its file has.  Raises as ``read_mask`` does."""
+    """The share of manipulated pixels of a mask, and the number of grey values in its file.  Raises as ``read_mask`` does."""
     mask, distinct = _mask_and_distinct(path, size)
     return float(mask.mean()), len(distinct)
 
 
 def _mask_and_distinct(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The mask ``(H, W)`` bool and the distinct grey values of its file, in order."""
+    """The mask ``(H, W)`` bool, and the distinct grey values of its file, ascending."""
     with open_image(path) as image:
         deep_colours = _has_deep_colours(image)
         image.load()
@@ -65,19 +74,19 @@ def _mask_and_distinct(path: str | Path, size: tuple[int, int]) -> tuple[np.ndar
         return mask, distinct
 
 
-def _has_deep_colours(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has colours of more than 8 bits, of which Pillow keeps the upper ones."""
+def _has_deep_colours(image: ImageFile) -> bool:
+    """Whether an image that is not loaded yet has colours of more than 8 bits, of which Pillow keeps the upper 8."""
     if image.mode.startswith("I") or image.mode == "F":
         return False
     if image.format == "PPM":
-        return any(isinstance(tile[3], tuple) and tile[3][1] > 255 for tile in image.tile)  # its mode and its white
+        return any(isinstance(tile[3], tuple) and tile[3][1] > 255 for tile in image.tile)  # mode and white
     return any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def _are_ids(values: np.ndarray, distinct: np.ndarray) -> bool:
-    """Whether few values between black and white cover areas of 3 x 3 pixels or more, as numbers of objects do.
+    """Whether values between black and white cover areas of 3 x 3 pixels or more, as ids of objects do.
 
-    At least half of those between must: of a soft edge, and beside an edge in a lossy file, most cover none.
+    At least half of them must: most values of a soft edge, or of artefacts beside an edge in a lossy file, cover none.
     """
     between = distinct[1:-1]
     if not len(between) or len(distinct) > MAX_IDS:
@@ -91,7 +100,7 @@ def _are_ids(values: np.ndarray, distinct: np.ndarray) -> bool:
 
 
 def _mask_values(image: Image.Image) -> tuple[np.ndarray, int]:
-    """The grey values ``(H, W)`` of a mask's file, and its white.  Raises ``UnusableImage`` where it has colours."""
+    """The grey values ``(H, W)`` of a mask's file, and its white.  Raises ``UnusableImage`` for colours."""
     if image.mode.startswith("I") or image.mode == "F":
         return grey_values(image)
     if image.mode in ("1", "L"):
@@ -104,7 +113,7 @@ def _mask_values(image: Image.Image) -> tuple[np.ndarray, int]:
 
 
 def _refuse_alpha(image: Image.Image, mask: np.ndarray) -> None:
-    """Raise ``UnusableImage`` where an alpha channel marks other pixels than the colours' ``mask`` does."""
+    """Raise ``UnusableImage`` if the alpha channel marks other pixels than the ``mask`` of the colours."""
     if image.mode != "La" and not image.has_transparency_data:
         return
     alpha = np.asarray(image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A"))
@@ -117,26 +126,26 @@ def _refuse_alpha(image: Image.Image, mask: np.ndarray) -> None:
 
 
 def _listed(distinct: np.ndarray, count: int = 5) -> str:
-    """Distinct values in words, at most ``count`` of them."""
+    """Distinct values as text, at most ``count`` of them."""
     found = [f"{value:g}" for value in distinct]
     return ", ".join(found if len(found) <= count else [*found[: count - 1], "...", found[-1]])
 
 
-MASK_KEY = "arr_0"  # the array's name in a mask's npz: NumPy's default
+MASK_KEY = "arr_0"  # name of a mask's array in its npz: NumPy's default
 
 
 def save_mask(path: Path, mask: np.ndarray) -> None:
-    """Write a mask as compressed npz, whole or not at all."""
+    """Write a mask as compressed npz, float16, atomically."""
     with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, **{MASK_KEY: mask.astype(np.float16)})
+        np.savez_compressed(temporary, mask.astype(np.float16))  # as MASK_KEY
 
 
 def load_mask(path: Path) -> np.ndarray:
-    """The mask that ``save_mask`` wrote, ``(H, W)`` float16."""
+    """Load a mask written by ``save_mask``, ``(H, W)`` float16."""
     with np.load(path, allow_pickle=False) as content:
         return content[MASK_KEY]
 
 
 def written_mask(mask: np.ndarray) -> np.ndarray:
-    """A mask in [0, 1] as it is written: float16 with the last bit of each value cleared, so that none equals a threshold."""
+    """A mask in [0, 1] as stored: float16 with each value's last bit cleared, so that none equals a threshold."""
     return (mask.astype(np.float16).view(np.uint16) & 0xFFFE).view(np.float16)

@@ -1,6 +1,6 @@
-"""Images inside parquet files, as hub data sets come: addressed row by row and read where they lie.
+"""Images inside parquet files of hub data sets, read in place.
 
-An image's path is ``{file}.parquet#{column}={row}``; whatever takes a path to an image takes such a one.
+The path of such an image is ``{file}.parquet#{column}={row}``, and valid wherever an image's path is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def member_path(file: str | Path, column: str, row: int) -> str:
 
 
 def file_of(path: str) -> str:
-    """The file on disk that holds ``path``: the parquet file of a member, else the path itself."""
+    """The file on disk: the parquet file of a member's path, else the path itself."""
     if "#" not in path:
         return path
     match = _MEMBER.fullmatch(path)
@@ -31,10 +31,10 @@ def file_of(path: str) -> str:
 
 
 def member_bytes(path: str) -> bytes | None:
-    """The encoded image that ``path`` addresses; None where it is an ordinary path.
+    """The encoded image at the path of a parquet member; None for an ordinary path.
 
-    The row group around it is kept, so that reading in order is fast; in random order each image costs the reading of
-    its group.  Raises ``FileNotFoundError`` and ``ValueError``.
+    The current row group is cached: reading in order is fast, reading in random order loads a group per image.
+    Raises ``FileNotFoundError`` and ``ValueError``.
     """
     match = _MEMBER.fullmatch(path) if "#" in path else None
     if match is None:
@@ -65,7 +65,7 @@ def _column(file: str, column: str, group: int) -> Any:
 
 
 def damage(file: Path) -> str | None:
-    """Why a parquet file cannot be read, as far as its name and its footer tell; None where it can."""
+    """Why a parquet file cannot be read, by its name and footer; None if it can."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,12 +81,12 @@ def damage(file: Path) -> str | None:
 
 
 def damaged_by(error: Exception) -> str:
-    """What an error of pyarrow says of a file, with the remedy."""
+    """An error of pyarrow as a message with the remedy."""
     return f"damaged, or not downloaded to its end: download it again. {str(error).strip().splitlines()[0]}"
 
 
 def image_columns(file: Path) -> list[str]:
-    """The columns that hold encoded images: structs with ``bytes``, as the hub writes them, or plain binary."""
+    """The columns of encoded images: structs with ``bytes``, as the hub writes them, or plain binary."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,7 +100,7 @@ def image_columns(file: Path) -> list[str]:
 
 
 def class_names(file: Path, column: str) -> list[str] | None:
-    """The names that the hub's metadata gives to a column's class numbers; None where it names none."""
+    """The class names of a column in the hub's metadata; None if there are none."""
     import pyarrow.parquet as pq
 
     stored = (pq.read_schema(file).metadata or {}).get(b"huggingface")

@@ -1,4 +1,4 @@
-"""What generation leaves in an image and the eye does not see: noise residuals and their spectra."""
+"""Noise residuals of images and their spectra, in which generators leave traces."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from forensics_lib.utils.progress import progress
 
 
 def residual(image: np.ndarray) -> np.ndarray:
-    """What a 3 x 3 median filter takes away: ``(H, W, 3)`` uint8 to ``(H, W)`` float32 in grey levels, around 0."""
+    """The residual of a 3 x 3 median filter: ``(H, W, 3)`` uint8 to ``(H, W)`` float32, grey levels around 0."""
     grey = image.astype(np.float32).mean(axis=2)
     return grey - median_filter(grey, 3)
 
 
 def average_spectrum(rows: pd.DataFrame, side: int = 128, count: int = 200, seed: int = 0) -> np.ndarray:
-    """The mean amplitude spectrum of the residuals of at most ``count`` images' centres: ``(side, side)``, dB, 0 in the middle.
+    """The mean amplitude spectrum of residuals of image centres: ``(side, side)``, dB, frequency 0 in the middle.
 
     Upsampling in a generator leaves peaks in it that photographs do not have (Zhang et al., WIFS 2019; Corvi et al.,
-    CVPRW 2023).  Unreadable and smaller images are passed over; without any the spectrum is NaN.
+    CVPRW 2023).  At most ``count`` images are drawn; unreadable and smaller ones are skipped, and without any the
+    spectrum is NaN.
     """
     total, used = np.zeros((side, side)), 0
     window = np.outer(np.hanning(side), np.hanning(side))
@@ -38,7 +39,7 @@ def average_spectrum(rows: pd.DataFrame, side: int = 128, count: int = 200, seed
 
 
 def radial_profile(spectrum: np.ndarray) -> np.ndarray:
-    """The mean of a spectrum over each circle around its middle: from frequency 0 to Nyquist, ``(side // 2,)``."""
+    """The radial mean of a spectrum, from frequency 0 to Nyquist: ``(side // 2,)``."""
     side = spectrum.shape[0]
     y, x = np.indices(spectrum.shape) - side // 2
     radius = np.hypot(x, y).astype(int)
