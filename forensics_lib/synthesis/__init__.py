@@ -1,1 +1,1 @@
-"""Making synthetic and manipulated images: an autoencoder, forgeries, and the built-in sample."""
+"""Synthetic and manipulated images: an autoencoder, forgeries, and the built-in sample."""

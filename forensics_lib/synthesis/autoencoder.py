@@ -1,17 +1,13 @@
 """The project's own neural generator: a small convolutional autoencoder.
 
-It stands in for the decoder of a latent diffusion model wherever no larger generator can be had: an image that went
-through it carries the traces of a learned decoder (lost noise, correlated residuals) while its content, size and codec
-stay those of the photograph.  The weights in ``assets/autoencoder.safetensors`` were made by
-
-    python -m forensics_lib.autoencoder
-
-from the training photographs of the built-in sample, with the seed and the settings below.
+It replaces the decoder of a latent diffusion model where no larger generator is at hand: its output carries the traces of
+a learned decoder (lost noise, correlated residuals), with the content and the size of the photograph.  The weights in
+``assets/autoencoder.safetensors`` were trained by ``tools/train_autoencoder.py`` on the training photographs of the built-in
+sample, with the seed and the settings below.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from forensics_lib.utils.callables import load_callable
@@ -27,10 +23,11 @@ from forensics_lib.utils.progress import progress
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "autoencoder.safetensors"
 PADDING = 32  # images are padded to multiples of this: few distinct shapes are faster than many
+Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; keeps the shape ``(N, channels, H, W)``."""
+    """Two 3x3 convolutions with a skip connection; keeps the shape ``(N, channels, H, W)``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,7 +41,7 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Images ``(N, 3, H, W)`` in [0, 1], H and W multiples of 4, to images of the same shape (not clipped).
 
-    The latent has ``latent`` channels at a quarter of the resolution: with 6 of them, 8 values in become 1.
+    The latent has ``latent`` channels at a quarter of the resolution; 6 channels compress by a factor of 8.
     """
 
     def __init__(self, latent: int = 6, width: tuple[int, int] = (32, 64)) -> None:
@@ -78,7 +75,7 @@ def load_autoencoder(weights: Path = WEIGHTS) -> Autoencoder:
     """The trained autoencoder in evaluation mode."""
     if not weights.is_file():
         raise FileNotFoundError(
-            f"no autoencoder weights at {weights}; restore the file, or make it by 'python -m forensics_lib.autoencoder'"
+            f"no autoencoder weights at {weights}; restore the file, or train it by 'python tools/train_autoencoder.py'"
         )
     model = Autoencoder()
     model.load_state_dict(load_file(weights))
@@ -87,12 +84,32 @@ def load_autoencoder(weights: Path = WEIGHTS) -> Autoencoder:
 
 @torch.no_grad()
 def regenerate(model: Autoencoder, image: np.ndarray) -> np.ndarray:
-    """Pass one ``(H, W, 3)`` uint8 image of any size through the autoencoder; the same shape and type come back."""
+    """Pass an ``(H, W, 3)`` uint8 image of any size through the autoencoder; returns the same shape and type."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % PADDING), (0, -width % PADDING), (0, 0)), mode="symmetric")
     tensor = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     pixels = model(tensor)[0].permute(1, 2, 0)[:height, :width]
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def load_autoencode(name: str) -> Autoencode:
+    """Load the autoencoder that a parameter names.
+
+    Args:
+        name: ``own``, the project's small autoencoder, or ``module:function``, a function without arguments that returns
+            a callable from image to image.  For a diffusers VAE that callable wraps
+            ``vae.decode(vae.encode(x).latent_dist.mode())``.
+
+    Returns:
+        A callable from an ``(H, W, 3)`` uint8 image of any size to one of the same shape and type.
+
+    Raises:
+        ValueError: ``module:function`` cannot be loaded.
+    """
+    if name == "own":
+        return partial(regenerate, load_autoencoder())
+    wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
+    return load_callable(name, "autoencoder", wanted)()
 
 
 def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch: int = 24, size: int = 64) -> Autoencoder:
@@ -129,36 +146,3 @@ def _random_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.n
     left = rng.integers(photo.shape[1] - size + 1)
     crop = photo[top : top + size, left : left + size]
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
-
-
-def main() -> None:
-    from forensics_lib.synthesis.sample import PHOTOS, load_photo
-
-    parser = argparse.ArgumentParser(description="Train the sample's autoencoder and write its weights.")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps (default 1600)")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
-    arguments = parser.parse_args()
-    photos = [load_photo(name) for name, photo in PHOTOS.items() if photo.split == "train"]
-    model = train_autoencoder(photos, arguments.steps)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
-    print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.2f} MB)")
-
-
-if __name__ == "__main__":
-    main()
-
-
-Autoencode = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 of any size to the same shape and type
-
-
-def load_autoencode(name: str) -> Autoencode:
-    """``own``: the project's small autoencoder; ``module:function``: what that function returns when called.
-
-    For a diffusers VAE the function wraps ``vae.decode(vae.encode(x).latent_dist.mode())``.  Raises ``ValueError``.
-    """
-    if name == "own":
-        from forensics_lib.synthesis.autoencoder import load_autoencoder, regenerate
-
-        return partial(regenerate, load_autoencoder())
-    wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
-    return load_callable(name, "autoencoder", wanted)()

@@ -1,12 +1,11 @@
 """The built-in sample: a small data set in the official layout, made on any machine without network.
 
-Real images are crops of freely licensed photographs that installed packages ship.  Synthetic ones are the same crops
-after the project's own autoencoder (``autoencoder.py``), and manipulated ones carry a region with other content that
-the autoencoder made: spliced (``sp``: only the region is regenerated) or fully regenerated (``fr``: the whole image
-went through it).  Photographs never cross a split, both classes pass through the same codec with the same settings,
-and the same code gives the same bytes every time.
+Real images are crops of freely licensed photographs shipped with installed packages.  Synthetic images are the same crops
+after the project's own autoencoder, and manipulated images have a region of other content from the autoencoder: spliced
+(``sp``: only the region is regenerated) or fully regenerated (``fr``: the whole image is).  No photograph is in two splits,
+both classes pass through the same codec with the same settings, and the same code always gives the same bytes.
 
-It shows that everything works and what it looks like.  It says nothing about how a detector does on real generators.
+The sample shows that everything works and what it looks like.  Its scores say nothing about real generators.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -31,8 +31,8 @@ from forensics_lib.synthesis.forgeries import composed, enlarged, outlined
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
 
-VERSION = 1  # raise it when the bytes change: older copies are then rebuilt
-MARKER = "sample.json"  # written last: a folder without it is not a finished sample
+VERSION = 1  # increase it when the bytes change: older copies are then rebuilt
+MARKER = "sample.json"  # written last: a folder without it is no finished sample
 
 _SKIMAGE = Path(skimage.__file__).parent / "data"
 _SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
@@ -41,12 +41,12 @@ _MATPLOTLIB = Path(matplotlib.get_data_path()) / "sample_data"
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph of an installed package: where it is, which split it belongs to, who made it."""
+    """A photograph in an installed package: its file, split and licence."""
 
     path: Path
     split: str
     licence: str
-    scale: float = 1.0  # photographs that were enlarged at their source are shrunk back
+    scale: float = 1.0  # undoes an enlargement at the photograph's source
 
 
 PHOTOS: dict[str, Photo] = {
@@ -67,10 +67,10 @@ PHOTOS: dict[str, Photo] = {
     "moon": Photo(_SKIMAGE / "moon.png", "open_train", "public domain, NASA"),
     "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.25),
 }
-TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops a photograph
-TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # photographs' crops in the TGIF tree, a photograph
-TASK_B_OFFICIAL = {"validation": 4, "test": 5}  # crops a photograph in the Task B validation and test folders
-CATEGORIES = ("apple", "bird", "cat", "teddy bear", "vase")  # TGIF's; here they are names only
+TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops per photograph
+TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # crops per photograph in the TGIF tree
+TASK_B_OFFICIAL = {"validation": 4, "test": 5}  # crops per photograph in the Task B validation and test folders
+CATEGORIES = ("apple", "bird", "cat", "teddy bear", "vase")  # of TGIF; here names only
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 
 
@@ -82,25 +82,36 @@ def load_photo(name: str) -> np.ndarray:
         raise FileNotFoundError(
             f"the sample's photograph {name!r} is missing at {photo.path}; reinstall the environment ('make clean-env setup')"
         )
-    with Image.open(photo.path) as image:
-        image = image.convert("RGB")
-        if photo.scale != 1:
-            image = image.resize([round(side * photo.scale) for side in image.size], Image.Resampling.LANCZOS)
-        return np.asarray(image)
+    with Image.open(photo.path) as opened:
+        image = opened.convert("RGB")
+    if photo.scale != 1:
+        size = round(image.width * photo.scale), round(image.height * photo.scale)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def build_sample(root: Path) -> Path:
-    """Make the sample under ``root`` unless a finished one of this version is there; returns ``root``.
+    """Make the sample unless a finished one of this version exists, and say so when it is made.
 
-    The data set is made beside its place and moved there whole, so that a stopped build leaves nothing behind that
-    could be taken for a finished one.  Where several processes want it at once, one makes it and the others wait.
+    It is made in a temporary folder and then renamed, so that an interrupted build leaves no half sample.  Of several
+    processes at once, one makes it and the others wait.
+
+    Args:
+        root: folder of the sample.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        FileExistsError: ``root`` holds other files.
     """
     if _finished(root):
         return root
     with exclusive(root.parent / f".{root.name}-lock", f"another process makes the sample data in {root}: waiting for it"):
         if not _finished(root):
-            for left in root.parent.glob(f".{root.name}-*/"):  # by a build that was killed: none goes on while this one may
+            for left in root.parent.glob(f".{root.name}-*/"):  # of a killed build: none other can be running under this lock
                 shutil.rmtree(left)
+            print(f"making the built-in sample data in {root}, once (later runs reuse it)", flush=True)
             _build_beside(root)
     return root
 
@@ -120,7 +131,7 @@ def _build_beside(root: Path) -> None:
 
 
 def _move_into_place(building: Path, root: Path) -> None:
-    building.chmod(0o755)  # mkdtemp makes folders for the owner alone
+    building.chmod(0o755)  # mkdtemp gives access to the owner alone
     if root.exists():
         if any(root.iterdir()) and not (root / MARKER).is_file():
             raise FileExistsError(f"{root} holds files that are not a sample; move them away, then run 'make sample'")
@@ -130,13 +141,11 @@ def _move_into_place(building: Path, root: Path) -> None:
 
 def _build(root: Path) -> None:
     autoencode = load_autoencode("own")
-    jobs: list[Callable[[], None]] = []
-    for index, name in enumerate(PHOTOS):
-        jobs.append(lambda n=name, i=index: _write_task_a(root, n, np.random.default_rng([1, i]), autoencode))
-    for split, source in TGIF_SPLITS.items():
-        jobs.append(lambda s=split, p=source: _write_tgif(root, s, p, autoencode))
-    jobs.append(lambda: _write_task_b_validation(root, autoencode))
-    jobs.append(lambda: _write_task_b_test(root, autoencode))
+    jobs: list[Callable[[], None]] = [
+        partial(_write_task_a, root, name, np.random.default_rng([1, index]), autoencode) for index, name in enumerate(PHOTOS)
+    ]
+    jobs += [partial(_write_tgif, root, split, source, autoencode) for split, source in TGIF_SPLITS.items()]
+    jobs += [partial(_write_task_b_validation, root, autoencode), partial(_write_task_b_test, root, autoencode)]
     for job in progress(jobs, "sample data"):
         job()
     credits = [f"{name}: {photo.licence}" for name, photo in PHOTOS.items()]
@@ -157,7 +166,7 @@ def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: A
 
 
 def _task_a_path(root: Path, split: str, name: str, label: int, index: int, rng: np.random.Generator) -> Path:
-    if split == "test":  # names say nothing, as in the challenge
+    if split == "test":  # names tell nothing, as in the challenge
         return root / "test" / "taskA" / f"{rng.bytes(6).hex()}.jpg"
     folder = "dataset_open" if split.startswith("open") else "dataset"
     source = ("photographs", "autoencoder")[label]
@@ -175,7 +184,7 @@ def _textured_crop(photo: np.ndarray, size: tuple[int, int], rng: np.random.Gene
 
 @dataclass
 class _Scene:
-    """One crop of a photograph, the place to change in it, and other content of the same size."""
+    """A crop of a photograph, the mask of the region to change, and other content of the same size."""
 
     base: np.ndarray
     mask: np.ndarray
@@ -195,7 +204,7 @@ def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
 
 
 def _spliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
-    """Only the region is regenerated; every other pixel is the photograph's."""
+    """Only the region is regenerated; all other pixels are the photograph's."""
     return composed(scene.base, scene.mask, scene.donor, autoencode)
 
 
@@ -215,7 +224,7 @@ def _fully_enlarged(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
 
 
 def _inner(scene: _Scene) -> _Scene:
-    """The inner crop that TGIF calls 512: three quarters of each side, around the region."""
+    """TGIF's crop ``512``: three quarters of each side, around the region."""
     height, width = (side * 3 // 4 // 8 * 8 for side in scene.base.shape[:2])
     top, left = (scene.base.shape[0] - height) // 2, (scene.base.shape[1] - width) // 2
     cut = (slice(top, top + height), slice(left, left + width))
@@ -223,7 +232,7 @@ def _inner(scene: _Scene) -> _Scene:
 
 
 def _outer(scene: _Scene) -> _Scene:
-    """The crop that TGIF calls 1024: sides cut to multiples of 8."""
+    """TGIF's crop ``1024``: sides cut to multiples of 8."""
     cut = tuple(slice(0, side // 8 * 8) for side in scene.base.shape[:2])
     return _Scene(scene.base[cut], scene.mask[cut], scene.donor[cut], scene.segm)
 
@@ -279,7 +288,7 @@ def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
 
 
 def _write_task_b_test(root: Path, autoencode: Autoencode) -> None:
-    """Unlabelled JPEGs with names that say nothing: a third each authentic, spliced and fully regenerated."""
+    """Unlabelled JPEGs with random names: a third each authentic, spliced and fully regenerated."""
     names = [name for name, photo in PHOTOS.items() if photo.split == "test"]
     makers = (lambda scene, _: scene.base, _spliced, _fully)
     for number, name in enumerate(names * TASK_B_OFFICIAL["test"]):
@@ -293,6 +302,7 @@ def _as_png(mask: np.ndarray) -> np.ndarray:
 
 
 def _save(path: Path, pixels: np.ndarray, **jpeg: int) -> None:
-    """Write pixels as JPEG with these options, or as PNG where there are none."""
+    """Write pixels as JPEG with these options, or as PNG without any."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **(jpeg or {"compress_level": 2}))
+    options: dict[str, Any] = jpeg or {"compress_level": 2}
+    Image.fromarray(pixels).save(path, **options)
