@@ -1,4 +1,4 @@
-"""What this machine computes with: device, precision and loader processes, chosen once and printed."""
+"""Device, precision, threads and loader processes of this machine, and when compiling a model pays."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from forensics_lib.params import Params
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.processes import local_processes
 
-# From where on compiling pays, which takes as long for a GPU, though that is about a hundred times as fast.
+# Work from which compiling pays; it takes as long for a GPU, which is about a hundred times as fast as a CPU
 COMPILED_FROM = {"cpu": 1e16, "cuda": 1e18}  # inference, pixels times parameters: about 2,300 crops with ConvNeXt-B on a CPU
-COMPILES_BACKWARD = (2, 12)  # PyTorch's version from which what it compiles for CPUs learns; older ones fail with some models
+COMPILES_BACKWARD = "2.12"  # first PyTorch that compiles backward passes on CPUs; older ones fail with some models
 LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,000 crops on a CPU
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes."""
+    """Device, precision and number of loader processes of a run."""
 
     device: torch.device
     bf16: bool
     workers: int
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision around a forward pass, or nothing where it is not used."""
+        """Context of a forward pass: mixed precision, if it is used."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images ``(N, 3, H, W)`` to floats in [0, 1] on the device, channels last."""
+        """uint8 images ``(N, 3, H, W)`` to float32 in [0, 1] on the device, channels last."""
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.float() / 255
 
     def images_at_once(self, pixels: int) -> int:
-        """How many images of ``pixels`` pixels each go through a model together where it does not learn."""
+        """The batch size of inference on images of ``pixels`` pixels."""
         return max(1, (128 if self.device.type == "cuda" else 8) * 224**2 // pixels)
 
     def __str__(self) -> str:
@@ -49,9 +49,13 @@ class Machine:
 
 
 def choose_machine(params: Params) -> Machine:
-    """Resolve the ``auto`` settings, take no more threads than usable cores, and have a GPU compute as ``deterministic`` says.
+    """Choose device, precision and number of loader processes, and limit threads to the usable cores.
 
-    Raises ``ValueError`` where a GPU is asked for and there is none.
+    Args:
+        params: ``device``, ``precision`` and ``workers``, of which each may be ``auto``, and ``deterministic``.
+
+    Raises:
+        ValueError: ``device: cuda`` without a GPU.
     """
     if params.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
@@ -68,22 +72,22 @@ def choose_machine(params: Params) -> Machine:
 
 
 def compute_deterministically(wanted: bool) -> None:
-    """Have a GPU use algorithms that give the same results each time, or the fastest; PyTorch warns where it has none such."""
+    """Make a GPU use deterministic algorithms, or the fastest; PyTorch warns if it has no deterministic one."""
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:
-    """Compile a model in place for inference on that many pixels, if these are more than compiling costs; says which.
+    """Compile a model in place for inference, if ``pixels`` are enough to outweigh compiling; returns whether it did.
 
-    Compiling takes half a minute and halves the time of a ConvNeXt on CPU (docs/performance.md).  Weights are taken for
-    constants, so the model must not learn any more.  Where there is no compiler, the model runs as it is.
+    Compiling takes half a minute and halves the time of a ConvNeXt on CPU (docs/performance.md).  Weights become constants,
+    so the model must not be trained any more.  Without a compiler the model runs uncompiled.
     """
     work = pixels * sum(parameter.numel() for parameter in model.parameters())
     if work < COMPILED_FROM[_device_of(model)]:
         return False
-    from torch import _dynamo, _inductor  # take seconds to import
+    from torch import _dynamo, _inductor  # slow to import
 
     print("compiling the model for inference (half a minute)", flush=True)
     _inductor.config.freezing = True
@@ -93,9 +97,9 @@ def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:
 
 
 class CompiledForBatches(nn.Module):
-    """A view of a model that learns, compiled for batches of ``size`` images; others go through the model as it is.
+    """Wrap a model in training: batches of ``size`` images use a compiled version, other batches the model itself.
 
-    The model itself stays uncompiled, as what is validated and saved.
+    The model that is validated and saved stays uncompiled.
     """
 
     def __init__(self, model: nn.Module, size: int) -> None:
@@ -107,18 +111,17 @@ class CompiledForBatches(nn.Module):
 
 
 def compiled_for_training(model: nn.Module, task: str, size: int, pixels: float) -> nn.Module:
-    """A model's view for learning from batches of ``size`` images, compiled where ``pixels`` of training pay for that.
+    """The model, or a wrapper that is compiled for batches of ``size`` images if ``pixels`` of training outweigh compiling.
 
-    Compiling takes up to a minute.  On a CPU it speeds up models for Task A of which a part is frozen, by 5 to 50%, and
-    no others (``bench_speed.py run --only train``).  Never with ``deterministic``: what is compiled may differ from
-    time to time.
+    Compiling takes up to a minute.  On a CPU it speeds up partly frozen models of Task A by 5 to 50%, and no others
+    (``bench_speed.py run --only train``).  Never with ``deterministic``, since compiled results may vary.
     """
     device = _device_of(model)
     partly = task == "A" and not all(parameter.requires_grad for parameter in model.parameters())
     faster = device == "cuda" or (partly and torch.__version__ >= COMPILES_BACKWARD)
     if pixels < LEARNS_COMPILED_FROM[device] or not faster or torch.are_deterministic_algorithms_enabled():
         return model
-    from torch import _dynamo  # takes seconds to import
+    from torch import _dynamo  # slow to import
 
     print("compiling the model for training (up to a minute)", flush=True)
     _dynamo.config.suppress_errors = True

@@ -1,4 +1,4 @@
-"""The parameters of a run: one validated model, loaded from one YAML file.
+"""Parameters of a run: one validated model, loaded from one YAML file.
 
 Unknown keys, wrong types and contradictions fail with the key, what was found and what is allowed.
 """
@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from forensics_lib.utils.callables import PATTERN
 from forensics_lib.utils.files import project_root
@@ -22,14 +24,14 @@ from forensics_lib.utils.files import project_root
 PROBABILITY: dict[str, Any] = {"ge": 0.0, "le": 1.0}
 ONLY_A: dict[str, Any] = {"json_schema_extra": {"tasks": "A"}}  # a key that only Task A uses
 ONLY_B: dict[str, Any] = {"json_schema_extra": {"tasks": "B"}}
-NOT_PREDICTING: dict[str, Any] = {"json_schema_extra": {"tasks": ""}}  # a key that no prediction depends on
+NOT_PREDICTING: dict[str, Any] = {"json_schema_extra": {"tasks": ""}}  # a key that predictions do not depend on
 
 
 class ParamsError(ValueError):
     """The parameters are not valid; the message names each key, what was found and what is allowed."""
 
 
-# Keys that earlier versions had: the value that holds now, and why a file that still has them is refused
+# Keys of earlier versions: the value in force now, and the reason why files with them are refused
 REMOVED: dict[str, tuple[Any, str]] = {
     "mixup": (0.0, "it did not help (docs/quality.md)"),
     "cutmix": (0.0, "it did not help (docs/quality.md)"),
@@ -50,7 +52,7 @@ LAYOUTS = (
 
 
 class DataSet(BaseModel):
-    """One data set where it lies, as an entry of the ``data`` parameter."""
+    """A data set read in place: an entry of the ``data`` parameter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,7 +71,7 @@ class DataSet(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_named(self, dump: Callable[[DataSet], dict[str, Any]]) -> dict[str, Any]:
-        """Without ``task`` where none is named, as runs recorded it before there was one: their training is told by this."""
+        """Omit ``task`` if it is null, as older runs recorded entries: their trainings are recognised by this."""
         return {key: value for key, value in dump(self).items() if key != "task" or value}
 
     @field_validator("layout")
@@ -94,7 +96,7 @@ Sigmas = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 
 class Degradations(BaseModel):
-    """How often and how strongly training crops are changed, both classes alike; ranges are [lowest, highest]."""
+    """Probabilities and ranges of the degradations of training crops, both classes alike; ranges are [lowest, highest]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -132,7 +134,7 @@ class Aligned(BaseModel):
 
 
 class Forgeries(BaseModel):
-    """Manipulated images made from the authentic training images, beside the given ones."""
+    """Forgeries made from the authentic training images, in addition to the given manipulated ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -141,7 +143,7 @@ class Forgeries(BaseModel):
 
 
 class Keys(BaseModel):
-    """A group of parameters; what a key is used for follows from its group and its mark."""
+    """A group of parameters; group and mark say what a key affects."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -167,7 +169,7 @@ class RunKeys(Keys):
 
 
 class DataKeys(Keys):
-    """Where the images are.  Whether a training's data changed is told by what is found there, not by these."""
+    """Where the images are.  Changed data is recognised by the files found, not by these keys."""
 
     data_root: str = Field("data", description="folder with dataset, dataset_open, dataset_taskB and test")
     data: list[DataSet] | None = Field(None, description="data sets where they lie; null: data_root's folders")
@@ -183,7 +185,7 @@ class DataKeys(Keys):
 
 
 class ModelKeys(Keys):
-    """The network and its loss: a training depends on them."""
+    """The network and its loss; they affect training."""
 
     backbone: str = Field("convnext_base", description="any timm model name")
     pretrained: bool = Field(True, description="start from pretrained weights")
@@ -199,7 +201,7 @@ class ModelKeys(Keys):
 
 
 class TrainingKeys(Keys):
-    """How it is trained: a training depends on them."""
+    """Optimisation, sampling and augmentation; they affect training."""
 
     crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")
     batch_size: int = Field(64, ge=1, description="crops in a batch")
@@ -234,7 +236,7 @@ class TrainingKeys(Keys):
 
 
 class InferenceKeys(Keys):
-    """How images are looked at: predictions depend on them, what is learned does not."""
+    """Inference: they affect predictions, not training."""
 
     crops_per_image: int = Field(
         5, ge=1, **ONLY_A, description="Task A: native crops scored per image: centre, then most textured"
@@ -248,7 +250,7 @@ class InferenceKeys(Keys):
 
 
 class MachineKeys(Keys):
-    """What computes, which changes no more than rounding."""
+    """Hardware and processes; they affect rounding only."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine computes it fast")
@@ -257,7 +259,7 @@ class MachineKeys(Keys):
     workers: int | Literal["auto"] = Field("auto", description="processes that load images; auto: one per core, at most 16")
 
 
-class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunKeys):  # the last one's keys come first
+class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunKeys):  # keys of the last group come first
     """Every parameter of a run.  The defaults are the real constrained run on a GPU."""
 
     @field_validator("run_name", "team")
@@ -301,7 +303,7 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
         return value
 
     def seed_for(self, *numbers: int) -> int:
-        """A seed in [0, 2**32), which is what NumPy's and pandas' older interfaces take; another one for other ``numbers``."""
+        """A seed in [0, 2**32), the range of NumPy's and pandas' legacy interfaces, that differs for other ``numbers``."""
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
 
     @property
@@ -310,13 +312,13 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
         return min(64, self.tile_size // 2)
 
     def of_training(self, task: str) -> dict[str, Any]:
-        """The parameters that a training of a task depends on, beside its data, as plain values."""
+        """The parameters that affect a task's training, apart from its data, as plain values."""
         keys = {"seed", "run_type", *keys_of(ModelKeys, task), *keys_of(TrainingKeys, task)}
         return self.model_dump(mode="json", include=keys)
 
     def of_prediction(self, task: str) -> dict[str, Any]:
-        """The parameters that a trained model's predictions of a task depend on, as plain values."""
-        keys = {*keys_of(InferenceKeys, task), *(["crop_size"] if task == "A" else [])}  # Task B looks at tiles
+        """The parameters that affect the predictions of a trained model of a task, as plain values."""
+        keys = {*keys_of(InferenceKeys, task), *(["crop_size"] if task == "A" else [])}  # Task B uses tiles
         return self.model_dump(mode="json", include=keys)
 
 
@@ -325,12 +327,16 @@ TEXT = {name for name, field in Params.model_fields.items() if field.annotation 
 
 def keys_of(group: type[Keys], task: str) -> list[str]:
     """The keys of a group that a task uses."""
-    marks = {name: field.json_schema_extra or {} for name, field in group.model_fields.items()}
-    return [name for name, mark in marks.items() if task in mark.get("tasks", "AB")]
+    return [name for name, field in group.model_fields.items() if task in _tasks_of(field)]
+
+
+def _tasks_of(field: FieldInfo) -> str:
+    mark = field.json_schema_extra
+    return str(mark.get("tasks", "AB")) if isinstance(mark, dict) else "AB"
 
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as an earlier version recorded them, without removed keys that have the values that hold now."""
+    """Parameters recorded by an earlier version, without removed keys that have the values in force now."""
     kept = {key: value for key, value in values.items() if key not in REMOVED or value != REMOVED[key][0]}
     for group in ("aligned", "forgeries"):
         if isinstance(kept.get(group), dict):
@@ -340,10 +346,15 @@ def without_removed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Params:
-    """Load a YAML file of parameters and set ``overrides`` on top.
+    """Load and validate the parameters of a run.
 
-    A relative ``path`` is looked for from the project's folder, then from the working directory.
-    Raises ``ParamsError`` with every problem found, ``FileNotFoundError`` where there is no such file.
+    Args:
+        path: a YAML file, absolute or relative to the project's folder or the working directory.
+        overrides: values that replace those of the file.
+
+    Raises:
+        ParamsError: some parameters are not valid; the message lists every problem.
+        FileNotFoundError: there is no such file.
     """
     file = find_params(path)
     try:
@@ -357,14 +368,15 @@ def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Pa
 
 
 def _as_written(text: str) -> dict[str, str]:
-    """Values of text parameters that YAML takes for numbers, dates or truth values: ``team: 007`` is a name."""
-    pairs = yaml.compose(text, yaml.SafeLoader).value
+    """Text parameters that YAML parses as numbers, dates or booleans, as written: ``team: 007`` is a name."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
     taken = ("int", "float", "bool", "timestamp")
     return {key.value: value.value for key, value in pairs if key.value in TEXT and value.tag.rpartition(":")[2] in taken}
 
 
 def find_params(path: str | Path) -> Path:
-    """The file that ``path`` names, from the project's folder or the working directory."""
+    """Find a file of parameters, from the project's folder or the working directory."""
     places = [project_root() / Path(path).expanduser(), Path.cwd() / path]
     for place in places:
         if place.is_file():
@@ -374,7 +386,7 @@ def find_params(path: str | Path) -> Path:
 
 
 def make_params(values: dict[str, Any], origin: str) -> Params:
-    """Validate ``values``; ``origin`` says in the error where they come from."""
+    """Validate ``values``; ``origin`` names their source in the error."""
     try:
         return Params(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
@@ -382,18 +394,15 @@ def make_params(values: dict[str, Any], origin: str) -> Params:
         raise ParamsError(f"{origin}: {len(problems)} problem(s)\n  " + "\n  ".join(dict.fromkeys(problems))) from None
 
 
-def _problem(item: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors: key, what was found, what is allowed."""
+_NESTED: dict[str, type[BaseModel]] = {"data": DataSet, "aligned": Aligned, "forgeries": Forgeries}
+_NESTED |= {"degrade": Degradations, "degrade_b": Degradations}
+
+
+def _problem(item: ErrorDetails) -> str:
+    """One of pydantic's errors as a line: key, value found, and what is allowed."""
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        nested = {
-            "data": DataSet,
-            "degrade": Degradations,
-            "degrade_b": Degradations,
-            "aligned": Aligned,
-            "forgeries": Forgeries,
-        }
-        owner = nested.get(str(item["loc"][0]), Params) if len(item["loc"]) > 1 else Params
+        owner = _NESTED.get(str(item["loc"][0]), Params) if len(item["loc"]) > 1 else Params
         known = list(owner.model_fields)
         if key in REMOVED:
             return f"{key}: removed in 0.2: {REMOVED[key][1]}. Delete this line"
@@ -410,19 +419,19 @@ def _problem(item: dict[str, Any]) -> str:
 KEY = re.compile(r"(?:^|\s)([A-Za-z_]\w*)=")
 QUOTED = re.compile(r""""(?:\\.|[^"\\])*"|'(?:''|[^'])*'""")
 PLAIN = re.compile(r"[\w./@%+:,~-]+")
-NOTHING = ("", "null", "~")  # how a text parameter that may be left out is set to nothing
+NOTHING = ("", "null", "~")  # values that set an optional text parameter to null
 OPTIONAL = {name for name in TEXT if Params.model_fields[name].annotation is not str}
 
 
 class SettingError(ValueError):
-    """A setting that cannot be read, or a parameter that is set twice; the message says what to write."""
+    """A setting cannot be read, or a parameter is set twice; the message says what to write."""
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["batch_size=8", "tasks=[A] team=007"]`` to a dict; values are read as YAML, those of text parameters stay text.
+    """Parse ``["batch_size=8", "tasks=[A] team=007"]`` to a dict; values are YAML, those of text parameters stay text.
 
-    An entry may hold several settings: a new one begins at ``KEY=`` outside of quotes and brackets, so that values may
-    hold blanks.  Raises ``SettingError``.
+    An entry may hold several settings: each begins at ``KEY=`` outside of quotes and brackets, so values may hold spaces.
+    Raises ``SettingError``.
     """
     found: dict[str, Any] = {}
     for setting in settings:
@@ -435,7 +444,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def settings_text(values: dict[str, Any]) -> str:
-    """Values as ``parse_settings`` reads them again from one string."""
+    """Values as one string that ``parse_settings`` parses to the same values."""
     return " ".join(f"{key}={_written(value)}" for key, value in values.items())
 
 
@@ -450,8 +459,7 @@ def _pairs(setting: str) -> Iterator[tuple[str, str]]:
     starts = list(KEY.finditer(setting))
     if not starts or starts[0].start():
         raise SettingError(
-            f"a setting is KEY=VALUE, such as batch_size=8; found {setting!r} (a value with blanks stands in quotes: "
-            "--set 'tasks=[A, B]')"
+            f"a setting is KEY=VALUE, such as batch_size=8; found {setting!r} (quote a value with blanks: --set 'tasks=[A, B]')"
         )
     current = starts[0]
     for following in starts[1:]:
@@ -462,7 +470,7 @@ def _pairs(setting: str) -> Iterator[tuple[str, str]]:
 
 
 def _complete(text: str) -> bool:
-    """Whether a value ends here: its quotes and brackets are closed."""
+    """Whether a value is complete: its quotes and brackets are closed."""
     text = text.strip()
     if text.startswith(('"', "'")):
         return QUOTED.fullmatch(text) is not None

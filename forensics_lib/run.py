@@ -1,4 +1,4 @@
-"""A run: its parameters, the data it uses, and the names of everything that it writes."""
+"""A run: its parameters, its data, the names of its files, and the record of what trained it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from forensics_lib.utils.names import split_folders
 from forensics_lib.utils.notebook_cells import notebook_parameters
 
 PROVENANCE = ("params", "params_file", "data", "python", "machine", "versions", "git", "updated")
-OF_TRAINING = ("shortcut_auc", "equalized", "shortcut_auc_of_crops")  # facts that notebook 01 finds anew at any time
+OF_TRAINING = ("shortcut_auc", "equalized", "shortcut_auc_of_crops")  # facts that notebook 01 may compute again at any time
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
 
 
 class MissingDataError(FileNotFoundError):
-    """Some of the data that the run needs is not where it should be."""
+    """Data that the run needs is missing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parameters of a run and where its files are."""
+    """The parameters of a run and the paths of its files."""
 
     params: Params
     data: Path  # the data root in use: the user's, or the sample's
-    params_file: str = ""  # where the parameters come from
+    params_file: str = ""  # file of the parameters
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """``outputs/<run_name>``: everything but the files whose names the challenge's users fixed."""
+        """``outputs/<run_name>``: all of the run's files but those that ``output`` names."""
         return home() / "outputs" / self.name
 
     def output(self, task: str, ending: str) -> Path:
@@ -89,7 +89,7 @@ class Run:
         return from_home(chosen) if chosen and not self.sample else self.data / "test" / f"task{task}"
 
     def needed(self, task: str) -> dict[str, Path]:
-        """What the run reads for a task: a short description to a folder."""
+        """The folders that the run reads for a task, by a short description."""
         if self.params.data:
             listed = {f"data set {number}": from_home(entry.root) for number, entry in enumerate(self.params.data, start=1)}
             return listed | {f"Task {task} test images": self.test_folder(task)}
@@ -108,45 +108,45 @@ class Run:
             "Task A validation": splits.get("val", self.data / "dataset" / "val"),
             "Task A test images": self.test_folder("A"),
         }
-        if self.params.run_type == "open" and not self.params.aligned:  # twins are open data too
+        if self.params.run_type == "open" and not self.params.aligned:  # twins count as open data too
             folders["Task A open data"] = self.data / "dataset_open"
         return folders
 
     def missing(self) -> dict[str, Path]:
-        """The folders that the run's tasks need and that are not there."""
+        """The folders that the run's tasks need and that do not exist."""
         return {what: path for task in self.params.tasks for what, path in self.needed(task).items() if not path.exists()}
 
     def describe(self) -> None:
-        """Print what this run is."""
+        """Print the name, type and tasks of the run."""
         if self.sample:
             print(SAMPLE_BANNER)
         print(f"run {self.name}: {self.params.run_type}, tasks {', '.join(self.params.tasks)}")
 
     def parameters(self) -> pd.DataFrame:
-        """All parameters with their values and meanings."""
+        """A table of all parameters with their values and meanings."""
         rows = [(key, value, Params.model_fields[key].description) for key, value in self.params.model_dump().items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "meaning"]).set_index("parameter")
 
     def require_task(self, task: str) -> None:
-        """End a notebook here, as a success, where its task is not in the run (papermill takes exit status 0 so)."""
+        """End a notebook here if its task is not in the run; papermill counts exit status 0 as success."""
         if task not in self.params.tasks:
             print(f"Task {task} is not in this run (tasks: {', '.join(self.params.tasks)}): nothing to do in this notebook.")
             raise SystemExit(0)
 
     def record(self, **values: Any) -> None:
-        """Set keys in ``run.json``, the run's provenance."""
+        """Set keys in ``run.json``, the record of the run."""
         if is_main():
             update_json(self.folder / "run.json", **values)
 
     def write_params(self) -> Path:
-        """Write the parameters as they are in force to ``params.yaml`` in the run's folder, and return its path."""
+        """Write the parameters in force to ``params.yaml`` in the run's folder, and return its path."""
         path = self.folder / "params.yaml"
         write_text(path, yaml.safe_dump(self.params.model_dump(mode="json"), sort_keys=False))
         return path
 
 
 def task_b_training_folders(data: Path) -> tuple[Path, Path]:
-    """Where TGIF and SAGI-D lie in a data root; SAGI-D also under the name that its table's paths have."""
+    """The folders of TGIF and SAGI-D in a data root; SAGI-D also under the name used in its table's paths."""
     folder = data / "dataset_taskB"
     sagi = next((folder / name for name in ("SAGI-D", "sagid") if (folder / name).is_dir()), folder / "SAGI-D")
     return folder / "TGIF", sagi
@@ -155,16 +155,24 @@ def task_b_training_folders(data: Path) -> tuple[Path, Path]:
 SAMPLE_BANNER = """\
 +----------------------------------------------------------------------------+
 |  BUILT-IN SAMPLE DATA. These results say nothing about real generators:    |
-|  they show that everything works. 'sample' is in every name that is made.  |
+|  they show that everything works. 'sample' is in the name of each file.    |
 +----------------------------------------------------------------------------+"""
 
 
 def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -> Run:
-    """Load the parameters and find the data.
+    """Load the parameters of a run and find its data.
 
-    Where ``data/`` holds nothing of what the run needs, the run goes on with the built-in sample and the parameters of
-    ``params/sample.yaml``, and ``sample`` becomes part of its name.  A data root that was named on purpose, or that
-    holds only a part, is an error instead.  Raises ``MissingDataError`` and ``params.ParamsError``.
+    If the default data root ``data/`` holds nothing that the run needs, the run uses the built-in sample, which is made
+    first if necessary, and the parameters of ``params/sample.yaml``; both are announced, and ``sample`` becomes part of the
+    run's name.  A data root that was given explicitly, or that is incomplete, is an error instead.
+
+    Args:
+        params_file: YAML file of parameters, absolute or relative to the project's folder.
+        overrides: parameters that replace those of the file.
+
+    Raises:
+        ParamsError: some parameters are not valid.
+        MissingDataError: data is missing; the message lists the folders.
     """
     overrides = dict(overrides or {})
     params = load_params(params_file, overrides)
@@ -179,19 +187,19 @@ def open_run(params_file: str | Path, overrides: dict[str, Any] | None = None) -
 
         run = Run(_named_sample(run.params), build_sample(home() / "data" / "sample"))
     run = replace(run, params_file=str(params_file))
-    if not trained_tasks(read_json(run.folder / "run.json")):  # else what trained stands there
+    if not trained_tasks(read_json(run.folder / "run.json")):  # else run.json keeps what trained it
         run.record(run=run.name, sample=run.sample, **_provenance(run))
     return run
 
 
 def open_notebook_run() -> Run:
-    """The run of a notebook: ``params_file`` and any parameter set in its ``# Parameters`` cells."""
+    """Open the run of a notebook: ``params_file`` and any parameters set in its ``# Parameters`` cells."""
     parameters = notebook_parameters()
     return open_run(parameters.pop("params_file"), parameters)
 
 
 def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
-    """The sample may only stand in for an empty default data folder."""
+    """Raise ``MissingDataError`` unless the sample may replace the data: only an empty default data folder."""
     wanted = sum(len(run.needed(task)) for task in run.params.tasks)
     default_root = run.params.data_root == Params.model_fields["data_root"].default
     links = {what: link for what, path in missing.items() if (link := broken_link(path))}
@@ -206,7 +214,7 @@ def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
 
 
 def _sample_params(params: Params, overrides: dict[str, Any]) -> Params:
-    """The sample's parameters under the identity of the run that they stand in for."""
+    """The sample's parameters, with the identity of the run that they replace."""
     keep = params.model_dump(include={"run_name", "run_type", "tasks", "team", "edition", "seed", "device"})
     return load_params("params/sample.yaml", keep | overrides | {"sample": True})
 
@@ -218,7 +226,7 @@ def _named_sample(params: Params) -> Params:
 
 
 def fallback_message(missing: dict[str, Path], run: Run) -> str:
-    """The block that says that the official data is not there and the sample is used."""
+    """The notice that the official data is missing and the sample is used."""
     listing = "\n".join(f"  {what:26} {path}" for what, path in missing.items())
     return (
         f"{'=' * 78}\nOFFICIAL DATA NOT FOUND. Looked for\n{listing}\n"
@@ -229,7 +237,7 @@ def fallback_message(missing: dict[str, Path], run: Run) -> str:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    """What ``PROVENANCE`` names: of this process, with the parameters and data of the run."""
+    """The keys of ``PROVENANCE``, for this process and the run's parameters and data."""
     return {
         "params": run.params.model_dump(),
         "params_file": run.params_file or None,
@@ -243,10 +251,10 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def record_trained(run: Run, task: str, trained_with: dict[str, Any], taken_up: bool) -> None:
-    """Keep in ``run.json`` what trained a task: parameters, data, versions and machine.
+    """Record in ``run.json`` what trained a task: parameters, data, versions and machine.
 
-    A training that was ``taken_up`` with the same parameters and data keeps what stands there of it.  Later commands change
-    none of it.
+    A training that was resumed (``taken_up``) with the same parameters and data keeps its record, and later commands do not
+    change it.
     """
     facts = read_json(run.folder / "run.json")
     earlier = facts.get(f"task{task}_trained") or {}
@@ -259,12 +267,12 @@ def record_trained(run: Run, task: str, trained_with: dict[str, Any], taken_up: 
 
 
 def trained_tasks(facts: dict[str, Any]) -> list[str]:
-    """The tasks that were trained, as ``run.json`` says."""
+    """The trained tasks according to ``run.json``."""
     return [task for task in "AB" if facts.get(f"task{task}_trained") or f"task{task}_data_fingerprint" in facts]
 
 
 def trained_by(run: Run, task: str) -> dict[str, Any]:
-    """What trained a task, by ``PROVENANCE``; its parameters of inference are those that its thresholds were chosen with."""
+    """The ``PROVENANCE`` of a task's training; inference parameters are those with which its thresholds were chosen."""
     facts = read_json(run.folder / "run.json")
     found = {key: facts.get(key) for key in PROVENANCE} | (facts.get(f"task{task}_trained") or {})
     inference = read_json(run.thresholds).get(task, {}).get("inference", {})
@@ -273,7 +281,7 @@ def trained_by(run: Run, task: str) -> dict[str, Any]:
 
 
 def parameters_in_force(run: Run) -> dict[str, Any]:
-    """The parameters behind a run's results; ``{"A": ..., "B": ...}`` where its tasks were trained with different ones."""
+    """The parameters behind a run's results; ``{"A": ..., "B": ...}`` for values that differ between its tasks."""
     facts = read_json(run.folder / "run.json")
     tasks = trained_tasks(facts)
     if not tasks:
@@ -289,9 +297,9 @@ def parameters_in_force(run: Run) -> dict[str, Any]:
 
 
 def require_same_kind(run: Run, task: str) -> None:
-    """Raise ``ValueError`` where a task was trained as another type of run, or with other data, than this command says.
+    """Raise ``ValueError`` if a task was trained as another type of run, or on other data, than the parameters say.
 
-    An archive's name would tell of another training than the one behind it.
+    Otherwise an archive's name would not describe the training behind it.
     """
     trained = trained_by(run, task)["params"]
     for key in ("run_type", "sample"):
@@ -304,7 +312,7 @@ def require_same_kind(run: Run, task: str) -> None:
 
 
 def require_trained(run: Run, task: str) -> None:
-    """Raise ``FileNotFoundError`` where a task has no model with thresholds yet, with what to do and which runs have one."""
+    """Raise ``FileNotFoundError`` if a task has no model with thresholds yet, listing the runs that have one."""
     if task in read_json(run.thresholds) and run.finetuned_model(task).is_file():
         return
     missing = run.thresholds if run.finetuned_model(task).is_file() else run.finetuned_model(task)
@@ -318,14 +326,14 @@ def require_trained(run: Run, task: str) -> None:
 
 
 def _trained_runs(task: str) -> dict[str, Any]:
-    """Names of the runs in ``outputs`` that have a model with thresholds for a task, and their parameter files."""
+    """The runs in ``outputs`` that have a model with thresholds for a task: name to file of parameters."""
     runs = [Run(Params(run_name=path.parent.name), home()) for path in sorted((home() / "outputs").glob("*/thresholds.json"))]
     trained = [run for run in runs if task in read_json(run.thresholds) and run.finetuned_model(task).is_file()]
     return {run.name: trained_by(run, task)["params_file"] for run in trained}
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and whether tracked files were changed; None outside a git checkout."""
+    """The commit, and whether tracked files differ from it; None outside of a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(project_root()), *arguments]
@@ -338,7 +346,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def stored_thresholds(run: Run, task: str) -> dict[str, float]:
-    """The thresholds chosen on validation.  Raises ``FileNotFoundError`` where none were stored."""
+    """The thresholds chosen on validation.  Raises ``FileNotFoundError`` if none are stored."""
     facts = read_json(run.thresholds).get(task)
     if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
