@@ -1,7 +1,7 @@
-"""Readers of data as it lies on disk: each turns a folder into rows, one per image; nothing is copied or converted.
+"""Readers of the official layouts: each turns a folder into rows, one per image; nothing is copied or converted.
 
-Columns are those of ``COLUMNS``: path, label (0 authentic, 1 synthetic or manipulated), mask_path, split (train, val,
-test), source, generator, method, kind (orig, sp, fr, full) and group (the photo it derives from).
+Columns are ``rows.COLUMNS``: path, label (0 authentic, 1 synthetic or manipulated), mask_path, split (train, val, test),
+source, generator, method, kind (orig, sp, fr, full) and group (the photograph that the image derives from).
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from forensics_lib.data.rows import NAMED, Folder, LayoutError, Rows, check_parts, contents
+from forensics_lib.data.rows import Folder, LayoutError, Rows, check_parts, contents, joined
 from forensics_lib.data.tables import read_listing
 from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import SUFFIXES, ImageError
@@ -23,7 +22,7 @@ from forensics_lib.utils.names import CLASSES, SPLITS, class_of, named_folders, 
 
 TASK_A_LABELS = {"0_real": 0, "1_fake": 1}
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
-# Per folder of manipulated images: the pattern of an image's name, and the name of its mask
+# By folder of manipulated images: the pattern of image names, and the name of the mask
 _SPLICED, _REGENERATED = "{id}_mask_{m}.png_ps_mask.png", "{id}_mask_{m}_%d.png"
 _STEM = r"(?P<id>\d+)_mask_(?P<m>bbox|segm)\.png"
 TGIF_NAMES = {
@@ -33,7 +32,7 @@ TGIF_NAMES = {
     "sdxl-fr": (re.compile(_STEM + r"_sdxl-1024_\d+\.png"), _REGENERATED % 1024),
 }
 TGIF2_METHODS = tuple(f"{model}-{kind}" for model in ("flux1schnell", "flux1dev", "flux1filldev") for kind in ("sp", "fr"))
-TGIF2_NAME = re.compile(r"(?P<id>\d+)_mask_(?P<m>[a-z]+)(?![a-z]).*\.png")  # of an image and of its mask in masks-flux
+TGIF2_NAME = re.compile(r"(?P<id>\d+)_mask_(?P<m>[a-z]+)(?![a-z]).*\.png")  # of images, and of masks in masks-flux
 TGIF_ORIGINALS = ("orig", "original", "original-flux")
 TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_\w+)?\.png")
 
@@ -41,8 +40,8 @@ TGIF_ORIGINAL = re.compile(r"(?P<id>\d+)_orig(_\w+)?\.png")
 def read_task_a(root: Path) -> Rows:
     """``{train,val}/{0_real,1_fake}/**``: the user's own layout, links to other data sets included.
 
-    Splits and classes may be spelled otherwise (``validation``, ``Real``), and there may be a labelled test split.  The
-    source is the first folder below the class, or the data set's name for images that lie in the class itself.
+    Splits and classes may have other spellings (``validation``, ``Real``), and there may be a labelled test split.  The
+    source is the first folder below the class, or the data set's name for images in the class folder itself.
     """
     rows = Rows()
     for place, split in split_folders(root):
@@ -57,8 +56,8 @@ def read_task_a(root: Path) -> Rows:
     for place, split in named_folders(root, split_of):
         if split is None:
             rows.leave_unread(place, _unnamed("split", SPLITS))
-    for place in [place for place in (root, *(place for place, _ in split_folders(root))) if place.is_dir()]:
-        if count := sum(path.suffix.lower() in SUFFIXES for path in place.iterdir()):
+    for place in (root, *(place for place, _ in split_folders(root))):
+        if count := sum(path.suffix.lower() in SUFFIXES for path in place.glob("*")):
             rows.leave_unread(f"{count} image(s) in {place} itself", "they lie in no class's folder")
     if not len(rows):
         raise LayoutError(f"no images in {root}/{{train,val}}/{{0_real,1_fake}}; {contents(root)}")
@@ -72,8 +71,8 @@ def _unnamed(what: str, known: dict[str, Any]) -> str:
 def read_tgif(root: Path) -> Rows:
     """TGIF's tree ``{orig,masks,sd2-sp,ps-sp,sd2-fr,sdxl-fr}/{training,validation,testing}/{category}/*.png``.
 
-    The group is the COCO id: the same photo stands under several categories.  TGIF2's folders (``flux1...-{sp,fr}``,
-    ``masks-flux``, ``original-flux``) are read where they are there.
+    The group is the COCO id, since a photo may be in several categories.  TGIF2's folders (``flux1...-{sp,fr}``,
+    ``masks-flux``, ``original-flux``) are read as well.
     """
     rows = Rows()
     for tgif_split, split in TGIF_SPLITS.items():
@@ -101,7 +100,7 @@ def _note_strangers(rows: Rows, root: Path, known: tuple[str, ...]) -> None:
             rows.leave_unread(place, f"none of {', '.join(known)}")
 
 
-Pairs = tuple[list[str | None], list[str | None]]  # groups and masks, one per image; None: the name tells none
+Pairs = tuple[list[str | None], list[str | None]]  # group and mask of each image; None: its name tells none
 
 
 def _coco(match: re.Match[str] | None) -> str | None:
@@ -116,7 +115,7 @@ def _tgif_pairs(root: Path, folder: Folder, method: str, tgif_split: str) -> Pai
 
 
 def _tgif2_pairs(root: Path, folder: Folder, _: str, tgif_split: str) -> Pairs:
-    """TGIF2's mask names are not documented: the mask of the same photo and mask variation, and of the image's size."""
+    """The mask with the same photo id, mask variation and size: TGIF2's mask names are not documented."""
     masks = root.joinpath("masks-flux", tgif_split, *folder.parts)
     candidates: dict[tuple[str, str], list[Path]] = {}
     for path in sorted(masks.glob("*.png")):
@@ -129,7 +128,7 @@ def _tgif2_pairs(root: Path, folder: Folder, _: str, tgif_split: str) -> Pairs:
 
 
 def _of_size(image: str, masks: list[Path]) -> str | None:
-    """The only mask, or of several the only one of the image's size."""
+    """The only mask, or the only one of the image's size."""
     if len(masks) < 2:
         return str(masks[0]) if masks else None
     try:
@@ -148,7 +147,7 @@ def _size(path: str | Path) -> tuple[int, int]:
 def read_task_b_validation(root: Path) -> Rows:
     """The official validation set: ``{coco,raise}/original/*``, ``{coco,raise}/{method}/{image,mask}/*``, ``taskB_val.csv``.
 
-    The table names the manipulated images with their masks; authentic ones are the files in the ``original`` folders.
+    The table lists manipulated images and masks; authentic images are the files in the ``original`` folders.
     """
     listing = read_listing(root / "taskB_val.csv", ["img_path", "mask_path", "src_path", "type"])
     rows = Rows()
@@ -166,7 +165,7 @@ def read_task_b_validation(root: Path) -> Rows:
 
 
 def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
-    """``sagid\\val\\coco\\...`` as the official tables write it, below ``root``, without ``sagid`` and ``prefix``."""
+    """The path below ``root`` of ``sagid\\val\\coco\\...`` in an official table, without ``sagid`` and ``prefix``."""
     parts = re.split(r"[\\/]", written.strip())
     for leading in ("sagid", *prefix):
         if parts[:1] == [leading]:
@@ -177,30 +176,30 @@ def sagid_path(root: Path, written: str, prefix: tuple[str, ...]) -> Path:
 
 
 def photo_group(source: str, stem: str) -> str:
-    """COCO ids without their leading zeros, as TGIF writes them; RAISE names as they are."""
+    """The group of a photograph: COCO ids without leading zeros, as in TGIF; RAISE names unchanged."""
     return f"coco:{int(stem)}" if source == "coco" and stem.isdecimal() else f"{source}:{stem}"
 
 
-def mask_names(paths: pd.Series | list[str]) -> dict[str, str]:
-    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` where two images would share one."""
+def mask_names(paths: Iterable[str]) -> dict[str, str]:
+    """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` if two images would share a mask."""
     if clashes := mask_clashes(paths):
         raise LayoutError(
-            f"{'; '.join(clashes[:NAMED])}{'; ...' * (len(clashes) > NAMED)}: the challenge names a mask after its image "
-            "without the ending, so take those that are no test images out of the folder"
+            f"{joined(clashes, '; ')}: the challenge names a mask after its image without the ending, so take those out of the "
+            "folder that are no test images"
         )
     return {Path(path).name: f"{Path(path).stem}.npz" for path in paths}
 
 
-def mask_clashes(paths: pd.Series | list[str]) -> list[str]:
-    """Which images would share a mask, a sentence each."""
+def mask_clashes(paths: Iterable[str]) -> list[str]:
+    """The images that would share a mask, a sentence per mask."""
     names: dict[str, list[str]] = {}
     for path in map(Path, paths):
         names.setdefault(path.stem, []).append(path.name)
     return [f"{' and '.join(images)} would share the mask {stem}.npz" for stem, images in names.items() if len(images) > 1]
 
 
-def masks_alike(paths: pd.Series | list[str]) -> list[str]:
-    """Masks whose names differ in case alone, or in how accents are encoded, each with the first of its kind: a pair a text."""
+def masks_alike(paths: Iterable[str]) -> list[str]:
+    """Pairs of masks whose names differ only in case or in the encoding of accents, as texts."""
     first: dict[str, str] = {}
     pairs = []
     for stem in dict.fromkeys(Path(path).stem for path in paths):
@@ -210,32 +209,31 @@ def masks_alike(paths: pd.Series | list[str]) -> list[str]:
 
 
 def read_test(folder: Path) -> Rows:
-    """A flat folder of unlabelled test images, by name: every file that is an image by its content or its name."""
+    """A flat folder of unlabelled test images: every file that is an image by its content or its name."""
     if not folder.is_dir():
         raise LayoutError(broken_link(folder) or f"no test folder {folder}; {contents(folder.parent)}")
     rows, deeper = Rows(), []
     for found in rows.walk(folder, by_content=True):
         if found.parts:
-            deeper.append(folder.joinpath(*found.parts))
+            deeper.append(str(folder.joinpath(*found.parts)))
         else:
             rows.add(found.paths, None, "test", folder.name, kind=None)
     if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
     _check_names(folder)
     if deeper:
-        names = ", ".join(map(str, deeper[:NAMED]))
-        print(f"{folder}: the images in {names} are not test images, since those lie in the folder itself")
+        print(f"{folder}: the images in {joined(deeper)} are not test images, since those lie in the folder itself")
     for note in rows.notes():
         print(note)
     return rows
 
 
 def _check_names(folder: Path) -> None:
-    """Refuse test images whose names no submission can hold, since it is UTF-8.  Raises ``LayoutError``."""
+    """Raise ``LayoutError`` for test images whose names are not UTF-8, as a submission's must be."""
     odd = sorted(shown(name) for name in os.listdir(folder) if shown(name) != name)  # noqa: PTH208 (speed)
     odd = [name for name in odd if name[name.rfind(".") :].lower() in SUFFIXES]
     if odd:
         raise LayoutError(
             f"{folder}: {len(odd)} test image(s) cannot be named in a submission, which is UTF-8. They are "
-            f"{', '.join(odd[:NAMED])}{', ...' * (len(odd) > NAMED)}; of each: {NOT_UTF8}"
+            f"{joined(odd)}; of each: {NOT_UTF8}"
         )

@@ -1,7 +1,7 @@
-"""Readers of public data sets exactly as they are downloaded, and the recognition of a folder's layout.
+"""Readers of public data sets as downloaded, and detection of a folder's layout.
 
-Each reader takes a root and the entry of the ``data`` parameter that named it, and returns ``Rows``.
-Layouts are those of the data sets' own pages and repositories.
+Each reader takes a root and its entry of the ``data`` parameter, and returns ``Rows``.  Layouts are those of the data sets'
+own pages and repositories.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from forensics_lib.data.hub import has_masks, is_parquet, kind_of, parquet_files, read_parquet
 from forensics_lib.data.layouts import (
@@ -33,28 +32,39 @@ from forensics_lib.utils.files import broken_link, from_home
 from forensics_lib.utils.names import CLASSES, class_of, split_in, split_of
 
 Reader = Callable[[Path, DataSet], Rows]
-ITW_SM = "ITW-SM"  # the folder that the archive holds
-# A name of its files is platform, class (not always) and number: Facebook_real_1042.jpg, x_618.jpg
+ITW_SM = "ITW-SM"  # the folder in the archive
+# Its file names are platform, class (optional) and number: Facebook_real_1042.jpg, x_618.jpg
 PLATFORMS = frozenset(("facebook", "instagram", "linkedin", "reddit", "tiktok", "twitter", "x", "youtube", "telegram"))
 _ITW_SM_NAME = re.compile(rf"(?:{'|'.join(sorted(PLATFORMS))})_(?:(?:real|fake)_)?\d+\.\w+", re.IGNORECASE)
 _LSUN = "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
 CNNDETECTION_CATEGORIES = frozenset([*_LSUN.split(), "sheep", "sofa", "train", "tvmonitor"])
 KINDS = ("orig", "sp", "fr", "full")  # authentic, spliced, fully regenerated, fully synthetic
-NOTHING = frozenset(("", "nan", "none", "null"))  # how programs write an empty field of a table
-TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # a table may have these
+NOTHING = frozenset(("", "nan", "none", "null"))  # spellings of an empty field in a table
+TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", "group")  # optional columns of a table
 
 
 def read_data_set(entry: DataSet) -> Rows:
-    """The images of one entry of the ``data`` parameter; its layout is recognised where none is named."""
+    """Read the images of an entry of the ``data`` parameter.
+
+    Args:
+        entry: root of the data set, its layout (detected if null), split and task.
+
+    Returns:
+        The images, and notes on what the reader skipped.
+
+    Raises:
+        LayoutError: the data is not laid out as expected, or has no images.
+        ValueError: a reader ``module:function`` cannot be loaded.
+    """
     entry = recognised(entry)
-    root = from_home(entry.root)
-    rows = _reader(entry.layout)(root, entry)
-    if entry.layout not in READERS:
+    root, layout = from_home(entry.root), str(entry.layout)
+    rows = _reader(layout)(root, entry)
+    if layout not in READERS:
         _check_own(rows, entry)
-    if entry.layout in READERS and len(rows):
-        in_rows = entry.layout in ("table", "parquet")  # which take the entry's split as their rows' default
+    elif len(rows):
+        in_rows = layout in ("table", "parquet")  # their readers use the entry's split as a default
         rows.state_split(None if in_rows else entry.split, root)
-    if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+    if entry.task and entry.task != own_task(entry):
         rows.serve(entry.task)
     if not len(rows):
         raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
@@ -62,16 +72,15 @@ def read_data_set(entry: DataSet) -> Rows:
 
 
 def _reader(layout: str) -> Reader:
-    """The reader of a layout, or the user's own that ``module:function`` names."""
+    """The reader of a layout, or the user's own ``module:function``."""
     if layout in READERS:
         return READERS[layout]
-    return load_callable(
-        layout, "data: layout", "its function gets the root (a Path) and the entry, and returns data.rows.Rows"
-    )
+    wanted = "its function gets the root (a Path) and the entry, and returns data.rows.Rows"
+    return load_callable(layout, "data: layout", wanted)
 
 
 def _check_own(rows: Rows, entry: DataSet) -> None:
-    """What the project's readers see to, of rows that another one made.  Raises ``LayoutError``."""
+    """Check the rows of a user's own reader.  Raises ``LayoutError``."""
     if not isinstance(rows, Rows):
         raise LayoutError(f"data: {entry.layout} returned {type(rows).__name__}; forensics_lib.data.rows.Rows is needed")
     table = rows.table()
@@ -86,7 +95,7 @@ def _check_own(rows: Rows, entry: DataSet) -> None:
 
 
 def recognised(entry: DataSet) -> DataSet:
-    """The entry with its layout, recognised where none is named.  Raises ``LayoutError``."""
+    """The entry with its layout, which is detected if null.  Raises ``LayoutError``."""
     root = from_home(entry.root)
     if not root.exists():
         raise LayoutError(f"data: {broken_link(root) or f'no such folder or file {root}'}")
@@ -98,33 +107,36 @@ def recognised(entry: DataSet) -> DataSet:
 
 
 def task_of(entry: DataSet) -> str:
-    """The task that a data set with a known layout serves: the one that its entry names, else Task B where it has masks."""
-    if entry.task:
-        return entry.task
+    """The task of a data set with a known layout: as stated, else Task B if it has masks."""
+    return entry.task or own_task(entry)
+
+
+def own_task(entry: DataSet) -> str:
+    """The task of a data set with a known layout, whatever its entry states: Task B if it has masks."""
     if entry.layout == "table":
         return "B" if "mask_path" in read_text_table(from_home(entry.root), rows=0) else "A"
     if entry.layout == "parquet":
         return "B" if has_masks(from_home(entry.root)) else "A"
     if entry.layout not in READERS:
-        return "B" if read_data_set(entry).table()["mask_path"].notna().any() else "A"
+        return "B" if read_data_set(entry.model_copy(update={"task": None})).table()["mask_path"].notna().any() else "A"
     return "B" if entry.layout in TASK_B_LAYOUTS else "A"
 
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """A folder of images below one that is named for a class."""
+    """A folder of images at or below a class folder."""
 
     folder: Folder
     label: int
-    split: str | None  # None: no name tells it
-    above: tuple[str, ...]  # the folders above the class's, without the split's
+    split: str | None  # None: no folder name tells it
+    above: tuple[str, ...]  # folders above the class folder, without the split's
 
 
 def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[ClassFolder]:
-    """The folders of images below ``root`` with the class and the split that names on their way tell, outermost first.
+    """The folders of images below ``root``, with class and split by the outermost folders on their paths that name them.
 
-    ``category_train``: a folder ``train`` is a category.  What names no class is noted.  Raises ``LayoutError`` where a
-    class lies inside of the other, or test images inside of training.
+    ``category_train``: the folder ``train`` above a class is a category.  Folders without a class are noted.  Raises
+    ``LayoutError`` for a class inside of the other, or test images inside of training.
     """
     of_root = split_of(root.name) or split_of(root.resolve().name)
     for folder in rows.walk(root):
@@ -146,26 +158,25 @@ def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[
 def read_cnndetection(root: Path, entry: DataSet) -> Rows:
     """Wang et al. 2020: ``{split}/{category}/{0_real,1_fake}`` or ``{split}/{generator}/[{category}/]{0_real,1_fake}``.
 
-    The root may be the whole data set or one split's folder, whose name or the entry's ``split`` then tells which.
+    The root may be the whole data set or the folder of one split.
     """
     rows = Rows()
     for found in _by_class(rows, root, category_train=_has_categories(root)):
         split = entry.split or found.split
         generator = found.above[0] if split == "test" and found.above else "progan"
         source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
-        names = {"kind": kind_of(found.label), "generator": generator if found.label else None}
-        rows.add(found.folder.paths, found.label, found.split, source, **names)
+        made_by = generator if found.label else None
+        rows.add(found.folder.paths, found.label, found.split, source, kind=kind_of(found.label), generator=made_by)
     return rows
 
 
 def _has_categories(root: Path) -> bool:
-    """Whether the classes lie in folders of CNNDetection's categories, of which one is named ``train``."""
-    others = {tree[-2] for tree in class_trees(root) if len(tree) > 1} & CNNDETECTION_CATEGORIES - {"train"}
-    return bool(others)
+    """Whether class folders are in folders of CNNDetection's categories (of which one is named ``train``)."""
+    return not (CNNDETECTION_CATEGORIES - {"train"}).isdisjoint(tree[-2] for tree in class_trees(root) if len(tree) > 1)
 
 
 def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
-    """Corvi et al. 2022: ``{train,valid}/latent_diffusion_*/*.png``; its authentic images are lists of other sets' files.
+    """Corvi et al. 2022: ``{train,valid}/latent_diffusion_*/*.png``; its authentic images are listed files of other sets.
 
     ``real_coco.txt`` holds names in COCO's train2017 (``coco_root``), ``real_lsun.txt`` lines ``{category}_{file}`` of
     CNNDetection's ``{category}/0_real/{file}`` (``lsun_root``).
@@ -174,8 +185,8 @@ def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
     for name, split in (("train", "train"), ("valid", "val")):
         for folder in rows.walk(root / name):
             if folder.parts and folder.parts[0].startswith("latent_diffusion_"):
-                names = {"generator": "latent_diffusion", "method": folder.parts[0].removeprefix("latent_diffusion_")}
-                rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", **names)
+                method = folder.parts[0].removeprefix("latent_diffusion_")
+                rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", generator="latent_diffusion", method=method)
             else:
                 rows.leave_unread((root / name).joinpath(*folder.parts), "its images lie in no latent_diffusion_* folder")
         for source in ("coco", "lsun"):
@@ -201,18 +212,18 @@ def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataS
 
 
 def of_itw_sm(path: Path) -> bool:
-    """Whether a path leads into ITW-SM, the validation set, by the name of a folder on it."""
+    """Whether a path has a folder named ITW-SM, the validation set."""
     return ITW_SM.lower() in map(str.lower, path.parts)
 
 
 def named_as_itw_sm(names: Sequence[str]) -> bool:
-    """Whether images are named as those of ITW-SM are: nine tenths of them for a platform and by number."""
+    """Whether at least nine tenths of the names are ITW-SM's: platform and number."""
     fitting = sum(_ITW_SM_NAME.fullmatch(name) is not None for name in names)
     return fitting > 0 and fitting >= 0.9 * len(names)
 
 
 def holds_itw_sm(root: Path) -> bool:
-    """Whether the class folders in ``root`` hold files named as ITW-SM's, or folders named for platforms."""
+    """Whether the class folders in ``root`` hold files with names of ITW-SM, or folders named for platforms."""
     names: list[str] = []
     for place in (path for path in root.iterdir() if class_of(path.name) is not None and path.is_dir()):
         inside = [path.name for path in islice(place.iterdir(), 2_000) if path.name[0] != "."]
@@ -224,9 +235,9 @@ def holds_itw_sm(root: Path) -> bool:
 
 
 def read_itw_sm(root: Path, _: DataSet) -> Rows:
-    """ITW-SM: ``{0_real,1_fake}/``, the platform as a folder or as the first part of the file's name.
+    """ITW-SM: ``{0_real,1_fake}/``, with the platform as a folder or as the first part of file names.
 
-    The root may be the folder that the archive's ``ITW-SM/`` was unpacked into.
+    The root may also be the parent of the archive's folder ``ITW-SM``.
     """
     rows = Rows()
     inner = root / ITW_SM
@@ -261,14 +272,17 @@ def _read_generators(root: Path, name: str, whole_path: bool = False) -> Rows:
     rows = Rows()
     for found in _by_class(rows, root):
         generator = ("/".join(found.above) if whole_path else found.above[0]) if found.above else root.name
-        names = {"kind": kind_of(found.label), "generator": generator if found.label else None}
-        rows.add(found.folder.paths, found.label, found.split, f"{name}/{generator}", **names)
+        made_by = generator if found.label else None
+        rows.add(
+            found.folder.paths, found.label, found.split, f"{name}/{generator}", kind=kind_of(found.label), generator=made_by
+        )
     return rows
 
 
 def read_folders(root: Path, _: DataSet) -> Rows:
-    """Any folders whose names tell class and split: ``{train,val,test}/{real,fake}``, ``{real,fake}/{train,val,test}``, or
-    one split's ``{real,fake}``.  The source is the folder above the class, else the set's name.
+    """Folders named for class and split, in either order, or for the class only: ``{train,val,test}/{real,fake}``, ...
+
+    The source is the set's name and the folders above the class.
     """
     rows = Rows()
     for found in _by_class(rows, root):
@@ -278,28 +292,29 @@ def read_folders(root: Path, _: DataSet) -> Rows:
 
 
 def read_sagi_d(root: Path, _: DataSet) -> Rows:
-    """SAGI-D: ``sagid.csv`` beside its splits' folders; the listed originals are the authentic images."""
+    """SAGI-D: ``sagid.csv`` beside the folders of the splits; the listed originals are the authentic images."""
     columns = ["img_path", "mask_path", "src_path", "split", "inpainting_model", "diffusion_model", "type"]
     listing = read_listing(root / "sagid.csv", columns)
     rows, originals = Rows(), set()
     for item in listing.itertuples(index=False):
         image, mask = sagid_path(root, item.img_path, ()), sagid_path(root, item.mask_path, ())
-        source = image.relative_to(root).parts[1]
-        split, named = split_of(item.split) or "test", f"sagi_d/{source}"
-        group = photo_group(source, image.stem)
+        photos = image.relative_to(root).parts[1]
+        split, source, group = split_of(item.split) or "test", f"sagi_d/{photos}", photo_group(photos, image.stem)
         if item.src_path:
             original = sagid_path(root, item.src_path, ())
-            group = photo_group(source, original.stem)
+            group = photo_group(photos, original.stem)
             if original not in originals:
                 originals.add(original)
-                rows.add([str(original)], 0, split, named, kind="orig", groups=[group])
-        names = {"generator": item.diffusion_model or None, "method": item.inpainting_model}
-        rows.add([str(image)], 1, split, named, kind=item.type, groups=[group], masks=[str(mask)], **names)
+                rows.add([str(original)], 0, split, source, kind="orig", groups=[group])
+        generator, method, masks = item.diffusion_model or None, item.inpainting_model, [str(mask)]
+        rows.add(
+            [str(image)], 1, split, source, kind=item.type, generator=generator, method=method, groups=[group], masks=masks
+        )
     return rows
 
 
 def read_table(path: Path, entry: DataSet) -> Rows:
-    """A CSV with ``path`` and ``label`` (0 or 1), and any of ``TABLE_COLUMNS``; paths count from the table's folder."""
+    """A CSV with ``path`` and ``label`` (0 or 1), and any of ``TABLE_COLUMNS``; paths are relative to the table's folder."""
     table = read_text_table(path)
     missing = {"path", "label"} - set(table.columns)
     unknown = set(table.columns) - {"path", "label", *TABLE_COLUMNS}
@@ -310,10 +325,9 @@ def read_table(path: Path, entry: DataSet) -> Rows:
     named = split_in(path.name) or split_of(path.parent.name)
     if entry.split == "train" and named == "test":
         raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
-    entry = entry.model_copy(update={"split": entry.split or named})
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
-        _add_table_row(rows, path, number, item, entry)
+        _add_table_row(rows, path, number, item, entry.split or named)
     if "mask_path" in table:
         masked = table["label"].str.lower().map(LABELS).eq(0) & ~table["mask_path"].str.lower().isin(NOTHING)
         if masked.any():
@@ -321,27 +335,26 @@ def read_table(path: Path, entry: DataSet) -> Rows:
     return rows
 
 
-def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, Any], entry: DataSet) -> None:
+def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, str], default_split: str | None) -> None:
     values = {name: None if item.get(name, "").lower() in NOTHING else item[name] for name in TABLE_COLUMNS}
     label = LABELS.get(item["label"].lower())
-    split = split_of(values["split"]) if values["split"] else entry.split
+    split = split_of(values["split"]) if values["split"] else default_split
     if label is None or (split is None and values["split"]):
         raise LayoutError(
             f"{table} row {number}: label {item['label']!r} must be 0 or 1, split {values['split']!r} train, val or test"
         )
-    image, mask = (
-        str(table.parent / name.replace("\\", "/")) if name else None for name in (item["path"], values["mask_path"])
-    )
-    if split == "train" and of_itw_sm(Path(str(image))):
-        raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
-    if image is None:
+    if not item["path"]:
         raise LayoutError(f"{table} row {number}: names no path")
-    mask = mask if label else None
-    names = {"generator": values["generator"], "method": values["method"], "groups": [values["group"]], "masks": [mask]}
+    image = str(table.parent / item["path"].replace("\\", "/"))
+    if split == "train" and of_itw_sm(Path(image)):
+        raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
+    mask = str(table.parent / values["mask_path"].replace("\\", "/")) if values["mask_path"] and label else None
     kind = (values["kind"] or ("sp" if mask else kind_of(label))).lower()
     if kind not in KINDS:
         raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
-    rows.add([image], label, split, values["source"] or table.stem, kind=kind, **names)
+    generator, method, groups = values["generator"], values["method"], [values["group"]]
+    source = values["source"] or table.stem
+    rows.add([image], label, split, source, kind=kind, generator=generator, method=method, groups=groups, masks=[mask])
 
 
 READERS: dict[str, Reader] = {
@@ -361,14 +374,14 @@ READERS: dict[str, Reader] = {
 TASK_B_LAYOUTS = frozenset({"tgif", "task_b_validation", "sagi_d"})
 CONSTRAINED_LAYOUTS = frozenset({"cnndetection", "corvi_ldm", "itw_sm", "tgif", "task_b_validation", "own"})
 
-# What tells a layout, in the order of trial: patterns of which one must be there below the root
+# Patterns below the root that identify a layout (any one of them), in the order of trial
 _SIGNS: dict[str, tuple[str, ...]] = {
     "task_b_validation": ("taskB_val.csv",),
     "sagi_d": ("sagid.csv",),
     "tgif": tuple(f"{folder}/*" for folder in (*TGIF_NAMES, *TGIF2_METHODS)),
     "corvi_ldm": ("train/latent_diffusion_*", "valid/latent_diffusion_*"),
 }
-# What is looked for after those: where class folders lie, in any spelling
+# Tried after those: places of class folders, in any spelling
 _TREES = {
     "own": "{train,val}/{0_real,1_fake}",
     "itw_sm": "{0_real,1_fake} with files named for platforms",
@@ -380,7 +393,7 @@ _TREES = {
 
 
 def class_trees(root: Path, depth: int = 5) -> list[tuple[str, ...]]:
-    """The folders that are named for a class, as their parts below ``root``, at most ``depth`` folders down, sorted."""
+    """The class folders below ``root``, at most ``depth`` levels deep, as sorted parts of their paths."""
     found: list[tuple[str, ...]] = []
     waiting: list[tuple[str, ...]] = [()]
     while waiting:
@@ -401,7 +414,7 @@ def _folders_in(place: Path) -> list[str]:
 
 
 def _layout_of_trees(root: Path) -> str | None:
-    """The layout that the places of class folders tell."""
+    """The layout by the places of class folders."""
     trees = class_trees(root)
     if not trees:
         return None
@@ -423,7 +436,7 @@ def _layout_of_trees(root: Path) -> str | None:
 
 
 def detect_layout(root: Path) -> str:
-    """The layout of a folder (or of a ``.csv`` file) by what lies in it.  Raises ``LayoutError`` where none fits."""
+    """The layout of a folder or file by its content.  Raises ``LayoutError`` if none fits."""
     if root.is_file() and root.suffix.lower() == ".csv":
         return "table"
     if root.is_file() and is_parquet(root.name):
@@ -440,6 +453,6 @@ def detect_layout(root: Path) -> str:
 
 
 def _sign_of(root: Path) -> str | None:
-    """The first layout of which something is there below ``root``."""
+    """The first layout with a sign below ``root``."""
     found = (name for name, patterns in _SIGNS.items() if any(next(root.glob(pattern), None) for pattern in patterns))
     return next(found, None) or _layout_of_trees(root)

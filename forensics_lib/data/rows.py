@@ -1,14 +1,15 @@
-"""Rows of a manifest as readers collect them, one per image, with notes on what was passed over."""
+"""Rows of a manifest as readers collect them, one per image, with notes on what they skip."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,15 +22,15 @@ from forensics_lib.utils.names import SPLITS, class_of, split_of
 
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-NAMED = 20  # files that a message names before it only counts
+NAMED = 20  # most files that a message names; further ones are counted
 
 
 class LayoutError(ValueError):
-    """A folder is not laid out as expected; the message says what was looked for and what was found."""
+    """A folder is not laid out as expected; the message says what was expected and found."""
 
 
 def check_parts(place: Path, parts: tuple[str, ...], label: int, split: str | None) -> None:
-    """Raise ``LayoutError`` where a folder below a class's, or below a training split's, is named for another one."""
+    """Raise ``LayoutError`` if a folder inside a class or a training split is named for another class or split."""
     for part in parts:
         if class_of(part) == 1 - label:
             other = ("authentic", "synthetic")[label]
@@ -43,29 +44,40 @@ def check_parts(place: Path, parts: tuple[str, ...], label: int, split: str | No
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with images: the folders that lead to it from where the walk began, the images' names and their paths."""
+    """A folder with images: its path below the root of the walk, the images' names and their paths."""
 
     parts: tuple[str, ...]
     images: list[str]
     paths: list[str]
 
 
+class _Run(NamedTuple):
+    """Consecutive images with the same values."""
+
+    images: int
+    label: int | None
+    split: str | None
+    source: str
+    generator: str | None
+    method: str | None
+    kind: str | None
+
+
 class Rows:
-    """What a reader collects: images, in runs that share most of their values, and notes on what it passed over."""
+    """The images that a reader collects, and notes on what it skips."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.looks = Looks()
         self._groups: list[str] = []
         self._masks: list[str | None] = []
-        self._shared: list[tuple] = []  # label, split, source, generator, method, kind of a run of images
-        self._lengths: list[int] = []
-        self._passed_over: list[str] = []
+        self._runs: list[_Run] = []
+        self._not_named: list[str] = []  # files without an image's ending
         self._no_images: list[str] = []  # by their content
         self._hidden: list[str] = []
         self._unreadable: list[str] = []
         self._unread: list[str] = []
-        self._empty: list[str] = []  # links to folders that hold nothing
+        self._empty: list[str] = []  # links to empty folders
         self._left_out: list[str] = []
 
     def __len__(self) -> int:
@@ -81,32 +93,41 @@ class Rows:
         kind: str | None,
         generator: str | None = None,
         method: str | None = None,
-        groups: list[str | None] | None = None,
-        masks: list[str | None] | None = None,
+        groups: Sequence[str | None] | None = None,
+        masks: Sequence[str | None] | None = None,
     ) -> None:
-        """Add images; without ``groups`` each is a photo of its own, and a split of None waits for ``state_split``.
+        """Add images that share label, split and names.
 
-        Paths that are not UTF-8 stand as ``disk.shown``.
+        Args:
+            paths: of the images; bytes that are not UTF-8 are stored as ``shown`` returns them.
+            label: 0 authentic, 1 synthetic or manipulated, None for test images.
+            split: train, val or test; None: ``state_split`` sets it later.
+            source: the data set, or a part of it.
+            kind: orig, sp (spliced), fr (fully regenerated), full (fully synthetic), or None for test images.
+            generator: the model that made the images.
+            method: the method of manipulation.
+            groups: the photograph that each image derives from; None: each image is a photograph of its own.
+            masks: the path of each image's ground-truth mask, or None.
         """
         paths = [shown(path) for path in paths]
         self.paths += paths
         self._groups += [shown(group or path) for group, path in zip(groups, paths, strict=True)] if groups else paths
         self._masks += [mask and shown(mask) for mask in masks] if masks else [None] * len(paths)
-        self._shared.append((label, split, source, generator, method, kind))
-        self._lengths.append(len(paths))
+        self._runs.append(_Run(len(paths), label, split, source, generator, method, kind))
 
     def walk(self, root: Path, *, by_content: bool = False) -> Iterator[Folder]:
-        """The folders below ``root`` that hold images, sorted, through links, each real folder once (so loops end).
+        """The folders below ``root`` that hold images, sorted, following links, each real folder once (so loops end).
 
-        Hidden folders and those that macOS adds to archives are passed over; files without an image's name, and folders
-        that cannot be read, are noted.  With ``by_content`` files without an image's name are opened: those that are
-        images all the same count.  Names that are not UTF-8 come as ``disk.shown`` gives them.  Raises ``LayoutError`` for
-        links to folders that are not there.
+        Hidden folders and those that macOS adds to archives are skipped; files without an image's ending, and unreadable
+        folders, are noted.  With ``by_content`` files without an image's ending are opened, and images among them count.
+        Names that are not UTF-8 are returned as by ``shown``.  Raises ``LayoutError`` for broken links to folders.
         """
+        if not root.is_dir():
+            if link := broken_link(root):
+                raise LayoutError(link)
+            return
         seen: set[str] = set()
-        waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), ())] if root.is_dir() else []
-        if not waiting and (link := broken_link(root)):
-            raise LayoutError(link)
+        waiting: list[tuple[str, tuple[str, ...]]] = [(str(root), ())]
         while waiting:
             place, parts = waiting.pop()
             real = os.path.realpath(place)
@@ -118,114 +139,109 @@ class Rows:
             except OSError as error:
                 self._unreadable.append(f"{shown(place)} ({error.strerror})")
                 continue
-            images = [name for name in names if name[name.rfind(".") :].lower() in SUFFIXES and name[0] != "."]
-            others = sorted(set(names).difference(images)) if len(images) < len(names) else []
-            others = [name for name in others if not name.startswith(".") and name != "__MACOSX"]
-            folders = [name for name in others if os.path.isdir(f"{place}{os.sep}{name}")]  # noqa: PTH112 (odd names)
-            rest = [name for name in others if name not in folders]
-            if by_content:
-                found = self._by_content(place, names, rest)
-                images = sorted([*images, *found]) if found else images
-            else:
-                self._pass_over(place, rest)
+            if not names and os.path.islink(place):  # noqa: PTH114 (odd names)
+                self._empty.append(f"{shown(place)} (to {shown(real)})")
+            images, folders = self._images_and_folders(place, names, by_content)
             waiting += [(f"{place}{os.sep}{name}", (*parts, shown(name))) for name in reversed(folders)]
             if images:
                 images = [shown(name) for name in images]
                 paths = [f"{shown(place)}{os.sep}{name}" for name in images]
                 self.looks.ask(paths)
                 yield Folder(parts, images, paths)
-            elif not names and os.path.islink(place):  # noqa: PTH114 (as above)
-                self._empty.append(f"{shown(place)} (to {shown(real)})")
 
-    def _pass_over(self, place: str, names: list[str]) -> None:
-        """Note files without an image's ending.  Raises ``LayoutError`` where they are links that lead nowhere."""
-        paths = [f"{place}{os.sep}{name}" for name in names]
-        links = [link for path in paths if (link := broken_link(path))]
-        _refuse(links)
-        self._passed_over += map(shown, paths)
+    def _images_and_folders(self, place: str, names: list[str], by_content: bool) -> tuple[list[str], list[str]]:
+        """The images and the folders among the sorted ``names`` in a folder; other files are noted."""
+        images = [name for name in names if name[name.rfind(".") :].lower() in SUFFIXES and name[0] != "."]
+        others = sorted(set(names).difference(images)) if len(images) < len(names) else []
+        others = [name for name in others if name[0] != "." and name != "__MACOSX"]
+        folders = [name for name in others if os.path.isdir(f"{place}{os.sep}{name}")]  # noqa: PTH112 (odd names)
+        files = [name for name in others if name not in folders]
+        if by_content:
+            found = [name for name in files if has_image_ending(name) or is_image(f"{place}{os.sep}{name}")]
+            self._no_images += [shown(f"{place}{os.sep}{name}") for name in files if name not in found]
+            hidden = [f"{place}{os.sep}{name}" for name in names if name[0] == "."]
+            self._hidden += [shown(path) for path in hidden if is_image(path)]
+            return sorted([*images, *found]), folders
+        paths = [f"{place}{os.sep}{name}" for name in files]
+        _refuse([link for path in paths if (link := broken_link(path))])
+        self._not_named += map(shown, paths)
+        return images, folders
 
     def serve(self, task: str) -> None:
-        """Make rows of Task B serve Task A, without their masks, or the authentic ones of Task A serve Task B."""
+        """Use rows of Task B for Task A, without their masks, or the authentic rows of Task A for Task B."""
         if task == "A":
             self._masks = [None] * len(self.paths)
-            self._shared = [(*values[:5], "full" if values[0] else "orig") for values in self._shared]
+            self._runs = [run._replace(kind="full" if run.label else "orig") for run in self._runs]
             return
-        authentic = [not values[0] for values in self._shared]
-        kept = np.repeat(authentic, self._lengths)
+        kept = np.repeat([not run.label for run in self._runs], [run.images for run in self._runs])
         if not kept.all():
             self._left_out.append(f"{np.count_nonzero(~kept)} synthetic image(s), which have no masks, are left out of Task B")
-        self.paths, self._groups, self._masks = (
-            list(compress(column, kept)) for column in (self.paths, self._groups, self._masks)
-        )
-        self._shared, self._lengths = (list(compress(column, authentic)) for column in (self._shared, self._lengths))
-
-    def _by_content(self, place: str, names: list[str], unknown: list[str]) -> list[str]:
-        """Those of the ``unknown`` files of a folder that are images; the others, and hidden images, are noted."""
-        found = [name for name in unknown if has_image_ending(name) or is_image(f"{place}{os.sep}{name}")]
-        self._no_images += [shown(f"{place}{os.sep}{name}") for name in sorted(set(unknown).difference(found))]
-        hidden = [f"{place}{os.sep}{name}" for name in names if name.startswith(".")]
-        self._hidden += [shown(path) for path in hidden if is_image(path)]
-        return found
+        self.paths, self._groups = list(compress(self.paths, kept)), list(compress(self._groups, kept))
+        self._masks = list(compress(self._masks, kept))
+        self._runs = [run for run in self._runs if not run.label]
 
     def state_split(self, stated: str | None, root: Path) -> None:
-        """Give every image the split that the entry states, else leave the one that its folder or file tells.
+        """Set the split that the entry states, or keep the one that folder or file names tell.
 
-        Raises ``LayoutError`` where neither is known, and where test images were to be trained on.
+        Raises ``LayoutError`` if neither is known, or if test images were to be trained on.
         """
-        told = [values[1] for values in self._shared]
-        untold = [start for start, split in zip(np.cumsum([0, *self._lengths]), told, strict=False) if split is None]
-        if untold and not stated:
+        told = [run.split for run in self._runs]
+        if None in told and not stated:
             raise LayoutError(
-                f"{root}: no folder or file name tells whether {self.paths[untold[0]]} is for training: set split: train, "
-                f"val or test for this set. Names that tell it: {', '.join(sorted(SPLITS))}"
+                f"{root}: no folder or file name tells whether {self._first_of(told.index(None))} is for training: set split: "
+                f"train, val or test for this set. Names that tell it: {', '.join(sorted(SPLITS))}"
             )
         if stated == "train" and "test" in told:
-            first = self.paths[int(np.cumsum([0, *self._lengths])[told.index("test")])]
+            first = self._first_of(told.index("test"))
             raise LayoutError(f"{root}: split: train, but {first} is of a test split, which is never trained on")
         if stated:
-            self._shared = [(label, stated, *others) for label, _, *others in self._shared]
+            self._runs = [run._replace(split=stated) for run in self._runs]
+
+    def _first_of(self, number: int) -> str:
+        """The path of the first image of a run."""
+        return self.paths[sum(run.images for run in self._runs[:number])]
 
     def leave_unread(self, place: str | Path, reason: str) -> None:
         """Note a folder that the layout does not read."""
         self._unread.append(f"not read: {place}: {reason}")
 
     def notes(self) -> list[str]:
-        """What was passed over, with the remedy."""
+        """What the reader skipped, with the remedies."""
         notes = [f"{place} cannot be read and is left out: allow it with chmod u+rx" for place in self._unreadable]
         notes += [f"the link {place} leads to an empty folder: is its disk mounted?" for place in self._empty]
         notes += self._left_out
-        for paths, what in (
-            (self._no_images, "file(s) whose content is no image are passed over"),
-            (self._hidden, "hidden image(s), whose names begin with a dot, are passed over: rename those that are wanted"),
-        ):
-            if paths:
-                notes.append(f"{len(paths)} {what}: {', '.join(paths[:NAMED])}{', ...' * (len(paths) > NAMED)}")
+        if self._no_images:
+            notes.append(f"{len(self._no_images)} file(s) whose content is no image are skipped: {joined(self._no_images)}")
+        if self._hidden:
+            notes.append(
+                f"{len(self._hidden)} hidden image(s), whose names begin with a dot, are skipped; rename them if they are "
+                f"wanted: {joined(self._hidden)}"
+            )
         notes += self._unread[:NAMED]
         if len(self._unread) > NAMED:
-            notes.append(f"... and {len(self._unread) - NAMED} more folders that are not read")
-        if self._passed_over:
-            endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._passed_over)
+            notes.append(f"... and {len(self._unread) - NAMED} more folders that the layout does not read")
+        if self._not_named:
+            endings = Counter(Path(path).suffix.lower() or "no ending" for path in self._not_named)
             counted = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(4))
             notes.append(
-                f"{len(self._passed_over)} file(s) without an image's ending are passed over ({counted}): rename those that "
-                f"are images. They are {', '.join(self._passed_over[:NAMED])}{', ...' * (len(self._passed_over) > NAMED)}"
+                f"{len(self._not_named)} file(s) without an image's ending are skipped ({counted}): rename those that are "
+                f"images. They are {joined(self._not_named)}"
             )
         return notes
 
     def table(self) -> pd.DataFrame:
-        """All images, with ``COLUMNS``."""
+        """A row with ``COLUMNS`` per image."""
         columns = {"path": pa.array(self.paths, pa.large_string()), "group": pa.array(self._groups, pa.large_string())}
         columns["mask_path"] = pa.array(self._masks, pa.large_string())
-        names = ("label", "split", "source", "generator", "method", "kind")
-        run_of = pa.array(np.repeat(np.arange(len(self._lengths)), self._lengths))
-        for number, name in enumerate(names):
-            runs = pa.array([values[number] for values in self._shared], pa.large_string() if number else pa.int64())
-            columns[name] = runs.take(run_of)
+        run_of = pa.array(np.repeat(np.arange(len(self._runs)), [run.images for run in self._runs]))
+        for name in ("label", "split", "source", "generator", "method", "kind"):
+            kind = pa.int64() if name == "label" else pa.large_string()
+            columns[name] = pa.array([getattr(run, name) for run in self._runs], kind).take(run_of)
         return pa.table(columns).select(COLUMNS).to_pandas(types_mapper=pandas_type)
 
 
 def contents(folder: Path) -> str:
-    """What a folder holds, for error messages."""
+    """The content of a folder, for error messages."""
     if not folder.is_dir():
         return broken_link(folder) or f"{folder} is {'a file' if folder.exists() else 'not there'}"
     entries = sorted(folder.iterdir())
@@ -236,19 +252,25 @@ def contents(folder: Path) -> str:
 
 
 def refuse_broken_links(root: Path) -> None:
-    """Raise ``LayoutError`` for links to folders, in ``root`` and in its folders, that lead nowhere."""
-    folders, links = [str(root)] if root.is_dir() else [], []
-    for folder in folders:
-        with suppress(PermissionError), os.scandir(folder) as entries:  # the walk notes it
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if folder == str(root) and entry.is_dir():
-                    folders.append(entry.path)  # its folders are looked at, theirs are not
-                elif entry.is_symlink() and entry.name[0] != "." and Path(entry).suffix.lower() not in SUFFIXES:
-                    links.append(broken_link(entry.path))
-    _refuse([link for link in links if link])
+    """Raise ``LayoutError`` for broken links to folders in ``root`` and in its folders."""
+    folders = [str(root), *(entry.path for entry in _entries(str(root)) if entry.is_dir())]
+    links = [entry for folder in folders for entry in _entries(folder) if entry.is_symlink() and entry.name[0] != "."]
+    _refuse([broken for link in links if Path(link).suffix.lower() not in SUFFIXES and (broken := broken_link(link.path))])
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """The entries of a folder by name; none of an unreadable one, which ``Rows.walk`` notes."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+    return []
 
 
 def _refuse(links: list[str]) -> None:
     if links:
-        more = f"; and {len(links) - NAMED} more." if len(links) > NAMED else ""
-        raise LayoutError(f"{'; '.join(links[:NAMED])}{more} Mount it, or take the links out")
+        raise LayoutError(f"{joined(links, '; ')}; mount it, or take the links out")
+
+
+def joined(items: Sequence[str], separator: str = ", ") -> str:
+    """The first ``NAMED`` items in a row, and the number of further ones."""
+    more = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
+    return separator.join([*items[:NAMED], *more])

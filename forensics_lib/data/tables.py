@@ -1,4 +1,4 @@
-"""CSV tables as programs write them, read as text."""
+"""Reading CSV tables as text, in the variants that programs write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forensics_lib.utils.files import LFS, LFS_POINTER, broken_link
 
 
 def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A data set's own CSV as text.  Raises ``LayoutError``."""
+    """Read the CSV of a data set as text.  Raises ``LayoutError`` if it is missing or has other columns."""
     if not path.is_file():
         raise LayoutError(f"no {path.name} in {path.parent}; {contents(path.parent)}")
     listing = read_text_table(path)
@@ -25,10 +25,10 @@ def read_listing(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
-    """A CSV (or its first ``rows`` rows) as text, its column names in small letters, its index the lines' numbers from 1 on.
+    """Read a CSV, or its first ``rows`` rows, as text: column names in lower case, the index counts lines from 1.
 
-    Fields may be separated by commas, semicolons or tabs and stand in quotes; blanks around them and empty lines do not
-    count, and short rows end in empty fields.  A first line ``sep=;``, as Excel takes it, tells the separator.  Raises
+    Fields may be separated by commas, semicolons or tabs, and quoted; blanks around them and empty lines are ignored, and
+    short rows are filled with empty fields.  A first line ``sep=;``, as in Excel, sets the separator.  Raises
     ``LayoutError``.
     """
     text = read_text(path)
@@ -36,14 +36,17 @@ def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
     stated = _SEPARATOR.match(lines)
     lines = lines[stated.end() :] if stated else lines
     try:
-        options = {
-            "sep": stated[1] if stated else _delimiter(lines),
-            "skipinitialspace": True,
-            "skip_blank_lines": False,
-            "keep_default_na": False,
-        }
-        table = pd.read_csv(io.StringIO(lines), header=None, dtype=str, nrows=None if rows is None else rows + 1, **options)
-    except (ValueError, csv.Error) as error:  # what pandas raises of damaged files are ValueErrors
+        table = pd.read_csv(
+            io.StringIO(lines),
+            sep=stated[1] if stated else _delimiter(lines),
+            header=None,
+            dtype=str,
+            nrows=None if rows is None else rows + 1,
+            skipinitialspace=True,
+            skip_blank_lines=False,
+            keep_default_na=False,
+        )
+    except (ValueError, csv.Error) as error:  # pandas raises ValueErrors for damaged files
         raise LayoutError(
             f"{path} is not a CSV: {str(error).strip()}. A field that holds a separator must stand in quotes"
         ) from None
@@ -57,13 +60,13 @@ _SEPARATOR = re.compile(r"\"?sep=([^\r\n])\"?[,;\t ]*(?:[\r\n]+|$)", re.IGNORECA
 
 
 def _delimiter(text: str) -> str:
-    """What separates a table's fields, by its header."""
+    """The separator of a table's fields, by its header."""
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     return max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
 
 
 def _with_header(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table under the names of its first row, without columns that are empty altogether."""
+    """The table with its first row as column names, without empty columns."""
     if table.empty:
         raise LayoutError(f"{path} is not a CSV: it is empty")
     table = table.loc[:, table.ne("").any()]
@@ -79,7 +82,7 @@ def _with_header(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_text(path: Path) -> str:
-    """A file's text: UTF-8 with or without a byte order mark, or UTF-16 with one.  Raises ``LayoutError``."""
+    """Read a text file: UTF-8 with or without a byte order mark, or UTF-16 with one.  Raises ``LayoutError``."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -97,7 +100,7 @@ def read_text(path: Path) -> str:
         ) from None
     if "\0" in text:
         row = _line_ends(text[: text.index("\0")]) + 1
-        raise LayoutError(f"{path} row {row}: holds a null byte, which no text does (UTF-16 is read with a byte order mark)")
+        raise LayoutError(f"{path} row {row}: holds a null byte, which no text does (UTF-16 needs a byte order mark)")
     return text
 
 

@@ -134,7 +134,7 @@ def test_test_images_are_told_by_their_content(tmp_path, rng, capsys):
     os.mkfifo(tmp_path / "pipe")
     listed = [Path(row["path"]).name for row in records(read_test(tmp_path))]
     assert listed == sorted([*ODD_NAMES, *broken])
-    passed, hidden = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    passed, hidden = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert passed.startswith(f"{len(others) + 1} file(s) whose content is no image")
     assert all(str(tmp_path / name) in passed for name in [*others, "pipe"])
     assert hidden.startswith("1 hidden image(s)") and str(tmp_path / ".hidden") in hidden
