@@ -6,7 +6,7 @@ import timm
 import torch
 from conftest import TINY, model, picture
 
-from forensics_lib.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from forensics_lib.models.checkpoint import CheckpointError, load_model, read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, _widen, build_model
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params

@@ -19,7 +19,7 @@ from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.images.io import ImageError
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
-from forensics_lib.models.combined import Output, build_model
+from forensics_lib.models.combined import build_model
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
