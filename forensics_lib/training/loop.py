@@ -1,8 +1,8 @@
 """One training loop for both tasks: step 1 trains the head on a frozen backbone, step 2 the last backbone stages too.
 
-After every epoch the whole state is saved, so that a stopped run goes on from there; the best epoch by validation
-becomes the step's model.  ``metrics.jsonl`` receives one line per epoch while it runs.  What another training of the same
-name left stays as it was until the new one has an epoch, and is then moved aside, never deleted.
+The whole state is saved after every epoch, so that a stopped run goes on from there; the best epoch by validation becomes
+the step's model.  Each epoch appends a line to ``metrics.jsonl``.  The results of another training of the same name stay
+until the new one has an epoch, and are then moved aside, never deleted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import pandas as pd
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from forensics_lib.data.audit import close_shortcut, findings_of
 from forensics_lib.data.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
-from forensics_lib.device import choose_machine, compiled_for_training
+from forensics_lib.device import Machine, choose_machine, compiled_for_training
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
-from forensics_lib.models.combined import build_model
-from forensics_lib.params import Params
+from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.run import Run, record_trained
-from forensics_lib.training.epoch import STEPS, Stopped, TrainingState, make_optimizer, make_schedule, train_epoch, validate
+from forensics_lib.training.epoch import make_optimizer, make_schedule, train_epoch, validate
 from forensics_lib.training.resume import (
     GO_ON,
     append_history,
@@ -37,6 +37,7 @@ from forensics_lib.training.resume import (
     read_history,
     training_inputs,
 )
+from forensics_lib.training.state import STEPS, PartialEpoch, SavedState, Step, Stopped, TrainingState
 from forensics_lib.utils.files import is_main
 from forensics_lib.utils.locks import stop_requests
 from forensics_lib.utils.processes import (
@@ -53,12 +54,24 @@ from forensics_lib.utils.processes import (
 
 
 def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
-    """Train a task's model by both steps and write ``_classifier_model.pth`` and ``_finetuned_model.pth``.
+    """Train the model of a task in both steps; writes ``_classifier_model.pth`` and ``_finetuned_model.pth``.
 
-    Returns the epochs' metrics.  Finished work with the same parameters and data is taken up, not done again, and where
-    another process trains it at this moment its epochs are shown until it ends.  With ``processes`` above 1 that many
-    processes train together.  Raises ``FloatingPointError`` with the batch's files where the loss is not finite, and
-    ``LayoutError`` at once where two test images would share a mask.
+    A training with the same parameters and data is resumed, or taken as it is where it is finished.  While another process
+    trains the same task of the run, this one prints its epochs and waits.  ``processes`` above 1 starts that many processes.
+
+    Args:
+        run: the run, from ``open_run``.
+        task: "A" or "B".
+        manifest: one row per image, from ``build_manifest``.
+
+    Returns:
+        One row per epoch: step, epoch, train_loss, val_auc, score, lr, seconds, ...; for Task B also val_iou.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the files of the batch.
+        ImageError: no training image, or no validation image of a class, can be read.
+        LayoutError: two test images would share a mask file.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything up to the last batch is saved.
     """
     check_test_names(run, task)
     if should_launch(run.params.processes):
@@ -73,6 +86,18 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
     machine = choose_machine(run.params)
     print(f"Task {task} training on {machine}{f', {world()} processes' if world() > 1 else ''}")
     torch.manual_seed(run.params.seed)
+    state, saved = _begin(run, task, manifest, machine)
+    with stop_requests() as state.stopping, closing(state.batches):
+        for name, epochs in zip(STEPS, (run.params.epochs_head, run.params.epochs_finetune), strict=True):
+            _run_step(state, name, epochs, saved)
+        if state.stopping():
+            raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
+    record_trained(run, task, state.trained_with, taken_up=saved is not None)
+    _record(state, manifest)
+
+
+def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tuple[TrainingState, SavedState | None]:
+    """A training's state, and the saved state that it resumes from, if there is one."""
     train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
     decides, rule = deciding(run, task, val_rows, train_rows)
     print(f"{len(train_rows)} training and {len(val_rows)} validation images")
@@ -81,123 +106,147 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
         print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
     equalize = all_gather(close_shortcut(run, task, train_rows) if is_main() else None)[0]
     trained_with = training_inputs(run.params, task, pd.concat([train_rows, val_rows]))
-    state, begun = find_resumable(run, task, trained_with)
-    model = build_model(_without_pretrained(run.params) if state else run.params, task).to(machine.device)
+    saved, begun = find_resumable(run, task, trained_with)
+    without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
+    params = run.params.model_copy(update=without_weights) if saved else run.params
+    model = build_model(params, task).to(machine.device)
     val_rows = deciding_first(val_rows, decides, run.params.val_limit, run.params.seed_for())
-    fit = TrainingState(run, task, model, machine, train_rows, val_rows, equalize, trained_with=trained_with, begun=begun)
-    _take_up(fit, state)
-    started = time.monotonic() - fit.seconds
-    with stop_requests() as fit.stopping, closing(fit.batches):
-        for step, epochs in zip(STEPS, (run.params.epochs_head, run.params.epochs_finetune), strict=True):
-            _run_step(fit, step, epochs, state, started)
-        if fit.stopping():
-            raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
-    record_trained(run, task, trained_with, taken_up=state is not None)
-    _record(fit, manifest)
+    state = TrainingState(run, task, model, machine, train_rows, val_rows, equalize, trained_with=trained_with, begun=begun)
+    if saved:
+        state.errors, state.seconds, state.machine_then = dict(saved.errors), saved.seconds, saved.machine
+    state.started = time.monotonic() - state.seconds
+    wait_for_all()  # all processes have read the files before the first one changes any
+    if is_main() and not (saved and begun):
+        discard_begun(run, task)
+    wait_for_all()
+    return state, saved
 
 
-def _take_up(fit: TrainingState, state: dict[str, Any] | None) -> None:
-    """Set what ``state`` tells of the training so far, and remove one that had begun otherwise and is not gone on with."""
-    if state:
-        fit.errors, fit.seconds, fit.machine_then = dict(state["errors"]), state["seconds"], state["machine"]
-    wait_for_all()  # all have looked before the first one changes anything
-    if is_main() and not (state and fit.begun):
-        discard_begun(fit.run, fit.task)
+def _record(state: TrainingState, manifest: pd.DataFrame) -> None:
+    """Keep the facts of a finished training in ``run.json``; resuming it again changes none of them."""
+    facts: dict[str, Any] = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
+    if state.seconds:  # unknown of trainings of earlier versions, whose facts stay
+        facts |= {"training_seconds": round(state.seconds, 1), "machine": state.machine_then}
+        facts |= {"unreadable_in_training": sorted(state.errors)}
+    state.run.record(**{f"task{state.task}_{name}": value for name, value in facts.items()})
+    if state.errors:
+        print(f"{len(state.errors)} training image(s) could not be read and were left out:")
+        print("\n".join(f"  {reason}" for reason in list(state.errors.values())[:10]))
+
+
+def _run_step(state: TrainingState, name: str, epochs: int, saved: SavedState | None) -> None:
+    """Train a step from where ``saved`` left it, then publish its best epoch as the step's model."""
+    mine = saved if saved and saved.step == name else None
+    finished = saved is not None and (mine.epoch >= epochs if mine else saved.step == "finetune")
+    if not finished:
+        step = _begin_step(state, name, epochs, mine)
+        for epoch in range(mine.epoch if mine else 0, epochs):
+            _run_epoch(state, step, epoch, mine if mine and mine.epoch == epoch else None)
+    target = state.run.classifier_model(state.task) if name == "head" else state.run.finetuned_model(state.task)
+    if is_main() and not state.begun and not (finished and target.is_file()):
+        publish(state, name, target)
     wait_for_all()
 
 
-def _record(fit: TrainingState, manifest: pd.DataFrame) -> None:
-    """What ``run.json`` keeps of a finished training; taking it up again changes nothing of it."""
-    facts = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
-    if fit.seconds:  # unknown of trainings of earlier versions, whose facts stay
-        facts |= {"training_seconds": round(fit.seconds, 1), "machine": fit.machine_then}
-        facts |= {"unreadable_in_training": sorted(fit.errors)}
-    fit.run.record(**{f"task{fit.task}_{name}": value for name, value in facts.items()})
-    if fit.errors:
-        print(f"{len(fit.errors)} training image(s) could not be read and were left out:")
-        print("\n".join(f"  {reason}" for reason in list(fit.errors.values())[:10]))
+def _begin_step(state: TrainingState, name: str, epochs: int, saved: SavedState | None) -> Step:
+    """Set the weights that a step starts from, freeze those that it does not train, and build its optimizer."""
+    params = state.params
+    if name == "finetune" and not saved:
+        state.model.load_state_dict(read_checkpoint(state.best_file("head"))["model"])
+    state.model.freeze_backbone(0 if name == "head" else params.finetune_stages)
+    optimizer = make_optimizer(state.model, params.lr_head if name == "head" else params.lr_finetune, params)
+    if saved:
+        state.model.load_state_dict(saved.model)
+        optimizer.load_state_dict(saved.optimizer)
+    broadcast_weights(state.model)
+    average = ModelEmaV3(state.model, decay=params.ema, use_warmup=True) if params.ema else None
+    if average and saved and saved.average:
+        average.module.load_state_dict(saved.average)
+    state.trained = _trained_view(state, epochs)
+    best = saved.best if saved else _first_best(state, name)
+    return Step(name, epochs, optimizer, make_schedule(optimizer, epochs * state.updates, params.warmup), average, best)
 
 
-def _without_pretrained(params: Params) -> Params:
-    return params.model_copy(update={"pretrained": False, "pretrained_file": None})
+def _trained_view(state: TrainingState, epochs: int) -> nn.Module:
+    """The model as it is trained in a step: compiled where that pays, its gradients averaged over processes."""
+    pixels = epochs * len(state.train) * state.params.crop_size**2
+    share = len(range(rank(), state.params.batch_size, world()))
+    return replicated(compiled_for_training(state.model, state.task, share, pixels))
 
 
-def _run_step(fit: TrainingState, step: str, epochs: int, state: dict[str, Any] | None, started: float) -> None:
-    """Train one step from where ``state`` left it, then publish its best epoch as the step's model.
-
-    ``started`` is a time of the monotonic clock: when the training began, had it had no pauses.
-    """
-    target = fit.run.classifier_model(fit.task) if step == "head" else fit.run.finetuned_model(fit.task)
-    past = state is not None and (state["step"], step) == ("finetune", "head")
-    mine = state if state is not None and state["step"] == step else None
-    if past or (mine and mine["epoch"] >= epochs):
-        if is_main() and not fit.begun and not target.is_file():
-            publish(fit, step, target)
-        wait_for_all()
-        return
-    if step == "finetune" and not mine:
-        fit.model.load_state_dict(read_checkpoint(fit.best_file("head"))["model"])
-    fit.model.freeze_backbone(0 if step == "head" else fit.params.finetune_stages)
-    optimizer = make_optimizer(fit.model, fit.params.lr_head if step == "head" else fit.params.lr_finetune, fit.params)
-    if mine:
-        fit.model.load_state_dict(mine["model"])
-        optimizer.load_state_dict(mine["optimizer"])
-    broadcast_weights(fit.model)
-    average = ModelEmaV3(fit.model, decay=fit.params.ema, use_warmup=True) if fit.params.ema else None
-    if mine and average:
-        average.module.load_state_dict(mine["average"])
-    pixels = epochs * len(fit.train) * fit.params.crop_size**2
-    share = len(range(rank(), fit.params.batch_size, world()))
-    fit.trained = replicated(compiled_for_training(fit.model, fit.task, share, pixels))
-    best = mine["best"] if mine else _first_best(fit, step)
-    schedule = make_schedule(optimizer, epochs * fit.updates, fit.params.warmup)
-
-    def save(epoch: int, part: dict[str, Any] | None = None) -> None:
-        content = {"optimizer": optimizer.state_dict(), "average": average.module.state_dict() if average else None}
-        content |= {"best": best, "epoch": epoch, "step": step, "part": part, "errors": dict(fit.errors)}
-        fit.seconds, fit.machine_then = time.monotonic() - started, str(fit.machine)
-        content |= {"trained_with": fit.trained_with, "seconds": fit.seconds, "machine": fit.machine_then}
-        save_checkpoint(fit.state_file, fit.model, **content)
-
-    part = mine["part"] if mine else None
-    for epoch in range(mine["epoch"] if mine else 0, epochs):
-        where = f"stopped in {step} epoch {epoch + 1}"
-        try:
-            whole = part and part.get("line")  # all that is left of the epoch is its validation
-            line = whole or train_epoch(fit, step, epoch, optimizer, schedule, average, part)
-        except Stopped as stopped:
-            if is_main():
-                save(epoch, stopped.part)
-            raise KeyboardInterrupt(f"{where} after {stopped.part['batches']} batches, which are saved: {GO_ON}") from None
-        part = None
-        judged = average.module if average else fit.model
-        broadcast_weights(judged)  # each process has normalised with statistics of its own images
-        try:
-            if all_reduce_sum(int(fit.stopping()))[0]:
-                raise KeyboardInterrupt(f"{where} before its validation, with all batches saved: {GO_ON}")
-            line = line | validate(fit, judged)
-        except BaseException:  # whatever ends a validation, the epoch is not to be trained again
-            if is_main():
-                save(epoch, {"line": line})
-            raise
-        better, best = line["score"] > best, max(line["score"], best)
-        if is_main():
-            if fit.begun:
-                move_replaced_aside(fit, step)
-            append_history(fit.run, line)
-            if better:
-                save_checkpoint(fit.best_file(step), judged, score=best, epoch=epoch + 1, step=step)
-            save(epoch + 1)
-        fit.begun = False
-        print(epoch_line(line, fit.params), flush=True)
-    if is_main() and not fit.begun:
-        publish(fit, step, target)
-    wait_for_all()
-
-
-def _first_best(fit: TrainingState, step: str) -> float:
-    """The score a step has to beat: none for step 1, step 1's best for step 2, whose model it starts from."""
-    score = -1.0 if step == "head" else float(read_checkpoint(fit.best_file("head"))["score"])
+def _first_best(state: TrainingState, step: str) -> float:
+    """The score that a step has to beat: none for step 1, the best of step 1 for step 2, which starts from that model."""
+    score = -1.0 if step == "head" else float(read_checkpoint(state.best_file("head"))["score"])
     if is_main():
-        save_checkpoint(fit.best_file(step), fit.model, score=score, epoch=0, step=step)
+        save_checkpoint(state.best_file(step), state.model, score=score, epoch=0, step=step)
     return score
+
+
+def _run_epoch(state: TrainingState, step: Step, epoch: int, saved: SavedState | None) -> None:
+    """Train and validate an epoch, of which ``saved`` may hold a part, and keep its results."""
+    line = (saved and saved.line) or _train_or_stop(state, step, epoch, saved.partial if saved else None)
+    judged = step.average.module if step.average else state.model
+    broadcast_weights(judged)  # the normalization statistics of each process are of its own images
+    line = line | _validate_or_stop(state, step, epoch, line, judged)
+    better, step.best = line["score"] > step.best, max(line["score"], step.best)
+    if is_main():
+        if state.begun:
+            move_replaced_aside(state, step.name)
+        append_history(state.run, line)
+        if better:
+            save_checkpoint(state.best_file(step.name), judged, score=step.best, epoch=epoch + 1, step=step.name)
+        _save(state, step, epoch + 1)
+    state.begun = False
+    print(epoch_line(line, state.params), flush=True)
+
+
+def _train_or_stop(state: TrainingState, step: Step, epoch: int, unfinished: PartialEpoch | None) -> dict[str, Any]:
+    """``train_epoch``; a requested stop saves the batches so far."""
+    try:
+        return train_epoch(state, step, epoch, unfinished)
+    except Stopped as stopped:
+        if is_main():
+            _save(state, step, epoch, unfinished=stopped.partial)
+        where = f"stopped in {step.name} epoch {epoch + 1} after {stopped.partial.batches} batches"
+        raise KeyboardInterrupt(f"{where}, which are saved: {GO_ON}") from None
+
+
+def _validate_or_stop(
+    state: TrainingState, step: Step, epoch: int, line: dict[str, Any], judged: CombinedModel
+) -> dict[str, float]:
+    """``validate``, unless a stop is requested."""
+    try:
+        if all_reduce_sum(int(state.stopping()))[0]:
+            where = f"stopped in {step.name} epoch {epoch + 1} before its validation"
+            raise KeyboardInterrupt(f"{where}, with all batches saved: {GO_ON}")
+        return validate(state, judged)
+    except BaseException:  # save first, so that an interrupted validation does not cost the epoch
+        if is_main():
+            _save(state, step, epoch, line=line)
+        raise
+
+
+def _save(
+    state: TrainingState,
+    step: Step,
+    epoch: int,
+    unfinished: PartialEpoch | None = None,
+    line: dict[str, Any] | None = None,
+) -> None:
+    """Write the state file: ``epoch`` epochs of the step are done, and of the next one either batches or its line."""
+    state.seconds, state.machine_then = time.monotonic() - state.started, str(state.machine)
+    content = SavedState(
+        step=step.name,
+        epoch=epoch,
+        best=step.best,
+        model=state.model.state_dict(),
+        optimizer=step.optimizer.state_dict(),
+        average=step.average.module.state_dict() if step.average else None,
+        partial=unfinished,
+        line=line,
+        trained_with=state.trained_with,
+        errors=dict(state.errors),
+        seconds=state.seconds,
+        machine=state.machine_then,
+    )
+    save_checkpoint(state.state_file, state.model, **content.to_dict())

@@ -58,7 +58,8 @@ from forensics_lib.inference.predict import predict_mask, predict_masks, predict
 from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
 from forensics_lib.run import Run
-from forensics_lib.training.epoch import TrainingState, batch_loss, make_optimizer, make_schedule, train_epoch
+from forensics_lib.training.epoch import batch_loss, make_optimizer, make_schedule, train_epoch
+from forensics_lib.training.state import Step, TrainingState
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import project_root, read_json, write_json, write_text
 
@@ -268,7 +269,7 @@ def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
             plain.batches.close()
 
             ways = {name: partial(learn, one, batches, optimizers[name]) for name, one in fits.items()}
-            ways["ours"] = partial(train_epoch, fit, "finetune", 0, optimizers["ours"], schedule, None)
+            ways["ours"] = partial(train_epoch, fit, Step("finetune", 1, optimizers["ours"], schedule), 0)
             if machine.device.type == "cuda":
                 ways["deterministic"] = partial(deterministically, ways["uncompiled ceiling"])
             seconds = interleaved(ways, repeats)
