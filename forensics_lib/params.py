@@ -203,7 +203,7 @@ class ModelKeys(Keys):
 class TrainingKeys(Keys):
     """Optimisation, sampling and augmentation; they affect training."""
 
-    crop_size: int = Field(224, ge=32, multiple_of=32, description="side of the training crops at native resolution, pixels")
+    crop_size: int = Field(224, ge=32, description="side of the training crops at native resolution, pixels")
     batch_size: int = Field(64, ge=1, description="crops in a batch")
     epochs_head: int = Field(2, ge=0, description="step 1, backbone frozen, epochs")
     epochs_finetune: int = Field(6, ge=0, description="step 2, last backbone stages trained too, epochs")
@@ -242,7 +242,7 @@ class InferenceKeys(Keys):
         5, ge=1, **ONLY_A, description="Task A: native crops scored per image: centre, then most textured"
     )
     robustness_images: int = Field(300, ge=2, **NOT_PREDICTING, description="validation images of the robustness sweep")
-    tile_size: int = Field(512, ge=32, multiple_of=32, **ONLY_B, description="Task B: side of the tiles, pixels")
+    tile_size: int = Field(512, ge=32, **ONLY_B, description="Task B: side of the tiles, pixels")
     mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
         [1.0], min_length=1, **ONLY_B, description="Task B: scales at which an image is looked at; masks are averaged"
     )

@@ -211,7 +211,9 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     """Containers and texts stand in a test's name as they are written, at most 50 characters of them."""
     if isinstance(val, dict):
         val = " ".join(f"{key}={value}" for key, value in val.items())
-    elif not isinstance(val, list | tuple | set | str | bytes):
+    elif isinstance(val, set):
+        val = sorted(val, key=str)  # a set's own order is another one in each process
+    elif not isinstance(val, list | tuple | str | bytes):
         return None
     text = str(val).encode("unicode_escape").decode()
     return text if len(text) <= 50 else f"{text[:47]}..."

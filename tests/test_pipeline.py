@@ -21,7 +21,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from papermill.exceptions import PapermillExecutionError
 
 from forensics_lib import pipeline
-from forensics_lib.__main__ import _overrides, _parser, main, parse_settings
+from forensics_lib.__main__ import _overrides, _parser, main
+from forensics_lib.params import parse_settings
 from forensics_lib.pipeline import PipelineError, run_pipeline
 from forensics_lib.submission.validate import validate_submission
 from forensics_lib.utils.files import project_root

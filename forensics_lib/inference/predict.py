@@ -14,10 +14,9 @@ from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
 from forensics_lib.device import Machine, choose_machine
-from forensics_lib.images.crops import pad_to
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
-from forensics_lib.models.combined import CombinedModel, padded_side
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.utils.progress import progress
 
@@ -159,17 +158,16 @@ def _blended_mask(
     """The mask ``(H, W)`` float32 of an image from its tiles, whose pooled features are added to ``features``."""
     height, width = image.shape[:2]
     tile = params.tile_size
-    padded = pad_to(image, *(padded_side(side) if side <= tile else side for side in (height, width)))
-    tile_h, tile_w = (min(tile, side) for side in padded.shape[:2])
-    tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in padded.shape[:2])
+    tile_h, tile_w = min(tile, height), min(tile, width)
+    tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in (height, width))
     weight_y, weight_x = _weights(tile_h, params.tile_overlap), _weights(tile_w, params.tile_overlap)
-    total = np.zeros(padded.shape[:2], np.float32)
+    total = np.zeros((height, width), np.float32)
     places = [(top, left) for top in tops for left in lefts]
     views = 2 if params.mask_flips else 1
     per_batch = machine.images_at_once(tile_h * tile_w)
     for start in range(0, len(places), per_batch):
         batch = places[start : start + per_batch]
-        tiles = np.stack([padded[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
+        tiles = np.stack([image[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
         tensor = machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles)))
         probs = torch.zeros(len(batch), tile_h, tile_w, device=machine.device)
         for flipped in (False, True)[:views]:
@@ -182,9 +180,9 @@ def _blended_mask(
             features += output.features.float().unbind()
         for (y, x), prob in zip(batch, probs.cpu().numpy(), strict=True):
             total[y : y + tile_h, x : x + tile_w] += prob * (weight_y[:, None] * weight_x)
-    total /= _weight_sum(tops, weight_y, padded.shape[0])[:, None]
-    total /= _weight_sum(lefts, weight_x, padded.shape[1])
-    return total[:height, :width]
+    total /= _weight_sum(tops, weight_y, height)[:, None]
+    total /= _weight_sum(lefts, weight_x, width)
+    return total
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -91,9 +91,9 @@ def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float, side:
 
 
 def _created(name: str, options: dict[str, Any], drop_path: float) -> TimmModel | None:
-    for stochastic_depth in ({"drop_path_rate": drop_path}, {}):
+    for more in (options | {"drop_path_rate": drop_path}, options):
         try:
-            return timm.create_model(name, **stochastic_depth, **options)
+            return timm.create_model(name, **more)
         except TypeError:  # its constructor has no such argument
             continue
     return None

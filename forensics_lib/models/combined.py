@@ -186,19 +186,25 @@ class CombinedModel(nn.Module):
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)
-        return self.backbone.forward_intermediates(self._padded(x), indices=self.blocks)
+        return self.backbone.forward_intermediates(reflected(x, *self.padded_sides(*x.shape[-2:])), indices=self.blocks)
 
-    def _padded(self, images: torch.Tensor) -> torch.Tensor:
-        """Images with sides that the backbone takes: reflected at their lower and right ends."""
-        sides = [-(-side // self.multiple) * self.multiple for side in images.shape[-2:]]
-        if self.image_side:
-            if max(sides) > self.image_side:
-                raise ValueError(
-                    f"images of {images.shape[2]} x {images.shape[3]}: {self.config['backbone']} takes at most "
-                    f"{self.image_side} x {self.image_side} in this model, its crop_size; set tile_size: {self.image_side}"
-                )
-            sides = [self.image_side, self.image_side]
-        return reflected(images, *sides)
+    def padded_sides(self, height: int, width: int) -> tuple[int, int]:
+        """The size that images of this one are padded to.  Raises ``ValueError`` of images larger than ``image_side``."""
+        if self.image_side is None:
+            return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+        if max(height, width) > self.image_side:
+            raise ValueError(
+                f"images of {height} x {width}: {self.config['backbone']} takes at most {self.image_side} x {self.image_side} "
+                f"in this model, its crop_size; set tile_size: {self.image_side}"
+            )
+        return self.image_side, self.image_side
+
+    def as_map(self, final: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
+        """The backbone's last features, or their gradients, as a map ``(N, C, H, W)``: tokens without those of no patch."""
+        height, width = stages[-1].shape[-2:]
+        if final.ndim == 3:
+            return final[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+        return final.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else final
 
     def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
         """Both branches on the feature maps that ``encode`` returned for the same images."""
@@ -208,7 +214,8 @@ class CombinedModel(nn.Module):
             return Output(self.classify(features), None, features)
         height, width = images.shape[-2:]
         stages = stages if self.pyramid is None else self.pyramid(stages)
-        mask_logits = self.segmentation(self._padded(images), stages)[..., :height, :width]
+        padded = reflected(images, *self.padded_sides(height, width))
+        mask_logits = self.segmentation(padded, stages)[..., :height, :width]
         mask = mask_logits.detach().float().sigmoid()  # the image loss must not train masks: fully redrawn images have none
         return Output(self.classify(features, mask), mask_logits, features)
 

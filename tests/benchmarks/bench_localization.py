@@ -35,7 +35,6 @@ from bench_quality import CORPUS, SIDE, arguments, differences, markdown, median
 from PIL import Image
 from torch import nn
 
-from forensics_lib.__main__ import parse_settings
 from forensics_lib.data.manifest import build_manifest, indexed, test_images, usable
 from forensics_lib.device import Machine, choose_machine
 from forensics_lib.evaluation.evaluate import evaluate
@@ -51,7 +50,7 @@ from forensics_lib.evaluation.predictions import Predictions, predict_labelled, 
 from forensics_lib.images.io import read_image
 from forensics_lib.inference.probabilities import calibrated, round_probs
 from forensics_lib.models.checkpoint import load_model
-from forensics_lib.params import DataSet, Params, load_params
+from forensics_lib.params import DataSet, Params, load_params, parse_settings
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
 from forensics_lib.utils.cores import usable_cores

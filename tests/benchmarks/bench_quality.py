@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from forensics_lib.__main__ import parse_settings
 from forensics_lib.data.manifest import build_manifest, test_images, usable
 from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.metrics import best_f1_threshold, bootstrap_interval, image_metrics, roc_auc
@@ -47,7 +46,7 @@ from forensics_lib.images.io import read_image
 from forensics_lib.inference.predict import predict_probabilities
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
-from forensics_lib.params import Params, load_params
+from forensics_lib.params import Params, load_params, parse_settings
 from forensics_lib.reports.model_card import markdown_table
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train

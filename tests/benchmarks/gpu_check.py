@@ -10,8 +10,8 @@ Everything is done on the built-in sample, with random weights, by the library's
 ``speed``   forward and backward passes alone: images per second in each precision, compiled and not, the share of the card's
             own rate of matrix products, and what ``deterministic`` costs
 
-``--small`` is the form for a test: a tiny backbone, few steps, nothing compiled, on any device.  Results are printed and written
-to ``build/gpu_check.json``.  The exit status is 1 where a check fails.
+``--small`` is the form for a test: a tiny backbone, few steps, nothing compiled, on any device.  The results are printed, and
+written to ``build/gpu_check.json``.  The exit status is 1 where a check fails.
 """
 
 from __future__ import annotations
