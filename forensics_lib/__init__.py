@@ -7,12 +7,14 @@ opens a run by its parameter file, and scores any images with a trained model.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forensics_lib.inference.predictor import predict as predict
     from forensics_lib.run import open_run as open_run
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what Apple's GPUs lack, the CPU computes
 __all__ = ["open_run", "predict"]
 
 

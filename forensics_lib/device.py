@@ -20,17 +20,20 @@ COMPILES_BACKWARD = "2.12"  # first PyTorch that compiles backward passes on CPU
 LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,000 crops on a CPU
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Machine:
     """Device, precision and number of loader processes of a run."""
 
     device: torch.device
-    bf16: bool
+    precision: str  # fp32, bf16 or fp16: of what autocast computes in less than fp32
     workers: int
 
     def autocast(self) -> AbstractContextManager:
         """Context of a forward pass: mixed precision, if it is used."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, HALVES.get(self.precision), enabled=self.precision in HALVES)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images ``(N, 3, H, W)`` to float32 in [0, 1] on the device, channels last."""
@@ -43,9 +46,8 @@ class Machine:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        precision = "bf16" if self.bf16 else "fp32"
         deterministic = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
-        return f"{self.device.type} ({name}), {precision}{deterministic}, {self.workers} loader processes"
+        return f"{self.device.type} ({name}), {self.precision}{deterministic}, {self.workers} loader processes"
 
 
 def choose_machine(params: Params) -> Machine:
@@ -55,20 +57,36 @@ def choose_machine(params: Params) -> Machine:
         params: ``device``, ``precision`` and ``workers``, of which each may be ``auto``, and ``deterministic``.
 
     Raises:
-        ValueError: ``device: cuda`` without a GPU.
+        ValueError: a device that PyTorch does not see here.
     """
-    if params.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda, but PyTorch sees no CUDA GPU here; set device: auto or cpu")
-    cuda = params.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    if cuda:
+    device = _device(params.device)
+    if device.type == "cuda":
         compute_deterministically(params.deterministic)
-    bf16 = params.precision == "bf16" or (params.precision == "auto" and _computes_bf16_fast(device))
     cores = max(1, usable_cores() // local_processes())
     if torch.get_num_threads() > cores:  # PyTorch does not know a container's quota
         torch.set_num_threads(cores)
     workers = min(cores, 16) if params.workers == "auto" else params.workers
-    return Machine(device, bf16, workers)
+    return Machine(device, _fast_precision(device) if params.precision == "auto" else params.precision, workers)
+
+
+def _device(wanted: str) -> torch.device:
+    """The device of this name; ``auto`` is a CUDA GPU or else the CPU.  ``mps`` (Apple) has never been tried."""
+    seen = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = ("cuda" if seen["cuda"] else "cpu") if wanted == "auto" else wanted
+    if not seen[name]:
+        there = ", ".join(device for device, found in seen.items() if found)
+        raise ValueError(f"device: {name}, but PyTorch sees none here; set device: auto, or one of {there}")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _fast_precision(device: torch.device) -> str:
+    """bf16, or fp16 on GPUs from before bf16 (compute capability 7.0 on), where it is fast, else fp32."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if fast else "fp32"
 
 
 def compute_deterministically(wanted: bool) -> None:
@@ -76,6 +94,7 @@ def compute_deterministically(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.set_float32_matmul_precision("highest" if wanted else "high")  # TF32, where the GPU has it
 
 
 def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:
@@ -130,9 +149,3 @@ def compiled_for_training(model: nn.Module, task: str, size: int, pixels: float)
 
 def _device_of(model: nn.Module) -> str:
     return next(model.parameters()).device.type
-
-
-def _computes_bf16_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -214,6 +214,7 @@ class TrainingKeys(Keys):
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay, not applied to biases and norms")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average per update; 0: none")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor of the rate from each backbone layer to the one below")
+    lora_rank: int = Field(0, ge=0, description="rank of adapters that step 2 trains instead of backbone weights; 0: none")
     balance: Literal["class", "source"] = Field(
         "class", description="what an epoch draws equally often: the classes, or within each the sources too"
     )
@@ -252,8 +253,10 @@ class InferenceKeys(Keys):
 class MachineKeys(Keys):
     """Hardware and processes; they affect rounding only."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine computes it fast")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: a CUDA GPU where there is one")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or else fp16 where the machine computes it fast, else fp32"
+    )
     deterministic: bool = Field(False, description="GPU: the same results each time, more slowly; a CPU gives them always")
     processes: int = Field(1, ge=1, description="processes on this machine that train and infer together, one for each GPU")
     workers: int | Literal["auto"] = Field("auto", description="processes that load images; auto: one per core, at most 16")

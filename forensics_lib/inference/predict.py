@@ -23,7 +23,7 @@ from forensics_lib.utils.progress import progress
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
     """What predictions are made with, to be kept beside thresholds: parameters of inference, and this machine's precision."""
-    return {"inference": params.of_prediction(task), "precision": "bf16" if choose_machine(params).bf16 else "fp32"}
+    return {"inference": params.of_prediction(task), "precision": choose_machine(params).precision}
 
 
 @dataclass

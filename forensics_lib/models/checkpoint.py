@@ -9,6 +9,7 @@ import timm
 import torch
 
 from forensics_lib.models.combined import CombinedModel
+from forensics_lib.models.lora import merged_state
 from forensics_lib.utils.files import atomic_write, locked
 
 CHECKPOINT_FORMAT = 2
@@ -18,9 +19,13 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
-def save_checkpoint(path: Path, model: CombinedModel, **facts: Any) -> None:
-    """Write weights and the model's configuration; ``facts`` (thresholds, metrics) are plain values, no objects."""
-    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": model.state_dict(), **facts}
+def save_checkpoint(path: Path, model: CombinedModel, *, merged: bool = True, **facts: Any) -> None:
+    """Write weights and the model's configuration; ``facts`` (thresholds, metrics) are plain values, no objects.
+
+    Adapters are added to their weights, or with ``merged=False`` kept apart, as a training needs them that goes on.
+    """
+    weights = merged_state(model) if merged else model.state_dict()
+    content = {"format": CHECKPOINT_FORMAT, "config": model.config, "model": weights, **facts}
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
 

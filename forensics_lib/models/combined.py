@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, run_checkpoint, size_multiple
+from forensics_lib.models.lora import is_adapter
 from forensics_lib.models.precision import PointwiseInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
@@ -239,13 +240,18 @@ class CombinedModel(nn.Module):
         return self
 
     def freeze_backbone(self, trainable_stages: int | str = 0) -> None:
-        """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); ``"all"`` freezes nothing."""
+        """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); ``"all"`` freezes nothing.
+
+        Where the backbone has adapters, they alone are trained of these stages.
+        """
         groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
         layer_of = {name: int(layer) for name, layer in groups.items()}
         last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
         first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
+        adapters = {name for name in layer_of if is_adapter(name)}
         for name, parameter in self.backbone.named_parameters():
-            trained = layer_of[name] >= first or name == self.first_conv  # whose residual channels are untrained
+            trained = layer_of[name] >= first and (not adapters or name in adapters)
+            trained = trained or name == self.first_conv  # whose residual channels are untrained
             parameter.requires_grad_(trainable_stages != 0 and trained)
 
 

@@ -46,6 +46,11 @@ def add_adapters(backbone: nn.Module, rank: int) -> int:
     return len(layers)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter."""
+    return ".parametrizations.weight.0." in name
+
+
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model, adapters added to their weights, under the names of the model without adapters."""
     state = model.state_dict()

@@ -29,7 +29,7 @@ class _DepthwiseInFp32(nn.Conv2d):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
             return super().forward(x)
         with in_fp32(x):
-            return super().forward(x.float()).to(torch.bfloat16)
+            return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 def train_depthwise_in_fp32(model: nn.Module) -> None:

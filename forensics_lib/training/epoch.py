@@ -97,9 +97,11 @@ def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dic
         where = f"{step.name} epoch {epoch + 1}"
         raise FloatingPointError(f"the loss is {loss.item()} in {where}; lower the rate, or look at\n  {files}")
     step.optimizer.zero_grad(set_to_none=True)
-    (loss * weight).backward()
+    step.scaler.scale(loss * weight).backward()
+    step.scaler.unscale_(step.optimizer)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
-    step.optimizer.step()
+    step.scaler.step(step.optimizer)
+    step.scaler.update()
     if step.average:
         step.average.update(state.model, update)
     return loss.item()

@@ -22,6 +22,7 @@ from forensics_lib.data.manifest import check_test_names, data_fingerprint, deci
 from forensics_lib.device import Machine, choose_machine, compiled_for_training
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, build_model
+from forensics_lib.models.lora import add_adapters
 from forensics_lib.run import Run, record_trained
 from forensics_lib.training.epoch import make_optimizer, make_schedule, train_epoch, validate
 from forensics_lib.training.resume import (
@@ -153,18 +154,24 @@ def _begin_step(state: TrainingState, name: str, epochs: int, saved: SavedState 
     params = state.params
     if name == "finetune" and not saved:
         state.model.load_state_dict(read_checkpoint(state.best_file("head"))["model"])
+    if name == "finetune" and params.lora_rank:
+        add_adapters(state.model.backbone, params.lora_rank)
     state.model.freeze_backbone(0 if name == "head" else params.finetune_stages)
     optimizer = make_optimizer(state.model, params.lr_head if name == "head" else params.lr_finetune, params)
+    scaler = torch.amp.GradScaler(state.machine.device.type, enabled=state.machine.precision == "fp16")
     if saved:
         state.model.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
+        if saved.scaler:
+            scaler.load_state_dict(saved.scaler)
     broadcast_weights(state.model)
     average = ModelEmaV3(state.model, decay=params.ema, use_warmup=True) if params.ema else None
     if average and saved and saved.average:
         average.module.load_state_dict(saved.average)
     state.trained = _trained_view(state, epochs)
     best = saved.best if saved else _first_best(state, name)
-    return Step(name, epochs, optimizer, make_schedule(optimizer, epochs * state.updates, params.warmup), average, best)
+    schedule = make_schedule(optimizer, epochs * state.updates, params.warmup)
+    return Step(name, epochs, optimizer, schedule, scaler, average, best)
 
 
 def _trained_view(state: TrainingState, epochs: int) -> nn.Module:
@@ -242,6 +249,7 @@ def _save(
         model=state.model.state_dict(),
         optimizer=step.optimizer.state_dict(),
         average=step.average.module.state_dict() if step.average else None,
+        scaler=step.scaler.state_dict(),
         partial=unfinished,
         line=line,
         trained_with=state.trained_with,
@@ -249,4 +257,4 @@ def _save(
         seconds=state.seconds,
         machine=state.machine_then,
     )
-    save_checkpoint(state.state_file, state.model, **content.to_dict())
+    save_checkpoint(state.state_file, state.model, merged=False, **content.to_dict())

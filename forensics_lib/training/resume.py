@@ -22,6 +22,7 @@ from forensics_lib.utils.files import is_main, locked, read_json, write_json, wr
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.processes import wait_for_all
 
+ADDED = ("lora_rank",)  # keys that versions before 0.2 had not: their trainings are those of the defaults
 GO_ON = "the same command or cell goes on from there"
 OF_DATA = ("findings", *OF_TRAINING)  # facts in run.json that depend on a task's data alone
 
@@ -93,6 +94,7 @@ def _difference(run: Run, task: str, state: dict[str, Any], wanted: dict[str, An
         return "it is of an earlier version of this project, and unfinished or of other parameters or data"
     before = state["trained_with"]
     wanted = {key: value for key, (value, _) in REMOVED.items() if key in before} | wanted
+    before = {key: value for key, value in Params().of_training(task).items() if key in ADDED} | before
     changed = [key for key in before | wanted if before.get(key) != wanted.get(key)]
     words = [
         key if key == "data" or isinstance(wanted.get(key), dict) else f"{key} ({before.get(key)}, now {wanted.get(key)})"
@@ -105,7 +107,7 @@ def _finished_by_version_1(run: Run, task: str, state: dict[str, Any], data: str
     """Whether a state that only holds a hash, of all parameters but these, is of the same training, and at its end."""
     others = {
         "run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root",
-        "robustness_images", "processes",
+        "robustness_images", "processes", *ADDED,
     }  # fmt: skip
     values = {key: value for key, (value, _) in REMOVED.items() if "." not in key} | run.params.model_dump(exclude=others)
     fingerprint = hashlib.sha256(json.dumps([task, values, data], sort_keys=True).encode()).hexdigest()[:16]

@@ -83,6 +83,7 @@ class Step:
     epochs: int
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
+    scaler: torch.amp.GradScaler  # of losses, so that fp16 gradients do not vanish; does nothing in other precisions
     average: ModelEmaV3 | None = None  # moving average of the weights, where there is one
     best: float = -1.0  # highest score of an epoch so far
 
@@ -116,6 +117,7 @@ class SavedState:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     average: dict[str, torch.Tensor] | None
+    scaler: dict[str, Any] = field(default_factory=dict)
     partial: PartialEpoch | None = None  # the batches of the next epoch so far
     line: dict[str, Any] | None = None  # or its line in metrics.jsonl, which only lacks the validation
     trained_with: dict[str, Any] = field(default_factory=dict)

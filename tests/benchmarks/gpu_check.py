@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from forensics_lib.data.manifest import build_manifest, usable
-from forensics_lib.device import Machine, choose_machine, compute_deterministically
+from forensics_lib.device import HALVES, Machine, choose_machine, compute_deterministically
 from forensics_lib.inference.predict import predict_masks, predict_probabilities
 from forensics_lib.models.checkpoint import load_model, read_checkpoint
 from forensics_lib.models.combined import CombinedModel, build_model
@@ -131,7 +131,7 @@ def measure_speed(params: Params, images: int, seconds: float, compiled: bool) -
     facts: dict[str, Any] = {}
     for precision in ("auto", "fp32"):
         machine = choose_machine(params.model_copy(update={"precision": precision}))
-        kind = f"{'bf16' if machine.bf16 else 'fp32'}"
+        kind = machine.precision
         peak = matrix_rate(machine, seconds)
         facts[f"{kind}: matrix products, TFLOP/s"] = peak / 1e12
         for task in "AB":
@@ -204,7 +204,7 @@ def timed(way: Callable[[], Any], machine: Machine, seconds: float) -> float:
 def matrix_rate(machine: Machine, seconds: float) -> float:
     """FLOP/s of a large square matrix product in the machine's precision."""
     side = 8192 if machine.device.type == "cuda" else 1024
-    kind = torch.bfloat16 if machine.bf16 else torch.float32
+    kind = HALVES.get(machine.precision, torch.float32)
     a, b = (torch.randn(side, side, device=machine.device, dtype=kind) for _ in range(2))
     return 2 * side**3 / timed(lambda: a @ b, machine, seconds)
 

@@ -121,7 +121,7 @@ def files(tmp_path, rng):
 def test_probabilities_do_not_depend_on_the_other_images(files, precision, monkeypatch):
     torch.manual_seed(0)
     model = CombinedModel("A", "test_convnext").eval()
-    machine = replace(MACHINE, bf16=precision == "bf16")
+    machine = replace(MACHINE, precision=precision)
     monkeypatch.setattr(Machine, "images_at_once", lambda self, pixels: 4)  # images share batches, and fill several
     together = list(predict_probabilities(model, files, PARAMS, machine))
     assert [found.index for found in together] == list(range(5))

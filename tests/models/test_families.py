@@ -17,7 +17,7 @@ from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.training.losses import mask_loss
 from forensics_lib.utils.files import project_root
 
-MACHINE = Machine(torch.device("cpu"), bf16=False, workers=0)
+MACHINE = Machine(torch.device("cpu"), precision="fp32", workers=0)
 SIDE = 224  # of crops; what backbones for one size alone are built for
 FAMILIES = {
     "ConvNeXt": "convnext_atto",

@@ -216,7 +216,7 @@ def test_what_a_training_took_and_left_out_is_kept_over_its_parts(tiny_run, monk
     facts = read_json(tiny_run.folder / "run.json")
     assert facts["taskA_training_seconds"] > 2, "of both parts"
     monkeypatch.setattr(
-        training, "choose_machine", lambda params: replace(machine.choose_machine(params), workers=0, bf16=True)
+        training, "choose_machine", lambda params: replace(machine.choose_machine(params), workers=0, precision="bf16")
     )
     train(tiny_run, "A", manifest)
     again = read_json(tiny_run.folder / "run.json")
@@ -425,3 +425,45 @@ def test_a_state_of_another_version_starts_training_anew(trained, capsys):
     capsys.readouterr()
     assert len(train(run, "A", manifest)) == 2
     assert "starting anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stages", ["all", 1])
+def test_adapters_are_trained_in_step_2_and_a_stopped_training_of_them_goes_on(stages, tiny_run, monkeypatch):
+    run = changed(tiny_run, lora_rank=2, finetune_stages=stages, epochs_finetune=2, ema=0.0)
+    manifest = build_manifest(run, "A")
+    expected = train(run, "A", manifest)
+    head, tuned = (read_checkpoint(path)["model"] for path in (run.classifier_model("A"), run.finetuned_model("A")))
+    assert set(head) == set(tuned), "adapters are merged"
+    stopped = changed(run, run_name="stopped")
+    loss, calls = epochs.batch_loss, []
+
+    def stops_once(*arguments):
+        calls.append(None)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    monkeypatch.setattr(epochs, "batch_loss", stops_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, "A", manifest)
+    columns = ["step", "epoch", "train_loss", "val_auc"]
+    assert train(stopped, "A", manifest)[columns].equals(expected[columns])
+    again = read_checkpoint(stopped.finetuned_model("A"))["model"]
+    assert all(torch.equal(again[name], value) for name, value in tuned.items())
+
+
+def test_a_frozen_backbone_stays_as_it_was_pretrained(tiny_run):
+    run = changed(tiny_run, finetune_stages=0)
+    train(run, "A", build_manifest(run, "A"))
+    torch.manual_seed(run.params.seed)
+    fresh, tuned = build_model(run.params, "A").state_dict(), read_checkpoint(run.finetuned_model("A"))["model"]
+    assert all(torch.equal(tuned[name], value) for name, value in fresh.items() if name.startswith("backbone."))
+    assert not torch.equal(tuned["classifier.weight"], fresh["classifier.weight"])
+
+
+def test_fp16_trains_with_scaled_losses_and_goes_on_with_its_scale(tiny_run):
+    run = changed(tiny_run, precision="fp16", epochs_finetune=2)
+    history = train(run, "A", build_manifest(run, "A"))
+    assert np.isfinite(history["train_loss"]).all()
+    state = read_checkpoint(run.folder / "checkpoints" / "taskA_state.pt")
+    assert state["scaler"]["scale"] > 1
