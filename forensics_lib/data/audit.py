@@ -1,4 +1,4 @@
-"""What can be wrong with data that reads well: shortcuts that tell the classes apart, and all findings of a data set."""
+"""Audits of readable data: shortcuts that separate the classes, duplicates, odd masks, and the findings that follow."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from forensics_lib.utils.files import read_json
 from forensics_lib.utils.processes import main_process_first
 from forensics_lib.utils.progress import progress
 
-SHORTCUT_LIMIT = 0.60  # an AUC above this from file facts alone is a shortcut worth closing
-EQUALIZED_ROWS = 1_000  # images decoded to see whether the training crops still hold it
-LEAF = 5  # images that a leaf of the auditing trees holds at least
-FEWEST = 2 * LEAF  # images of a class, below which the trees have nothing to tell it by
-MOST = 0.6  # a set whose median region is larger than this share of an image may have inverted masks
-AUDIT_ROWS = 5_000  # of more images as many are drawn: enough to see a shortcut, in seconds
+SHORTCUT_LIMIT = 0.60  # AUC from file facts alone above which there is a shortcut to close
+EQUALIZED_ROWS = 1_000  # images decoded to audit the training crops
+LEAF = 5  # smallest leaf of the audit's trees, images
+FEWEST = 2 * LEAF  # images of a class that the audit needs
+MOST = 0.6  # median share of manipulated pixels above which a set's masks may be inverted
+AUDIT_ROWS = 5_000  # most images of an audit: enough to find a shortcut, in seconds
 
 
 @dataclass
 class ShortcutAudit:
-    """How well file facts alone, without a single pixel, tell the classes apart."""
+    """How well file facts separate the classes, without pixels."""
 
-    auc: float  # of a classifier that sees all facts, on images it was not fitted on
-    facts: pd.Series  # the same with one fact alone, highest first
+    auc: float  # of a classifier on all facts, on held-out images
+    facts: pd.Series  # of each fact alone, highest first
 
     @property
     def found(self) -> bool:
@@ -50,11 +50,11 @@ class ShortcutAudit:
 
     @property
     def of_codecs(self) -> bool:
-        """Whether format or JPEG quality alone tell the class: what a common recompression closes."""
+        """Whether format or JPEG quality alone separates the classes: a shortcut that recompression closes."""
         return bool((self.facts.reindex(["format", "JPEG quality"]) > SHORTCUT_LIMIT).any())
 
     def message(self) -> str:
-        """The finding in a sentence or two."""
+        """The result as text."""
         carriers = ", ".join(f"{name} {auc:.2f}" for name, auc in self.facts[self.facts > SHORTCUT_LIMIT].head(4).items())
         if np.isnan(self.auc):
             return "too few images to tell whether file facts alone tell the classes apart"
@@ -66,7 +66,7 @@ class ShortcutAudit:
         )
 
     def remedies(self) -> list[str]:
-        """What closes it, for each kind of fact that carries it."""
+        """The remedies, by kind of fact that carries the shortcut."""
         carriers = set(self.facts[self.facts > SHORTCUT_LIMIT].index)
         return [text for facts, text in _REMEDIES.items() if carriers & set(facts)]
 
@@ -80,10 +80,18 @@ _REMEDIES = {
 
 
 def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) -> ShortcutAudit:
-    """Cross-validated by group: can size, format and compression of a file tell its class?
+    """Audit whether size, format and compression of files alone separate the classes.
 
-    The reason: classes that differ in format or size make a detector learn the format (Grommelt et al., arXiv
-    2403.17608).  Rows with errors are left out; the AUC is NaN where a class has too few images or groups to tell.
+    Detectors learn such differences instead of the traces of generation (Grommelt et al., arXiv 2403.17608).  Random forests
+    are cross-validated without common groups, on at most ``AUDIT_ROWS`` images.
+
+    Args:
+        manifest: of ``build_manifest``; rows with errors are ignored.
+        split: of the images.
+        seed: of the sample, the folds and the forests.
+
+    Returns:
+        The AUCs, of all facts together and of each; NaN if a class has too few images or groups.
     """
     rows = manifest[(manifest["split"] == split) & manifest["error"].isna()]
     rows = rows.iloc[_drawn(rows, AUDIT_ROWS, seed)]
@@ -98,7 +106,7 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
 
 
 def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> ShortcutAudit:
-    """The audit repeated on what ``crops`` makes its tensors from: the images of ``rows`` after their degradations.
+    """Repeat the audit on training crops: the images of ``rows`` after the degradations of ``crops``.
 
     At most ``EQUALIZED_ROWS`` images are drawn, since each is decoded.
     """
@@ -110,7 +118,7 @@ def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> 
 
 
 def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
-    """The positions of ``limit`` rows, or all: both classes equally often where there are as many, of many photographs."""
+    """The positions of at most ``limit`` rows: both classes equally often if possible, of as many photographs as possible."""
     labels = rows["label"].to_numpy(int)
     smaller = min(limit // 2, int(np.bincount(labels, minlength=2).min()))
     places = [np.flatnonzero(labels == label) for label in np.argsort(np.bincount(labels, minlength=2), kind="stable")]
@@ -122,7 +130,7 @@ def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
 
 
 def shortcut_features(rows: pd.DataFrame) -> pd.DataFrame:
-    """What a file says of itself, as numbers: one column a fact, and one for each format."""
+    """The file facts as numbers: a column per fact, and one per format."""
     width, height = rows["width"].astype(float), rows["height"].astype(float)
     numbers = pd.DataFrame(
         {
@@ -143,7 +151,7 @@ def _by_fact(facts: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _folds(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Up to three folds without a group in common, as (fitted, held out); none where a class has too few images or groups."""
+    """Up to three folds (fitted, held out) without common groups; none if a class has too few images or groups."""
     number = min([3, *(len(set(groups[labels == label])) for label in (0, 1))])
     if number < 2 or np.bincount(labels, minlength=2).min() < FEWEST:
         return []
@@ -160,9 +168,10 @@ def _held_out_auc(facts: pd.DataFrame, labels: np.ndarray, folds: list[tuple[np.
 
 
 def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.DataFrame:
-    """The masks of at most ``count`` images of every method: the share of manipulated pixels, how many grey values there are.
+    """Measure the masks of at most ``count`` images, stratified by method.
 
-    With data_set, split, source, method and kind; ``error`` says why a mask cannot be used, its share is then missing.
+    Columns are data_set, split, source, method, kind, ``share`` (of manipulated pixels), ``values`` (the number of grey
+    values) and ``error``, why a mask cannot be used; the measures are then missing.
     """
     marked = manifest[manifest["mask_path"].notna() & manifest["error"].isna()]
     drawn = marked.iloc[sampled_places(marked, count, seed, by="method")]
@@ -177,7 +186,7 @@ def mask_areas(manifest: pd.DataFrame, count: int = 400, seed: int = 0) -> pd.Da
 
 
 def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str, int, str]]:
-    """What is odd about masks, of which ``mask_areas`` measured some: finding, count and remedy of each."""
+    """Odd masks, by the measures of ``mask_areas``: finding, count and remedy of each kind."""
     medians = masks.groupby("data_set")["share"].median()
     full = medians[medians > MOST]
     several = masks[masks["values"] > 2].groupby("data_set").size()
@@ -186,7 +195,7 @@ def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str
     unmasked = manifest["label"].eq(1) & manifest["mask_path"].isna()
     if manifest["mask_path"].isna().all():  # a manifest of Task A
         unmasked &= manifest["kind"].isin(["sp", "fr"])
-    looked = f"of {len(masks)} masks that were looked at"
+    looked = f"of {len(masks)} masks that were measured"
     return [
         ("manipulated images without a mask", int(unmasked.sum()), "name it in mask_path, or take the image out"),
         ("masks that mark nothing", int(empty.sum()), f"{looked}; authentic images belong in label 0: {_first(masks[empty])}"),
@@ -199,7 +208,7 @@ def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str
         (
             "masks with more than two values",
             int(several.sum()),
-            f"{looked}; soft edges are well, numbers of objects or classes are not: {_by_set(several)}",
+            f"{looked}; soft edges are fine, ids of objects or classes are not: {_by_set(several)}",
         ),
     ]
 
@@ -221,7 +230,7 @@ def balance(manifest: pd.DataFrame, column: str) -> pd.DataFrame:
 
 @dataclass
 class Audit:
-    """All that was looked for in the data of a task."""
+    """All audits of a task's data."""
 
     shortcut: ShortcutAudit
     exact: pd.DataFrame
@@ -229,19 +238,28 @@ class Audit:
     groups: pd.DataFrame
     shared: pd.DataFrame
     masks: pd.DataFrame  # of mask_areas; empty for Task A
-    findings: pd.DataFrame  # what must be fixed, or known: finding, count, remedy
+    findings: pd.DataFrame  # what to fix or to know: finding, count, remedy
 
     def duplicates(self) -> str:
-        """What stands twice, in words."""
+        """The number of duplicates, as text."""
         across = int(self.exact.groupby("set")["label"].nunique().gt(1).sum())
         return (
-            f"{len(self.exact)} files with a byte-for-byte twin, {across} twins across classes; "
+            f"{len(self.exact)} files with byte-for-byte duplicates, {across} sets of duplicates across classes; "
             f"{len(self.groups)} photographs in several splits"
         )
 
 
 def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
-    """Every audit of a task's manifest, and what follows from them; ``run.json`` keeps the findings."""
+    """Run all audits of a task's data: shortcuts, duplicates, photographs in several splits, and masks.
+
+    Args:
+        run: its ``run.json`` keeps the findings.
+        task: ``A`` or ``B``.
+        manifest: of ``build_manifest``.
+
+    Returns:
+        The results of each audit, and the findings that follow.
+    """
     shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
     groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
     masks = mask_areas(manifest)
@@ -252,9 +270,9 @@ def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
 
 
 def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
-    """The findings that ``audit`` kept for this very data, else of a new audit: finding, count and remedy of each.
+    """The findings that ``audit`` stored for the same data, else those of a new audit: finding, count and remedy of each.
 
-    Of several processes the first audits, and the others read what it kept.
+    Of several processes the main one audits, and the others read its findings.
     """
     return main_process_first(lambda: _kept_or_new(run, task, manifest))
 
@@ -274,21 +292,25 @@ def _findings(
     groups: pd.DataFrame,
     masks: pd.DataFrame,
 ) -> pd.DataFrame:
-    """What must be fixed or known before training, with its remedy; nothing where all is well."""
-    twins = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
+    """What to fix or to know before training, with remedies; no rows if there is nothing."""
+    equal = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
     counts = pd.crosstab(manifest["split"], manifest["label"]).reindex(index=["train", "val"], columns=[0, 1], fill_value=0)
-    uneven = int((counts.max(axis=1) > 5 * counts.min(axis=1)).sum())
+    uneven = int(counts.max(axis=1).gt(5 * counts.min(axis=1)).sum())
     found = [
-        ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or live without"),
+        ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or train without"),
         ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
         ("facts that tell the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "look at the table of facts"),
-        ("equal files in both classes", twins["label"], "remove them from one class"),
-        ("equal files in several splits", twins["split"], "remove them from training"),
-        ("look-alikes in both classes", near.across("label"), "twins of a photo are well; else remove"),
+        ("equal files in both classes", equal["label"], "remove them from one class"),
+        ("equal files in several splits", equal["split"], "remove them from training"),
+        (
+            "look-alikes in both classes",
+            near.across("label"),
+            "expected for aligned twins; otherwise remove one of each pair",
+        ),
         (
             "look-alikes in several splits",
             near.across("split"),
-            "scores are too kind: remove from training",
+            "validation scores will be optimistic: remove these from training",
         ),
         ("photographs in several splits", len(groups), "scores with and without them are reported"),
         ("splits with a class over 5 times the other", uneven, "epochs draw both classes equally often"),
@@ -298,7 +320,7 @@ def _findings(
 
 
 def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
-    """Say whether file facts tell the classes apart and what closes it; returns whether crops are equalized."""
+    """Audit for shortcuts before training, and print the result; returns whether crops are to be equalized."""
     audit = shortcut_audit(rows)
     print(audit.message())
     equalize = {"auto": audit.of_codecs, "always": True, "never": False}[run.params.equalize]
@@ -313,6 +335,9 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
 
 
 def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
-    """The crops that a task trains on."""
-    options = {"degradations": params.degrade if task == "A" else params.degrade_b, "equalize": equalize}
-    return TrainingCrops(rows, params.crop_size, masks=task == "B", paste=params.paste if task == "B" else 0.0, **options)
+    """The training crops of a task."""
+    if task == "A":
+        return TrainingCrops(rows, params.crop_size, masks=False, degradations=params.degrade, equalize=equalize)
+    return TrainingCrops(
+        rows, params.crop_size, masks=True, degradations=params.degrade_b, equalize=equalize, paste=params.paste
+    )

@@ -1,6 +1,6 @@
-"""What complete official data holds, and the check of what is there against it.
+"""The check of a run's data against the published sizes of the official sets.
 
-Counts are those of the sets' own pages, papers and tables; where none is published there is none here.
+Sizes are from the sets' own pages, papers and tables; unpublished ones are left out.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ EXPECTED: dict[str, dict[tuple[str, int], int]] = {
     "task_b_validation": {("val", 0): 3_227, ("val", 1): 6_212},
     "own": {("val", 0): 5_000, ("val", 1): 5_000},
 }  # fmt: skip
-TEST_IMAGES = {"A": 10_000, "B": None}  # of Task B none is published
+TEST_IMAGES = {"A": 10_000, "B": None}  # that of Task B is not published
 CLASSES = ("authentic", "positive")
-# Files that are broken in the official archives themselves: ITW-SM's 1_fake/x_618.jpg
+# Broken files in the official archives themselves: ITW-SM's 1_fake/x_618.jpg
 BROKEN_AT_SOURCE = {("itw_sm", "val", 1): 1, ("own", "val", 1): 1}
 
 
@@ -45,7 +45,7 @@ class Check:
     """The check of a run's data: one row per set, split and class."""
 
     table: pd.DataFrame  # set, layout, split, class, found, unusable, expected, missing
-    unusable: list[str]  # why each unusable file is, beyond those broken at their source; test images that share a mask
+    unusable: list[str]  # errors of files, except those broken at their source; test images that share a mask
 
     @property
     def complete(self) -> bool:
@@ -61,7 +61,7 @@ class Check:
 
 
 def check_data(run: Run) -> Check:
-    """Count what the run needs, against what is published.  Sets that are not there count as empty."""
+    """Count the data of a run against the published sizes; missing sets count as empty."""
     rows: list[dict[str, object]] = []
     unusable: list[str] = []
     for note in unused(run):
@@ -78,19 +78,19 @@ def check_data(run: Run) -> Check:
 
 
 def _published(run: Run, entry: DataSet) -> dict[tuple[str, int], int]:
-    """How many images are published per split and label; of a set of one's own, or of a part of a set, none are."""
+    """The published sizes per split and label; none for a set of one's own, or a part of a set."""
     part = entry.task == "B" and entry.layout not in TASK_B_LAYOUTS
     other = entry.layout == "own" and from_home(entry.root).resolve() != (run.data / "dataset").resolve()
-    return {} if part or other else EXPECTED.get(entry.layout, {})
+    return {} if part or other else EXPECTED.get(str(entry.layout), {})
 
 
 def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[list[dict[str, object]], list[str]]:
-    """The lines of a set of which ``expected`` images are published per split and label, and why files cannot be used."""
+    """The lines of a set with ``expected`` images per split and label, and the errors of its files."""
     try:
         table = indexed(entry)
     except (LayoutError, OSError) as error:
         print(error)
-        wanted = expected or {("train", 0): None}
+        wanted: dict[tuple[str, int], int | None] = {**expected} or {("train", 0): None}
         return [_line(entry.root, entry.layout, *key, 0, 0, count) for key, count in wanted.items()], []
     for finding, count, remedy in mask_findings(table, mask_areas(table)):
         if count:
@@ -107,13 +107,13 @@ def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[li
     elif entry.layout == "cnndetection":  # training, validation and test are separate downloads
         known = {key: count for key, count in known.items() if any(key[0] == split for split, _ in found)}
     lines = [_line(entry.root, entry.layout, *key, found[key], bad[key], count) for key, count in known.items()]
-    excused = [BROKEN_AT_SOURCE.get((entry.layout, *key), 0) >= bad[key] for key in known]
+    excused = [BROKEN_AT_SOURCE.get((str(entry.layout), *key), 0) >= bad[key] for key in known]
     reasons = table["error"].dropna().tolist()
     return lines, [] if all(excused) else reasons
 
 
 def _check_test(run: Run, task: str) -> tuple[dict[str, object], list[str]]:
-    """The line of the test images, and for Task B those that would share a mask."""
+    """The line of the test images, and in Task B those that would share a mask."""
     folder = run.test_folder(task)
     found, bad, clashes = 0, 0, []
     try:

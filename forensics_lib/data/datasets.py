@@ -1,6 +1,6 @@
-"""Images from a manifest to tensors: random native crops for training, whole images or chosen crops for inference.
+"""Datasets over a manifest: random native crops for training, whole images or chosen crops for inference.
 
-A file that fails does not stop an epoch: its sample carries the error, ``collate`` drops it, and the caller counts it.
+An unreadable file does not stop an epoch: its sample carries the error, ``collate`` drops it, and the caller counts it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
 from forensics_lib.images.degradations import Encoding, degrade, recompress
-from forensics_lib.images.io import ImageError, read_image
+from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
 from forensics_lib.synthesis.forgeries import pasted
 
-SMALL = 0.05  # share of the images that may be smaller than the squares that crops are taken from
-# Where crops of manipulated images are placed: around a manipulated pixel, around one of the border, or anywhere
+SMALL = 0.05  # share of images that may be smaller than the squares from which crops are cut
+# Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 
 
 class Columns:
-    """Columns of a table in arrow's buffers, which loader processes share; Python objects would be copied into each."""
+    """Columns of a table in Arrow buffers, which loader processes share; Python objects would be copied into each."""
 
     def __init__(self, table: pd.DataFrame, names: list[str]) -> None:
         self._columns = {name: _shared(table[name]) for name in names}
@@ -47,16 +48,24 @@ def _shared(values: pd.Series) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
-class TrainingCrops(Dataset):
-    """One random ``crop_size`` square of each image at native resolution, degraded and perhaps mirrored.
+Key = tuple[int, int, int]  # seed, index of an image, number of its draw in the epoch
 
-    ``crops[seed, index, draw]`` is a sample of an image; every random choice follows from these three, so results do not
-    depend on workers or order, another epoch is another seed, and an image that an epoch draws several times gives another
-    crop each time.  With ``equalize`` all images get one history of compressions: one that is no JPEG is first compressed
-    as one of the JPEG files were, and every crop ends in one distribution of compressions, whose blocks begin anywhere.
-    With ``masks``, samples carry the mask's crop, and a spliced image's crop without a manipulated pixel counts as
-    authentic.  ``paste`` is the share of authentic crops that get a region from elsewhere in the image or from another
-    authentic one, and count as spliced.
+
+class TrainingCrops(Dataset):
+    """Random ``crop_size`` squares at native resolution, degraded and randomly mirrored.
+
+    ``crops[seed, index, draw]`` is a sample of an image; these three numbers determine every random choice, so results do
+    not depend on workers or order, and an image that is drawn several times in an epoch gives a new crop each time.
+
+    Args:
+        manifest: rows of usable images.
+        crop_size: side of the crops, pixels.
+        masks: whether samples have the mask's crop; a spliced image's crop without a manipulated pixel is then authentic.
+        degradations: what happens to crops; see ``degrade``.
+        equalize: whether all images get one compression history: other formats are first compressed as one of the JPEG
+            files was, and the last compression has one distribution, with randomly placed blocks.
+        paste: share of authentic crops that get a region from elsewhere in the image or from another authentic image,
+            and count as spliced.
     """
 
     def __init__(
@@ -79,7 +88,7 @@ class TrainingCrops(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         (_, index, _), rng = key, np.random.default_rng(key)
         row = self.rows.row(index)
         try:
@@ -99,17 +108,17 @@ class TrainingCrops(Dataset):
                 sample["label"] = int(mask.any())
         return sample
 
-    def source_facts(self, key: tuple[int, int, int], file: pd.Series) -> dict[str, Any]:
-        """What the file facts of a sample's source would be, were it stored; empty where its file cannot be read.
+    def source_facts(self, key: Key, file: pd.Series) -> dict[str, Any]:
+        """The file facts that a sample would have if it were stored before cropping; empty for an unreadable file.
 
-        ``file`` holds the facts of the image's own file, which its source keeps where it was not compressed again.
+        ``file`` has the facts of the image's own file, which hold if no degradation compressed the sample.
         """
         row, rng = self.rows.row(key[1]), np.random.default_rng(key)
         try:
             image, _, encoding = self._degraded(row, rng)
         except ImageError:
             return {}
-        height, width = (min(side, self.crop_size) for side in image.shape[:2])  # a tensor shows no more of the size
+        height, width = (min(side, self.crop_size) for side in image.shape[:2])  # a tensor shows at most this size
         facts: dict[str, Any] = {"width": width, "height": height}
         if encoding is None:
             share = width * height / (file["width"] * file["height"])
@@ -131,22 +140,17 @@ class TrainingCrops(Dataset):
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
     def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """A random square of an image, and of its mask where samples carry masks."""
-        masks: list[np.ndarray] = []
-
-        def chosen(height: int, width: int) -> tuple[slice, slice]:
-            mask = self._mask(row, (height, width))
-            place = _place((height, width), mask, self.window, rng)
-            if mask is not None:
-                masks.append(mask[place])
-            return place
-
-        return read_image(row["path"], chosen), masks[0] if masks else None
+        """A random square of an image, and of its mask if samples have masks."""
+        with open_image(row["path"]) as opened:
+            rgb = decoded(opened)
+            mask = self._mask(row, (rgb.height, rgb.width))
+            place = _place((rgb.height, rgb.width), mask, self.window, rng)
+            return pixels_in(rgb, *place), None if mask is None else mask[place]
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         donor = None
         if rng.random() < 0.5:
-            with suppress(ImageError):  # the image itself then gives the region; its own sample reports the bad file
+            with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
                 other = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
                 donor = fitted(other, image.shape[:2], rng)
         return pasted(image, donor, rng)
@@ -158,10 +162,10 @@ class TrainingCrops(Dataset):
 
 
 def _window(manifest: pd.DataFrame, crop_size: int) -> int:
-    """The side of the squares that are taken before degradation, the same for all images.
+    """The side of the squares cut before degradation, the same for all images.
 
-    It is what nearly every image has, and at most what the crop needs when shrunk to a half: if large images gave more
-    than small ones, padding after shrinking would tell which images are small, and so often the class.
+    Nearly every image has it, and it is at most what a crop needs when scaled by a half: if large images gave larger
+    squares, padding after downscaling would reveal small images, and so, often, the class.
     """
     shorter = np.minimum(manifest["width"], manifest["height"]).dropna()
     common = int(np.quantile(shorter, SMALL)) if len(shorter) else 0
@@ -169,12 +173,12 @@ def _window(manifest: pd.DataFrame, crop_size: int) -> int:
 
 
 def _place(shape: tuple[int, int], mask: np.ndarray | None, size: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """The rows and columns of a random ``size`` square, or of what there is; of a mask that marks something by ``PLACES``."""
+    """The rows and columns of a random square of at most ``size``; with a mask that is not empty, placed by ``PLACES``."""
     limits = max(0, shape[0] - size), max(0, shape[1] - size)
     top, left = (int(rng.integers(limit + 1)) for limit in limits)
-    if mask is not None:
-        place = rng.choice(PLACES, p=SHARES)
-        marked = np.flatnonzero(_border(mask) if place == "border" else mask) if place != "anywhere" else []
+    place = "anywhere" if mask is None else rng.choice(PLACES, p=SHARES)
+    if mask is not None and place != "anywhere":
+        marked = np.flatnonzero(_border(mask) if place == "border" else mask)
         if len(marked):
             y, x = divmod(int(marked[rng.integers(len(marked))]), mask.shape[1])
             top, left = (
@@ -185,7 +189,7 @@ def _place(shape: tuple[int, int], mask: np.ndarray | None, size: int, rng: np.r
 
 
 def _border(mask: np.ndarray) -> np.ndarray:
-    """The manipulated pixels that have an authentic neighbour below or to the right, and those that are one."""
+    """The pixels that differ from their neighbour below or to the right in being manipulated."""
     border = np.zeros_like(mask)
     border[:-1] |= mask[:-1] != mask[1:]
     border[:, :-1] |= mask[:, :-1] != mask[:, 1:]
@@ -193,7 +197,7 @@ def _border(mask: np.ndarray) -> np.ndarray:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the samples that could be read; ``errors`` lists (index, message) of the others."""
+    """Stack the readable samples; ``errors`` lists (index, message) of the others."""
     good = [sample for sample in samples if "error" not in sample]
     batch: dict[str, Any] = {"errors": [(sample["index"], sample["error"]) for sample in samples if "error" in sample]}
     batch["index"] = [sample["index"] for sample in good]
@@ -208,8 +212,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.ndarray, dict[Any, float]]:
     """For ``epoch_order``: the stratum of each image, and the shares of strata that are not drawn equally often.
 
-    With ``balance: source`` the sources of a class are strata.  Half of Task B's manipulated images are fully regenerated
-    ones, whatever their number.
+    With ``balance: source`` the sources of a class are its strata.  In Task B half of the manipulated images drawn are fully
+    regenerated, whatever their number.
     """
     strata = rows["source"].astype(str) if params.balance == "source" else pd.Series("", rows.index)
     if task == "A":
@@ -224,23 +228,23 @@ def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.nd
 
 
 def epoch_order(
-    labels: np.ndarray, seed: int, epoch: int, groups: np.ndarray | None = None, shares: dict[Any, float] | None = None
+    labels: np.ndarray, seed: int, epoch: int, strata: np.ndarray | None = None, shares: dict[Any, float] | None = None
 ) -> np.ndarray:
     """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
 
-    With ``groups`` (N,) the groups of a class are drawn equally often too, or by their ``shares`` of the class.  A class or
-    group that is short repeats; of one that is plentiful each epoch takes another random part.
+    With ``strata`` ``(N,)`` the strata of a class are drawn equally often too, or by their ``shares`` of the class.  Images
+    of a small class or stratum repeat; of a large one each epoch takes another random part.
     """
     rng = np.random.default_rng([seed, epoch])
-    groups = np.zeros(len(labels), int) if groups is None else groups
+    strata = np.zeros(len(labels), int) if strata is None else strata
     shares, half, parts = shares or {}, -(-len(labels) // 2), []
     for label in (0, 1):
-        names = pd.unique(groups[labels == label])
+        names = pd.unique(strata[labels == label])
         weights = np.array([shares.get(name, 1 / len(names)) for name in names])
         weights = weights if weights.any() else np.ones(len(names))
         drawn = []
         for name, weight in zip(names, weights / weights.sum(), strict=True):
-            members = np.flatnonzero((labels == label) & (groups == name))
+            members = np.flatnonzero((labels == label) & (strata == name))
             count = int(np.ceil(half * weight - 1e-9))
             repeated = [rng.permutation(members) for _ in range(-(-count // len(members)))]
             drawn.append(rng.permutation(np.concatenate(repeated)[:count]) if repeated else members[:0])
@@ -249,28 +253,32 @@ def epoch_order(
 
 
 def numbered_draws(order: np.ndarray) -> np.ndarray:
-    """An epoch's ``order`` of images with the number of the draw of each, from 0 on: ``(N, 2)``."""
+    """An epoch's ``order`` of images, each with the number of its draw from 0 on: ``(N, 2)``."""
     return np.column_stack([order, pd.Series(order).groupby(order).cumcount()])
 
 
 class EpochBatches:
-    """The batches of one epoch, as keys of ``TrainingCrops``."""
+    """Batch sampler of ``TrainingCrops``: set an epoch, then iterate, as with torch's ``DistributedSampler``."""
 
     def __init__(self) -> None:
-        self.seed, self.draws = 0, list[np.ndarray]()
+        self.set_epoch(0, [])
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for batch in self.draws:
-            yield [(self.seed, index, draw) for index, draw in batch.tolist()]
+    def set_epoch(self, seed: int, draws: list[np.ndarray]) -> None:
+        """Set the seed, and for each batch its rows of ``numbered_draws``."""
+        self._seed, self._draws = seed, draws
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self._draws:
+            yield [(self._seed, index, draw) for index, draw in batch.tolist()]
 
     def __len__(self) -> int:
-        return len(self.draws)
+        return len(self._draws)
 
 
 class TrainingBatches:
-    """Batches of crops, epoch after epoch, from loader processes that stay until ``close``.
+    """Batches of crops, epoch after epoch, from loader processes that live until ``close``.
 
-    Starting them for each epoch would cost a second of it: what a model's updates write to after a fork is copied first.
+    Starting them anew would cost a second per epoch: memory that the model updates after a fork has to be copied.
     """
 
     def __init__(self, crops: TrainingCrops, workers: int) -> None:
@@ -282,34 +290,34 @@ class TrainingBatches:
             persistent_workers=workers > 0,
             collate_fn=collate,
             worker_init_fn=leave_process_group,
-            generator=torch.Generator(),  # starting draws a number, which must not come from what training draws from
+            generator=torch.Generator(),  # starting draws a number, which must not come from training's generator
         )
 
     def epoch(self, seed: int, draws: list[np.ndarray]) -> DataLoader:
-        """Batches of rows of ``numbered_draws``, drawn by ``seed``; one may be empty.  It ends the epoch before."""
-        self.batches.seed, self.batches.draws = seed, draws
+        """The batches of the next epoch, given as rows of ``numbered_draws``; they may be empty.  Ends the previous epoch."""
+        self.batches.set_epoch(seed, draws)
         return self.loader
 
     def close(self) -> None:
         """End the loader processes."""
-        if self.loader._iterator is not None:
+        if isinstance(self.loader._iterator, _MultiProcessingDataLoaderIter):
             self.loader._iterator._shutdown_workers()
 
 
 def leave_process_group(_: int) -> None:
-    """For loader processes: whoever stops a notebook ends its whole group at once, and a training stops only after a batch.
+    """For loader processes: interrupting a notebook signals its whole process group, but a training stops after a batch.
 
-    A loader process ends by itself when the process that it serves is gone.
+    A loader process exits by itself when its parent has gone.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
 class InferenceImages(Dataset):
-    """Images for inference: the index with an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
+    """Images for inference: samples have the index, and an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
 
-    ``change`` is done to each image first, for robustness measurements.  Where the manifest has a column ``content``, its
-    bytes are read instead of the file at ``path``, if there are any.
+    ``change`` is applied to each image first, for robustness measurements.  If the manifest has a column ``content``, its
+    bytes, if any, replace the file at ``path``.
     """
 
     def __init__(
@@ -327,7 +335,7 @@ class InferenceImages(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)``."""
+        """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)`` uint8."""
         try:
             row = self.rows.row(index)
             content = row.get("content")
@@ -341,5 +349,5 @@ class InferenceImages(Dataset):
 
 
 def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:
-    """The samples one by one in order, loaded ahead by ``workers`` processes."""
+    """The samples in order, prefetched by ``workers`` processes."""
     yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_process_group)

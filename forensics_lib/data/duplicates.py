@@ -1,4 +1,4 @@
-"""Images that stand twice: equal files, look-alikes, and photographs in several splits or data sets."""
+"""Duplicates: equal files, look-alikes, and photographs in several splits or data sets."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from forensics_lib.images.parquet import member_bytes
 from forensics_lib.utils.files import home
 from forensics_lib.utils.progress import progress
 
-END = 4096  # bytes at a file's end that are compared before whole files are read
+END = 4096  # bytes at the end of files that are compared before whole files
 
 
 def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
     """Files with the same bytes: path, label, split and a number per set of equal files.
 
-    Of files that share their size the ends are read, and whole files only where those agree too.
+    Files of equal size are compared by their ends, then as a whole if those are equal.
     """
     good = manifest[manifest["error"].isna()]
     equal = good[good.duplicated("bytes", keep=False)]
@@ -38,7 +38,7 @@ def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
 
 
 def _digest(path: str, read: Callable[[str], bytes]) -> str:
-    """What ``read`` finds, as a hash; the path itself where nothing can be read, so that it equals no other."""
+    """The hash of what ``read`` returns; for an unreadable file its path, which equals no other."""
     try:
         return hashlib.sha256(member_bytes(path) or read(path)).hexdigest()
     except OSError:
@@ -57,14 +57,14 @@ def _all(path: str) -> bytes:
 
 @dataclass
 class NearDuplicates:
-    """Images of different photographs that look alike."""
+    """Pairs of images of different photographs that look alike."""
 
     pairs: pd.DataFrame  # distance, and path, split, label of both images
     compared: int
     of: int
 
     def message(self) -> str:
-        """What was found, in a sentence."""
+        """The result as text."""
         splits, classes = self.across("split"), self.across("label")
         drawn = f"{self.compared:,} images compared" + (f", drawn from {self.of:,}" if self.compared < self.of else "")
         return f"{len(self.pairs)} pairs look alike, {splits} across splits, {classes} across classes ({drawn})"
@@ -75,11 +75,10 @@ class NearDuplicates:
 
 
 def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int = 4) -> NearDuplicates:
-    """Pairs of images, of different groups, whose 64-bit perceptual hashes differ in at most ``distance`` bits.
+    """Pairs of images of different groups whose 64-bit perceptual hashes differ in at most ``distance`` bits.
 
-    Such pairs survive recompression and scaling.  Hashing decodes each image, so of more than ``limit`` images a part is
-    compared: validation is half of it, or more where the others are fewer, and of as many photographs as it can hold.  Flat
-    pictures are passed over.
+    This finds recompressed and scaled copies too.  Hashing decodes images, so at most ``limit`` are compared: half of them
+    from validation, or more if the other splits have fewer, of as many photographs as possible.  Flat pictures are skipped.
     """
     good = manifest[manifest["error"].isna()]
     parts = [np.flatnonzero(good["split"].eq("val") == val) for val in (True, False)]
@@ -91,46 +90,51 @@ def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int =
     cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"
     hashes = image_hashes(drawn["path"].tolist(), cache).set_axis(drawn.index).dropna()
     rows, values = drawn.loc[hashes.index], hashes.to_numpy(np.uint64)
-    groups, found = pd.factorize(rows["group"])[0], []
-    for start in range(0, len(values), 1_000):
-        bits = np.bitwise_count(values[start : start + 1_000, None] ^ values[None, start:])
-        one, other = np.nonzero(bits <= distance)
-        later = (other > one) & (groups[start + one] != groups[start + other])
-        found.append(np.column_stack([one + start, other + start, bits[one, other]])[later])
-    pairs = np.concatenate([np.zeros((0, 3), int), *found])
+    pairs = _close_pairs(values, pd.factorize(rows["group"])[0], distance)
     ends = {end: rows.iloc[pairs[:, i]].reset_index(drop=True) for i, end in enumerate("ab")}
     columns = {f"{name}_{end}": ends[end][name] for end in "ab" for name in ("path", "split", "label")}
     table = pd.DataFrame({"distance": pairs[:, 2], **columns}).sort_values("distance", kind="stable", ignore_index=True)
     return NearDuplicates(table, len(drawn), len(good))
 
 
+def _close_pairs(hashes: np.ndarray, groups: np.ndarray, distance: int) -> np.ndarray:
+    """Pairs of hashes of different groups that differ in at most ``distance`` bits: both positions and the distance."""
+    found = [np.zeros((0, 3), int)]
+    for start in range(0, len(hashes), 1_000):
+        bits = np.bitwise_count(hashes[start : start + 1_000, None] ^ hashes[None, start:])
+        one, other = np.nonzero(bits <= distance)
+        later = (other > one) & (groups[start + one] != groups[start + other])
+        found.append(np.column_stack([one + start, other + start, bits[one, other]])[later])
+    return np.concatenate(found)
+
+
 def groups_across_splits(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Photographs whose images stand in several splits: one row each, with the images per split."""
+    """Photographs with images in several splits: a row each, with the number of images per split."""
     good = manifest.loc[manifest["error"].isna(), ["group", "split"]]
     good = good[_in_several_places(good["group"], good["split"])].reset_index(drop=True)
     return pd.crosstab(good["group"], good["split"])
 
 
 def _in_several_places(groups: pd.Series, places: pd.Series) -> np.ndarray:
-    """``(N,)`` bool: whether a row's group stands in more than one place."""
+    """Whether the group of a row is in more than one place, ``(N,)`` bool."""
     (of_group, names), (of_place, known) = pd.factorize(groups), pd.factorize(places)
     seen = np.zeros((len(names) + 1, len(known)), bool)
     seen[of_group, of_place] = True
-    seen[-1] = False  # rows without a group, whose code is -1, are alone
+    seen[-1] = False  # rows without a group have the code -1
     return (seen.sum(axis=1) > 1)[of_group]
 
 
 def overlapping(manifest: pd.DataFrame) -> pd.Series:
-    """Whether an image's photograph also stands in another split or another data set, one bool per row.
+    """Whether an image's photograph is also in another split or data set, a bool per row.
 
-    So are the COCO photographs that TGIF and the Task B validation set share.
+    An example are the COCO photographs shared by TGIF and the Task B validation set.
     """
     where = manifest["data_set"] + " " + manifest["split"]
     return where.groupby(manifest["group"]).transform("nunique") > 1
 
 
 def shared_photographs(manifest: pd.DataFrame) -> pd.DataFrame:
-    """How many photographs two data sets, or two splits, have in common: one row for each pair that shares any."""
+    """The number of photographs that two data sets or splits share: a row per pair that shares any."""
     places = manifest.groupby(["data_set", "split"], sort=False).ngroup()
     shared = manifest[_in_several_places(manifest["group"], places)].reset_index(drop=True)
     names = shared["data_set"].map(lambda root: Path(root).name) + " " + shared["split"]

@@ -1,4 +1,4 @@
-"""Image headers of whole data sets, read in parallel and cached by size and time of change."""
+"""Image headers of whole data sets, read in parallel and cached by size and mtime."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from forensics_lib.utils.cores import processes
 from forensics_lib.utils.files import atomic_write
 from forensics_lib.utils.progress import progress
 
-_MANY = 2_000  # files in a folder from which on asking in another process pays
+_MANY = 2_000  # files in a folder from which on another process pays
 
 
 class Looks:
-    """Answers for whole folders, asked ahead of time."""
+    """Results of ``look`` for whole folders, computed ahead in other processes."""
 
     def __init__(self) -> None:
         self._asked: dict[str, tuple[list[str], Future]] = {}
 
     def ask(self, paths: list[str]) -> None:
-        """Begin to look at the files of one folder, given in full, where they are many."""
+        """Start ``look`` for all files of a folder in another process, if they are many."""
         if len(paths) >= _MANY:
             self._asked[paths[0]] = paths, processes().submit(look, paths)
 
     def at(self, paths: list[str]) -> np.ndarray:
-        """``look`` of any paths, taking what was asked for where it fits."""
+        """``look`` for any paths, with the results asked for where they fit."""
         found, start = [np.zeros((0, 3), np.int64)], 0
         for number, path in enumerate(paths):
             if number < start or path not in self._asked:
@@ -47,9 +47,9 @@ class Looks:
 
 
 def look(paths: list[str]) -> np.ndarray:
-    """Size in bytes, time of change in ns and identity of each file, ``(N, 3)`` int64; -1 where there is none.
+    """Size in bytes, mtime in ns and identity of each file, ``(N, 3)`` int64; -1 if there is no file.
 
-    The same file by two paths has one identity.
+    Two paths to one file have one identity.
     """
     values: list[int] = []
     folder, place = "", None
@@ -58,10 +58,10 @@ def look(paths: list[str]) -> np.ndarray:
         if parent != folder or place is None:
             _close(place)
             folder, place = parent, _open(parent)
-        try:  # asked from an open folder it takes half the time
+        try:  # relative to an open folder it takes half the time
             found = os.stat(name, dir_fd=place) if place is not None else os.stat(path)  # noqa: PTH116
             values += found.st_size, found.st_mtime_ns, hash((found.st_dev, found.st_ino))
-        except OSError:  # reading it will say what is wrong
+        except OSError:  # reading the file will report it
             values += -1, -1, -1
     _close(place)
     return np.array(values, np.int64).reshape(-1, 3)
@@ -89,29 +89,29 @@ FACT_TYPES = {
     "error": pa.large_string(),
 }
 FILE_COLUMNS = list(FACT_TYPES)
-# Files that a process reads at a time; of fewer the reading is done before other processes have started
+# Files per chunk of a process; fewer are read before other processes could start
 _HEADERS, _PIXELS = 4_000, 200
 
 Reading = Callable[[list[str]], list[tuple]]
 
 
 def read_headers(paths: list[str], cache: Path, looks: Looks | None = None) -> pd.DataFrame:
-    """``FILE_COLUMNS`` and ``identity`` of each path, by headers alone; ``error``, else missing, says why it cannot be read.
+    """``FILE_COLUMNS`` and ``identity`` of each path, from headers; ``error`` says why a file cannot be read.
 
-    ``looks`` may have begun to look at the files.
+    ``looks`` may have results for the files already.
     """
-    return _kept(paths, cache, looks or Looks(), FACT_TYPES, facts_of, _HEADERS, "reading headers")
+    return _cached(paths, cache, looks or Looks(), FACT_TYPES, facts_of, _HEADERS, "reading headers")
 
 
 def image_hashes(paths: list[str], cache: Path) -> pd.Series:
-    """The perceptual hash of each image as UInt64, missing where it means nothing."""
-    return _kept(paths, cache, Looks(), {"hash": pa.uint64()}, hashes_of, _PIXELS, "hashing images")["hash"]
+    """The perceptual hash of each image as UInt64; missing for unreadable and flat images."""
+    return _cached(paths, cache, Looks(), {"hash": pa.uint64()}, hashes_of, _PIXELS, "hashing images")["hash"]
 
 
-def _kept(
+def _cached(
     paths: list[str], cache: Path, looks: Looks, types: dict[str, pa.DataType], read: Reading, chunk: int, title: str
 ) -> pd.DataFrame:
-    """The columns of ``types`` for every path: from ``cache`` where size and time are the same, else read and kept."""
+    """The columns of ``types`` for each path, from ``cache`` if size and mtime are unchanged, else read and cached."""
     keys = _keys(paths, looks)
     known = _load(cache, [*keys.column_names, *types])
     rows = _rows_of(keys, known)
@@ -136,13 +136,13 @@ def _as_pandas(facts: pa.Table, keys: pa.Table) -> pd.DataFrame:
 
 
 def _keys(paths: list[str], looks: Looks) -> pa.Table:
-    """Path, size, time of change and identity of each file."""
+    """Path, size, mtime and identity of each file."""
     size, time, identity = looks.at([file_of(path) if "#" in path else path for path in paths]).T
     return pa.table({"path": pa.array(paths, pa.large_string()), "size": size, "time": time, "identity": identity})
 
 
 def _load(cache: Path, columns: list[str]) -> pa.Table | None:
-    """The kept facts; None where there are none, or of another version."""
+    """The cached facts; None if there are none, or those of another version."""
     try:
         table = pq.read_table(cache)
     except (OSError, pa.ArrowException):
@@ -151,7 +151,7 @@ def _load(cache: Path, columns: list[str]) -> pa.Table | None:
 
 
 def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
-    """For every key the row of ``known`` with the same path, size and time, else -1; what failed is read again."""
+    """For each key the row of ``known`` with the same path, size and mtime, else -1; files with errors are read again."""
     if known is None:
         return np.full(len(keys), -1)
     if keys.column("path").equals(known.column("path")):
@@ -171,14 +171,14 @@ def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
 
 
 def _in_parallel(function: Callable, items: list[str], chunk: int, title: str) -> Iterator:
-    """``function`` of chunks of ``items``, in order, in as many processes as there are cores."""
+    """``function`` of chunks of ``items``, in order, with a process per core."""
     parts = [items[i : i + chunk] for i in range(0, len(items), chunk)]
     results = processes().map(function, parts) if len(parts) > 1 else map(function, parts)
     yield from progress(results, title, total=len(parts))
 
 
 def pandas_type(kind: pa.DataType) -> pd.StringDtype | pd.UInt64Dtype | None:
-    """What arrow's columns become in pandas: text stays on arrow's memory, hashes keep all their bits."""
+    """The pandas types of Arrow columns: text stays in Arrow memory, hashes keep all their bits."""
     if pa.types.is_large_string(kind):
         return pd.StringDtype("pyarrow", na_value=np.nan)
     return pd.UInt64Dtype() if pa.types.is_uint64(kind) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def photo_group(source: str, stem: str) -> str:
     return f"coco:{int(stem)}" if source == "coco" and stem.isdecimal() else f"{source}:{stem}"
 
 
-def mask_names(paths: Iterable[str]) -> dict[str, str]:
+def mask_names(paths: Sequence[str]) -> dict[str, str]:
     """Image name to mask name, ``<stem>.npz``.  Raises ``LayoutError`` if two images would share a mask."""
     if clashes := mask_clashes(paths):
         raise LayoutError(
@@ -190,7 +190,7 @@ def mask_names(paths: Iterable[str]) -> dict[str, str]:
     return {Path(path).name: f"{Path(path).stem}.npz" for path in paths}
 
 
-def mask_clashes(paths: Iterable[str]) -> list[str]:
+def mask_clashes(paths: Sequence[str]) -> list[str]:
     """The images that would share a mask, a sentence per mask."""
     names: dict[str, list[str]] = {}
     for path in map(Path, paths):
@@ -198,7 +198,7 @@ def mask_clashes(paths: Iterable[str]) -> list[str]:
     return [f"{' and '.join(images)} would share the mask {stem}.npz" for stem, images in names.items() if len(images) > 1]
 
 
-def masks_alike(paths: Iterable[str]) -> list[str]:
+def masks_alike(paths: Sequence[str]) -> list[str]:
     """Pairs of masks whose names differ only in case or in the encoding of accents, as texts."""
     first: dict[str, str] = {}
     pairs = []

@@ -1,11 +1,11 @@
-"""One table for all images of a run: what each is, and what its file says of itself."""
+"""The manifest: one table of all images of a run, with labels, names and file facts."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,32 @@ from forensics_lib.data.generated import make_forgeries, make_twins
 from forensics_lib.data.headers import read_headers
 from forensics_lib.data.layouts import mask_names, masks_alike, read_test
 from forensics_lib.data.official import refuse_misuse, refuse_validation_rows
-from forensics_lib.data.readers import of_itw_sm, read_data_set, recognised, task_of
+from forensics_lib.data.readers import of_itw_sm, own_task, read_data_set, recognised, task_of
 from forensics_lib.data.rows import LayoutError, Rows
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run, task_b_training_folders
 from forensics_lib.utils.files import from_home, home
 
-FEWEST = 10  # images of each class with which validation images decide; with fewer others do that have as many
+FEWEST = 10  # images of each class that validation images need to decide, if others have as many
 
 
 def build_manifest(run: Run, task: str) -> pd.DataFrame:
-    """The labelled images of a task, one row each: ``layouts.COLUMNS``, ``facts.FILE_COLUMNS`` and ``data_set``.
+    """Build the table of a task's labelled images, and of the twins or forgeries that the parameters ask for.
 
-    Files that cannot be opened, and manipulated images whose mask is missing or of another size, stay in the table with
-    the reason in ``error``; ``usable`` leaves them out.  ``attrs["notes"]`` holds what was passed over.  Raises
-    ``LayoutError`` where a split lacks a class.
+    Headers are read in parallel and cached.  Twins and forgeries are made if they are not in the cache, with a message;
+    for large data sets and generators that takes long.
+
+    Args:
+        run: its parameters name the data sets.
+        task: ``A`` or ``B``.
+
+    Returns:
+        A row per image with ``rows.COLUMNS``, ``headers.FILE_COLUMNS``, ``data_set`` and ``layout``.  Unreadable files,
+        and manipulated images whose mask is missing or of another size, have the reason in ``error``; ``usable`` leaves
+        them out.  ``attrs["notes"]`` lists what the readers skipped.
+
+    Raises:
+        LayoutError: data is not laid out as expected or must not be trained on, or a split lacks a class.
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
@@ -38,12 +49,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     table["error"] = table["error"].fillna(_contradictions(table, task))
     table["error"] = table["error"].fillna(_repeats(table))
     notes += _repeat_notes(table)
-    made = []
-    if run.params.aligned and task == "A":
-        made.append(_made(run, "aligned", lambda photos: make_twins(photos, run.params.aligned), table))
-    if run.params.forgeries and task == "B":
-        made.append(_made(run, "forgeries", lambda photos: make_forgeries(photos, run.params.forgeries), table))
-    table = pd.concat([table, *made], ignore_index=True).drop(columns="identity")
+    table = pd.concat([table, *_generated(run, task, table)], ignore_index=True).drop(columns="identity")
     table.attrs["notes"] = notes
     for note in notes:
         print(note)
@@ -52,7 +58,7 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
 
 
 def indexed(entry: DataSet) -> pd.DataFrame:
-    """The images of one data set with the facts of their files; raises ``LayoutError``."""
+    """The images of a data set with file facts.  Raises ``LayoutError``."""
     rows = read_data_set(entry)
     cache = facts_cache(entry.root, f"{entry.layout}{entry.task or ''}")
     table = _with_file_facts(rows, cache).assign(data_set=entry.root, layout=entry.layout)
@@ -60,16 +66,21 @@ def indexed(entry: DataSet) -> pd.DataFrame:
     return table
 
 
-def _made(run: Run, name: str, make: Callable[[pd.DataFrame], pd.DataFrame], table: pd.DataFrame) -> pd.DataFrame:
-    """The images that are made of all usable training photographs, with the facts of their files."""
+def _generated(run: Run, task: str, table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Twins (Task A) or forgeries (Task B) of all usable training photographs, if the parameters ask for them."""
     photos = table[table["split"].eq("train") & table["label"].eq(0) & table["error"].isna()].reset_index(drop=True)
-    made = make(photos)
+    if task == "A" and run.params.aligned:
+        name, made = "aligned", make_twins(photos, run.params.aligned)
+    elif task == "B" and run.params.forgeries:
+        name, made = "forgeries", make_forgeries(photos, run.params.forgeries)
+    else:
+        return []
     facts = read_headers(made["path"].tolist(), facts_cache(run.folder, name))
-    return made.join(facts).assign(data_set=name, layout=name)
+    return [made.join(facts).assign(data_set=name, layout=name)]
 
 
 def sources(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Every source that goes in: data set, layout, source, split, and usable images of each class."""
+    """The sources of a manifest: data set, layout, source, split, and the usable images of each class."""
     good = manifest[manifest["error"].isna()]
     keys = ["data_set", "layout", "source", "split"]
     counted = good.groupby(keys)["label"].agg(images="size", positive="sum").reset_index()
@@ -77,7 +88,7 @@ def sources(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def facts_cache(root: str | Path, what: str) -> Path:
-    """Where the facts about a folder's files are kept."""
+    """The cache of the file facts of a folder."""
     name = hashlib.sha256(f"{from_home(root)} {what}".encode()).hexdigest()[:12]
     return home() / "outputs" / ".cache" / f"{Path(root).name}-{what}-{name}.parquet"
 
@@ -85,7 +96,7 @@ def facts_cache(root: str | Path, what: str) -> Path:
 def data_sets(run: Run, task: str) -> list[DataSet]:
     """The data sets of a task: those of the ``data`` parameter, or the folders of the data root.
 
-    Raises ``LayoutError`` where a set would train on validation data or, in a constrained run, on data that is not official.
+    Raises ``LayoutError`` if a set would train on validation data or, in a constrained run, on data that is not official.
     """
     entries = _named(run) or _of_data_root(run, task)
     refuse_misuse(run, task, entries)
@@ -95,7 +106,7 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
 
 
 def _named(run: Run) -> list[DataSet]:
-    """The sets of the ``data`` parameter with their layouts; none where the run takes the folders of its data root."""
+    """The sets of the ``data`` parameter with their layouts; none if the run uses the folders of its data root."""
     return [] if run.sample else [recognised(entry) for entry in run.params.data or []]
 
 
@@ -114,9 +125,9 @@ _SERVES_B = " (a table serves Task B where it has a column mask_path; task: B in
 
 
 def _refuse_other_task(entries: list[DataSet]) -> None:
-    """Official data are so for one task.  Raises ``LayoutError``."""
+    """Raise ``LayoutError`` for official data of another task."""
     for entry in entries:
-        if entry.task and entry.task != task_of(entry.model_copy(update={"task": None})):
+        if entry.task and entry.task != own_task(entry):
             raise LayoutError(
                 f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
                 "Take task out of its entry, or set run_type: open"
@@ -124,7 +135,7 @@ def _refuse_other_task(entries: list[DataSet]) -> None:
 
 
 def unused(run: Run) -> list[str]:
-    """The data sets that the run names and that no task of it uses, each with the remedy."""
+    """The data sets of the ``data`` parameter that no task of the run uses, each with the remedy."""
     if run.sample or len(run.params.tasks) > 1:
         return []
     (task,) = run.params.tasks
@@ -150,7 +161,7 @@ def _of_data_root(run: Run, task: str) -> list[DataSet]:
 
 
 def _task_b_training(run: Run) -> list[DataSet]:
-    """TGIF, and from edition 2026 on SAGI-D, of which either is enough."""
+    """TGIF and, from edition 2026 on, SAGI-D; either is enough."""
     layouts = ("tgif", "sagi_d") if run.params.edition >= 2026 else ("tgif",)
     folders = dict(zip(task_b_training_folders(run.data), layouts, strict=False))
     there = {folder: layout for folder, layout in folders.items() if folder.exists()}
@@ -165,9 +176,9 @@ def _own(root: Path, layout: str) -> DataSet:
 
 
 def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
-    """The unlabelled test images of a task, sorted by name; unreadable ones are kept, with the reason in ``error``.
+    """The table of a task's unlabelled test images, sorted by name; unreadable ones have the reason in ``error``.
 
-    Raises ``LayoutError`` where there are none, or two of Task B would share a mask.
+    Raises ``LayoutError`` if there are none, or if two of Task B would share a mask.
     """
     table = test_images(run.test_folder(task)).drop(columns="identity")
     if task == "B":
@@ -175,41 +186,58 @@ def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
     return table
 
 
-def check_mask_names(paths: pd.Series | list[str]) -> None:
-    """Raise ``LayoutError`` where two test images would share a mask; say where masks' names differ in case alone."""
+def check_mask_names(paths: Sequence[str]) -> None:
+    """Raise ``LayoutError`` if two test images would share a mask; print names of masks that differ only in case."""
     mask_names(paths)
     if pairs := masks_alike(paths):
         print(f"masks that replace one another where upper and lower case are one (Windows, macOS): {', '.join(pairs[:20])}")
 
 
 def check_test_names(run: Run, task: str) -> None:
-    """What a training of Task B should not end with: raises ``LayoutError`` where two of its test images would share a mask."""
+    """Check before a training of Task B: raises ``LayoutError`` if two of its test images would share a mask."""
     if task == "B":
         flat = (found for found in Rows().walk(run.test_folder(task), by_content=True) if not found.parts)
         check_mask_names([path for found in flat for path in found.paths])
 
 
 def test_images(folder: Path) -> pd.DataFrame:
-    """The images of a flat folder, sorted by name, with the facts of their files."""
+    """The images of a flat folder, sorted by name, with file facts."""
     table = _with_file_facts(read_test(folder), facts_cache(folder, "test"))
     return table.sort_values("path", ignore_index=True)
 
 
 def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split without an error, numbered from 0."""
+    """The rows of a split that have no error.
+
+    Args:
+        manifest: of ``build_manifest``.
+        split: train, val or test.
+
+    Returns:
+        The rows, with a new index from 0.
+    """
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """``limit`` rows, or all where there are no more; classes and their sources by ``sampled_places``."""
+    """A stratified sample of rows: classes, and the sources of each class, keep their shares.
+
+    Args:
+        rows: with ``label`` and ``source``.
+        limit: number of rows to draw; all are returned if there are no more.
+        seed: from 0 on; the same rows and seed give the same sample.
+
+    Returns:
+        The rows in their order, with a new index from 0.
+    """
     return rows.iloc[sampled_places(rows, limit, seed)].reset_index(drop=True)
 
 
 def sampled_places(rows: pd.DataFrame, limit: int, seed: int, by: str = "source") -> np.ndarray:
-    """The positions, in order, of ``limit`` rows, or of all where there are no more.
+    """The positions, ascending, of a stratified sample of ``limit`` rows, or of all if there are no more.
 
-    The classes have their shares of ``rows``, and so have the groups ``by`` which a class is divided; while ``limit`` allows
-    each has at least one row.  ``seed`` is any number from 0 on; the same rows and seed give the same answer.
+    Classes keep their shares of ``rows``, and so do the strata of a class, its values of the column ``by``; if ``limit``
+    allows, each has at least one row.  The same rows and seed give the same sample.
     """
     if len(rows) <= limit:
         return np.arange(len(rows))
@@ -218,17 +246,17 @@ def sampled_places(rows: pd.DataFrame, limit: int, seed: int, by: str = "source"
     classes, counts = np.unique(labels, return_counts=True)
     for label, quota in zip(classes, apportioned(counts, limit, rng), strict=True):
         members = rng.permutation(np.flatnonzero(labels == label))
-        groups, names = pd.factorize(rows[by].iloc[members], use_na_sentinel=False)
-        quotas = apportioned(np.bincount(groups, minlength=len(names)), quota, rng)
-        turn = pd.Series(groups).groupby(groups).cumcount().to_numpy()
-        chosen.append(members[turn < quotas[groups]])
+        strata, names = pd.factorize(rows[by].iloc[members], use_na_sentinel=False)
+        quotas = apportioned(np.bincount(strata, minlength=len(names)), quota, rng)
+        turn = pd.Series(strata).groupby(strata).cumcount().to_numpy()
+        chosen.append(members[turn < quotas[strata]])
     return np.sort(np.concatenate([np.zeros(0, int), *chosen]))
 
 
 def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """How many of ``limit`` each of the groups of ``counts`` images gets, by largest remainder; equal remainders by lot.
+    """The sample sizes of strata of ``counts`` images, ``limit`` in all, by largest remainder; ties are drawn by lot.
 
-    Where ``limit`` allows, each group gets at least one; none gets more than it has.
+    If ``limit`` allows, each stratum gets at least one; none gets more than it has.
     """
     counts = np.asarray(counts)
     limit = min(limit, int(counts.sum()))
@@ -245,27 +273,27 @@ def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.
 
 
 def deciding(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> tuple[np.ndarray, str]:
-    """Which validation ``rows`` choose epoch, calibration and thresholds: ``(N,)`` bool, and the rule in words.
+    """The validation ``rows`` that choose epoch, calibration and thresholds, ``(N,)`` bool, and the rule in words.
 
-    They are the official validation set's; without it those of sources that ``train`` lacks; else all.  A rule is passed
-    over where its images lack a class, and where they have under ``FEWEST`` of one and those of a later rule have not.
+    The rules in order: the official validation set, sources that ``train`` lacks, all images.  A rule is skipped if its
+    images lack a class, or if they have fewer than ``FEWEST`` of a class and those of a later rule do not.
     """
     labels, everything = rows["label"].to_numpy(int), np.ones(len(rows), bool)
     rules = _official(run, task, rows, train)
     rules["sources that training lacks"] = ~rows["source"].isin(train["source"]).to_numpy()
     wanted = FEWEST if np.bincount(labels, minlength=2).min() >= FEWEST else 1
-    passed_over = ""
+    skipped = ""
     for name, mask in rules.items():
         authentic, positive = np.bincount(labels[mask], minlength=2)
         if min(authentic, positive) >= wanted:
-            return mask, name + passed_over
+            return mask, name + skipped
         if mask.any():
-            passed_over += f"; too few of {name}: {authentic} authentic, {positive} positive"
-    return everything, "all validation images" + passed_over
+            skipped += f"; too few of {name}: {authentic} authentic, {positive} positive"
+    return everything, "all validation images" + skipped
 
 
 def _official(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The rules that name official validation images, the narrowest first."""
+    """The rules for official validation images, the narrowest first."""
     if task == "B":
         return {"the official validation set": rows["layout"].eq("task_b_validation").to_numpy()}
     folders = rows["path"].map(os.path.dirname)
@@ -280,19 +308,19 @@ def _official(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> d
 
 
 def deciding_first(rows: pd.DataFrame, decides: np.ndarray, limit: int, seed: int) -> pd.DataFrame:
-    """``limit`` validation rows, or all, ``sampled`` from those that decide, and from the others where there is room."""
+    """At most ``limit`` validation rows, ``sampled`` from those that decide, then from the others."""
     first = sampled(rows[decides], limit, seed)
     return pd.concat([first, sampled(rows[~decides], limit - len(first), seed)], ignore_index=True)
 
 
 def data_fingerprint(manifest: pd.DataFrame) -> str:
-    """Changes with the images' paths, sizes in bytes, labels, masks or splits."""
+    """A hash of the images' paths, sizes in bytes, labels, masks and splits."""
     facts = manifest[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def problems(manifest: pd.DataFrame, repeats: bool = True) -> pd.DataFrame:
-    """The rows that are left out, with the reason; without ``repeats`` those alone that are not used in another place."""
+    """The rows that are left out, with the reasons; without ``repeats`` only those that are not used in another place."""
     repeated = _repeated(manifest)
     wrong = manifest[manifest["error"].notna() & ~repeated]
     parts = [wrong, manifest[repeated]] if repeats else [wrong]
@@ -300,7 +328,7 @@ def problems(manifest: pd.DataFrame, repeats: bool = True) -> pd.DataFrame:
 
 
 def taken_for(manifest: pd.DataFrame) -> pd.DataFrame:
-    """What every data set was taken for: set, layout, split, class, images, and how many of those are left out."""
+    """How each data set was read: set, layout, split, class, images, and the number of images left out."""
     names = manifest["label"].map({0: "authentic", 1: "synthetic or manipulated"})
     rows = manifest.assign(**{"class": names, "left out": manifest["error"].notna()})
     counted = rows.groupby(["data_set", "layout", "split", "class"], sort=False)["left out"].agg(["size", "sum"]).reset_index()
@@ -316,7 +344,7 @@ def overview(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_file_facts(rows: Rows, cache: Path) -> pd.DataFrame:
-    """The rows with ``FILE_COLUMNS``; a mask that does not fit its image counts as the image's error."""
+    """The rows with ``FILE_COLUMNS``; a mask that does not fit is an error of its image."""
     table = rows.table()
     masks = table["mask_path"].dropna().drop_duplicates().tolist()
     facts = read_headers([*rows.paths, *masks], cache, rows.looks)
@@ -328,7 +356,7 @@ def _with_file_facts(rows: Rows, cache: Path) -> pd.DataFrame:
 
 
 def _mask_problems(table: pd.DataFrame, masks: pd.DataFrame) -> pd.Series:
-    """Why a manipulated image's mask cannot be used; missing where it can, and for images without one."""
+    """Why a mask cannot be used, per image; missing if it can, or if there is none."""
     problems = pd.Series(np.nan, table.index, dtype="str")
     marked = table["mask_path"].notna()
     image = table[marked]
@@ -344,7 +372,7 @@ def _mask_problems(table: pd.DataFrame, masks: pd.DataFrame) -> pd.Series:
 
 
 def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
-    """Images that are listed under both labels, and manipulated images of which no mask is known."""
+    """Errors of images that are listed under both labels, and of manipulated images without a known mask."""
     problems = pd.Series(np.nan, table.index, dtype="str")
     keys = _image_keys(table)
     twice = table.loc[keys.index[keys.duplicated(keep=False)], "label"]
@@ -357,7 +385,7 @@ def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
 
 
 def _image_keys(table: pd.DataFrame) -> pd.Series:
-    """A number per image that exists, the same for one file by two paths, and for one member of a parquet file."""
+    """A number per existing image, the same for two paths to one file or to one member of a parquet file."""
     keys = table.loc[table["identity"].ne(-1), "identity"]
     inside = table["path"][keys.index].str.lower().str.contains(".parquet#", regex=False)
     if inside.any():
@@ -369,15 +397,14 @@ def _image_keys(table: pd.DataFrame) -> pd.Series:
     return keys
 
 
-REPEATED = ": the same image as "  # in the reason of an image that stands in several places
+REPEATED = ": the same image as "  # in the error of an image that is listed several times
 _ORDER = {"train": 0, "val": 1, "test": 2}
 
 
 def _repeats(table: pd.DataFrame) -> pd.Series:
-    """Why an image that stands in several places is left out of this one; missing where it is not.
+    """Errors of images that are listed several times; missing for the place where an image is used.
 
-    An image that trains neither validates nor is held out, one that validates is not held out, and each counts once, where
-    it is listed first.
+    Training comes before validation, validation before test, and within a split the first place counts.
     """
     problems = pd.Series(np.nan, table.index, dtype="str")
     keys = _image_keys(table[table["error"].isna()])
@@ -394,7 +421,7 @@ _ROLES = {"train": "trained on", "val": "in validation", "test": "held out"}
 
 
 def _repeat_notes(table: pd.DataFrame) -> list[str]:
-    """How many images of each set are left out since they stand elsewhere too."""
+    """Notes on the images of each set that are left out since they are listed elsewhere too."""
     rows = table[_repeated(table)]
     first = [reason.rpartition(", which is ")[2] for reason in rows["error"]]
     counts = rows.assign(first=first).groupby(["data_set", "split", "first"]).size()
@@ -426,7 +453,7 @@ def _check_classes(table: pd.DataFrame, task: str) -> None:
 
 
 def _reasons(rows: pd.DataFrame, shown: int = 5) -> Iterator[str]:
-    """Why rows cannot be used: each kind of reason with how many there are and the first, the commonest first."""
+    """The errors of rows by kind, the commonest first: the count and the first error of each kind."""
     kinds: dict[str, list[str]] = {}
     for row in rows[rows["error"].notna()].itertuples(index=False):
         kind = row.error

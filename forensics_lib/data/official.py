@@ -1,11 +1,11 @@
-"""Which data a run may train on, told by layout, by the names that the official sets hold, and by where links lead."""
+"""The data that a run may train on, by layouts, by names in the official sets, and by the targets of links."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from forensics_lib.data.readers import (
     of_itw_sm,
     task_of,
 )
-from forensics_lib.data.rows import NAMED, LayoutError
+from forensics_lib.data.rows import LayoutError, joined, scan
 from forensics_lib.data.tables import read_text_table
 from forensics_lib.images.io import SUFFIXES
 from forensics_lib.params import DataSet
@@ -38,28 +38,28 @@ LDM_FOLDERS = frozenset(f"latent_diffusion_{name}" for name in (*LDM_SETS, *(f"t
 _GANS = "progan biggan crn cyclegan deepfake gaugan imle san seeingdark stargan stylegan stylegan2 whichfaceisreal"
 TEST_GENERATORS = frozenset(_GANS.split())
 VALIDATION_LAYOUTS = frozenset({"itw_sm", "task_b_validation"})
-LISTED = frozenset({"table", "parquet"})  # layouts that name images by other means than folders
-_SOME = 200  # names in a folder that are looked at
+LISTED = frozenset({"table", "parquet"})  # layouts that list images instead of holding them in folders
+_SOME = 200  # image names checked in a folder
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder of a set, or a link in it to a single file, and where that really is."""
+    """A folder of a data set, or a link to a file in it, with its real place."""
 
-    path: str  # as the set leads to it
-    parts: tuple[str, ...]  # the folders from the set's root to it
-    target: Path  # the real folder; of a file the one in which it really lies
-    linked: bool  # whether a link leads here
-    file: str | None = None  # of a link to a file: the real file
-    names: tuple[str, ...] = ()  # of some of the folder's images
+    path: str  # as the set's reader reaches it
+    parts: tuple[str, ...]  # folders from the set's root to it
+    target: Path  # the real folder; for a file the real folder around it
+    linked: bool  # whether reached through a link
+    file: str | None = None  # the real file behind a link to a file
+    names: tuple[str, ...] = ()  # of the first images in a folder
 
 
 def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
-    """Raise ``LayoutError`` where a set of ``task`` would train on validation data or, in a constrained run, on data that is
-    not official, also through links; the message names each place, where it leads, and why it is refused.
+    """Raise ``LayoutError`` if a set of ``task`` would train on validation data or, in a constrained run, on data that is
+    not official, also through links; the message names each place, its target and the reason.
     """
-    for cached in (_real_folder, _names_in, _has_platforms, _foreign, _listed_folders):
-        cached.cache_clear()  # the last call may have been before the user mended something
+    for cached in (_real_folder, _names_in, _has_platforms, _listed_folders):
+        cached.cache_clear()  # files may have changed since the last call
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
     _refuse_validation(places, _never_trained_on(run, entries))
@@ -69,7 +69,7 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
 
 
 def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
-    """Raise ``LayoutError`` where a training row is a file of an official validation set or a test image, by identity or by
+    """Raise ``LayoutError`` if a training row is a file of an official validation set or a test image, by identity or by
     name, or in a constrained run a file of ``dataset_open``; ``entries`` are the run's sets of both tasks.
     """
     train = table[table["split"].eq("train")]
@@ -92,7 +92,7 @@ def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame
 
 
 def _refuse_hard_links(opened: Path, train: pd.DataFrame) -> None:
-    """Raise ``LayoutError`` where a training row is a file of ``dataset_open`` by another name."""
+    """Raise ``LayoutError`` if a training row is a file of ``dataset_open`` under another name."""
     several = train[[_names_of(path) > 1 for path in train["path"]]] if opened.is_dir() else train[:0]
     if len(several):
         same = several["identity"].isin(_identities(opened, but_official=True))
@@ -101,7 +101,7 @@ def _refuse_hard_links(opened: Path, train: pd.DataFrame) -> None:
 
 
 def _names_of(path: str) -> int:
-    """How many hard links a file has; 0 where it is not there."""
+    """The number of a file's hard links; 0 if it does not exist."""
     try:
         return os.stat(path).st_nlink  # noqa: PTH116 (speed)
     except OSError:
@@ -111,13 +111,13 @@ def _names_of(path: str) -> int:
 def _raise_validation(found: list[str]) -> None:
     if found:
         raise LayoutError(
-            f"{_first(found)}. ITW-SM and the Task B validation set are validation data of every run and must not be trained "
-            "on, nor must the test images"
+            f"{joined(found, '; ')}. ITW-SM and the Task B validation set are validation data of every run and must not be "
+            "trained on, nor must the test images"
         )
 
 
 def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
-    """The real folders of the official validation sets and of the test images, with what they are."""
+    """The real folders of official validation sets and of test images, with descriptions."""
     listed = [from_home(entry.root) for entry in entries if entry.layout in VALIDATION_LAYOUTS]
     roots = [root.resolve() for root in (run.data / "dataset_taskB" / "validation", *listed)]
     tests = {run.test_folder(task).resolve(): f"the Task {task} test images" for task in "AB"}
@@ -125,25 +125,19 @@ def _never_trained_on(run: Run, entries: list[DataSet]) -> dict[Path, str]:
 
 
 def _identities(root: Path, but_official: bool = False) -> list[int]:
-    """The identities of all files below a folder, also through links; without those of folders known to be official."""
+    """The identities of all files below a folder, also through links; ``but_official`` omits known official folders."""
     paths, real = [], root.resolve()
     for folder in {place.target for place in _walk(root) if not place.file}:
         inside = folder.is_relative_to(real)
         if but_official and _official(Path(*folder.relative_to(real).parts[2:]) if inside else folder):  # after split and class
             continue
-        with os.scandir(folder) as entries:
-            paths += [entry.path for entry in entries if entry.is_file()]
+        paths += [entry.path for entry in scan(folder) if entry.is_file()]
     return [identity for identity in look(paths)[:, 2].tolist() if identity != -1]
 
 
-def _first(found: list[str]) -> str:
-    return "; ".join(found[:NAMED]) + (f"; and {len(found) - NAMED} more" if len(found) > NAMED else "")
-
-
 def places_of(entry: DataSet) -> list[Place]:
-    """The folders of a set and the links to single files in them, as its reader comes to them."""
-    root = from_home(entry.root)
-    found = list(_walk(root))
+    """The folders of a set and the links to files in them, as its reader reaches them."""
+    found = list(_walk(from_home(entry.root)))
     if entry.layout != "own":
         return found
     return [place for place in found if len(place.parts) < 2 or _is_read(*place.parts[:2])]
@@ -154,7 +148,7 @@ def _is_read(split: str, label: str) -> bool:
 
 
 def _walk(root: Path) -> Iterator[Place]:
-    """Every real folder once below each pair of first folders, through links; no more than its names is read of a file."""
+    """Every real folder once below each pair of first folders, and links to files; files are not opened."""
     seen: set[tuple[tuple[str, ...], str]] = set()
     waiting: list[tuple[str, tuple[str, ...], bool]] = [(str(root), (), root.is_symlink())] if root.is_dir() else []
     while waiting:
@@ -163,30 +157,28 @@ def _walk(root: Path) -> Iterator[Place]:
         if (parts[:2], real) in seen:
             continue
         seen.add((parts[:2], real))
-        folder, files, names = Path(real), [], []
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == "." or name == "__MACOSX":
-                        continue
-                    if name[name.rfind(".") :].lower() in SUFFIXES:
-                        if entry.is_symlink():
-                            files.append(entry.path)
-                        elif len(names) < _SOME:
-                            names.append(name)
-                    elif entry.is_dir():
-                        waiting.append((entry.path, (*parts, name), linked or entry.is_symlink()))
-        except OSError:  # the reader says so
-            continue
-        yield Place(path, parts, folder, linked, names=tuple(names))
-        for file in files:
+        links: list[str] = []
+        names: list[str] = []
+        for entry in scan(path):
+            if entry.name[0] == "." or entry.name == "__MACOSX":
+                continue
+            if _named_as_image(entry.name):
+                (links if entry.is_symlink() else names).append(entry.name)
+            elif entry.is_dir():
+                waiting.append((entry.path, (*parts, entry.name), linked or entry.is_symlink()))
+        yield Place(path, parts, Path(real), linked, names=tuple(names[:_SOME]))
+        for name in links:
+            file = f"{path}{os.sep}{name}"
             target = _real_file(file)
             yield Place(file, parts, _real_folder(os.path.dirname(target)), True, target)  # noqa: PTH120 (speed)
 
 
+def _named_as_image(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in SUFFIXES
+
+
 def _real_file(link: str) -> str:
-    """Where a link to a file leads, in a third of the time of ``os.path.realpath``."""
+    """The real path behind a link to a file, in a third of the time of ``os.path.realpath``."""
     for _ in range(40):
         try:
             link = os.path.join(_real_folder(os.path.dirname(link)), os.readlink(link))  # noqa: PTH115, PTH118, PTH120 (speed)
@@ -200,12 +192,8 @@ def _real_folder(folder: str) -> Path:
     return Path(os.path.realpath(folder))
 
 
-def _trains(entry: DataSet, place: Place) -> bool:
-    return _split(entry, place) == "train"
-
-
 def _split(entry: DataSet, place: Place) -> str:
-    """What images at ``place`` are for, by the entry and the names on the way."""
+    """The split of the images at a place, by the entry and the folder names."""
     if entry.layout in VALIDATION_LAYOUTS:
         return "val"
     named = (split_of(part) for part in (*place.parts, from_home(entry.root).name))
@@ -213,9 +201,9 @@ def _split(entry: DataSet, place: Place) -> str:
 
 
 def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str]) -> None:
-    found, known = [], {}
+    found, known = [], dict[Path, str | None]()
     for entry, inside in places.items():
-        for place in (place for place in inside if _trains(entry, place)):
+        for place in (place for place in inside if _split(entry, place) == "train"):
             if place.target not in known:
                 known[place.target] = _validates(place.target, _names_in(place.target) if place.file else place.names, roots)
             if known[place.target]:
@@ -230,9 +218,9 @@ def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> 
 
 
 def _by_platforms(target: Path) -> bool:
-    """Whether ``target`` lies in a platform's folder in a class folder, beside nothing but such ones.
+    """Whether ``target`` is in a platform's folder of a class folder that holds only such folders.
 
-    Class folders of a training folder are passed over: what lies in those are sources, which may be named for platforms.
+    Class folders of a training split do not count: their folders are sources, which may be named for platforms.
     """
     parts = target.parts
     number = next((i for i in reversed(range(len(parts) - 1)) if class_of(parts[i]) is not None), None)
@@ -251,16 +239,11 @@ def _has_platforms(root: Path) -> bool:
 
 @lru_cache(maxsize=10_000)
 def _names_in(folder: Path) -> tuple[str, ...]:
-    try:
-        with os.scandir(folder) as entries:
-            named = (entry.name for entry in entries)
-            return tuple(islice((name for name in named if name[name.rfind(".") :].lower() in SUFFIXES), _SOME))
-    except OSError:
-        return ()
+    return tuple(islice((entry.name for entry in scan(folder) if _named_as_image(entry.name)), _SOME))
 
 
 def _refuse_unofficial(entries: list[DataSet], edition: int) -> None:
-    """Raise ``LayoutError`` that names every set which is not official by its layout or its folders' names, and why."""
+    """Raise ``LayoutError`` for sets that are not official by their layout or folder names, with the reasons."""
     official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if edition >= 2026 else set())
     reasons = {entry.root: _why_unofficial(entry, official) for entry in entries}
     _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], official)
@@ -269,7 +252,7 @@ def _refuse_unofficial(entries: list[DataSet], edition: int) -> None:
 def _raise_unofficial(refused: list[str], official: frozenset[str] | set[str]) -> None:
     if refused:
         raise LayoutError(
-            f"a constrained run takes official data only; refused: {_first(refused)}. "
+            f"a constrained run takes official data only; refused: {joined(refused, '; ')}. "
             f"Take them out, or set run_type: open. Official layouts: {', '.join(sorted(official))}"
         )
 
@@ -278,28 +261,28 @@ def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str 
     root = from_home(entry.root)
     if entry.layout not in official:
         return str(entry.layout)
-    if entry.layout == "itw_sm" and not (of_itw_sm(root) or of_itw_sm(root.resolve()) or _is_itw_sm(root)):
+    if entry.layout == "itw_sm" and not _is_itw_sm(root):
         return "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
     if entry.layout == "cnndetection":
         return _why_not_cnndetection(entry, root)
     if entry.layout == "corvi_ldm":
         folders = {path.name for split in ("train", "valid") for path in root.glob(f"{split}/*/")}
-        return _strangers(folders, LDM_FOLDERS, "the latent diffusion set's folders")
+        return _unknown(folders, LDM_FOLDERS, "the latent diffusion set's folders")
     return None
 
 
 def _is_itw_sm(root: Path) -> bool:
-    return (root / ITW_SM).is_dir() or _has_platforms(root)
+    return of_itw_sm(root) or of_itw_sm(root.resolve()) or (root / ITW_SM).is_dir() or _has_platforms(root)
 
 
-def _strangers(found: set[str], known: frozenset[str], what: str) -> str | None:
+def _unknown(found: set[str], known: frozenset[str], what: str) -> str | None:
     others = sorted(found - known)
     return f"{', '.join(others[:5])}: not among {what}" if others else None
 
 
 def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
-    """Whether it has another split than a test one whose class folders lie elsewhere than in one of the 20 categories."""
-    strangers = set()
+    """Whether a training or validation split has class folders outside of the 20 categories."""
+    categories = set()
     for *above, _ in class_trees(root):
         told = split_of(above[0]) if len(above) > 1 else None
         if (told or split_of(root.name)) == "test":
@@ -307,50 +290,51 @@ def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
                 return "split: train, but it is a test split, which is never trained on"
             continue
         category = "/".join(above[1:] if told else above)
-        strangers.add(category or "class folders outside of categories")
-    return _strangers(strangers, CNNDETECTION_CATEGORIES, "CNNDetection's training and validation categories")
+        categories.add(category or "class folders outside of categories")
+    return _unknown(categories, CNNDETECTION_CATEGORIES, "CNNDetection's training and validation categories")
 
 
 def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[DataSet, list[Place]]) -> None:
-    """Raise ``LayoutError`` that names every place of a constrained run's sets that leads to data which is not official."""
-    roles = {"val": "it is in the run's validation set", "test": "it is in a test split of the run's sets"}
-    kept_apart: dict[Path | str, str] = {}  # real folders and files that do not train
-    for entry, inside in places.items():
-        splits = ((place.file or place.target, _split(entry, place)) for place in inside)
-        kept_apart |= {target: roles[split] for target, split in splits if split != "train"}
+    """Raise ``LayoutError`` for the places of a constrained run's sets that lead to data which is not official."""
     opened, data = _Opened(run.data / "dataset_open"), run.data.resolve()
-    found: list[str] = []
+    kept_apart, found = _kept_apart(places), []
     for entry, inside in places.items():
         claims = _claims(run, task, [other for other in entries if other != entry])
-        listed = [Place(str(root), (), root.resolve(), True) for root in _listed_roots(entry)]
+        roots = [from_home(root) for root in (entry.coco_root, entry.lsun_root) if root]
+        listed = [Place(str(root), (), root.resolve(), True) for root in roots]
         known: dict[tuple[Path, Path, bool, bool], str | None] = {}
         for place in [*inside, *listed]:
             if not (place.linked or (entry.layout == "own" and not place.parts)):
                 continue
-            key = place.target, _base_of(place, data), place.linked, _trains(entry, place)
+            trains = _split(entry, place) == "train"
+            key = place.target, _base_of(place, data), place.linked, trains
             if key not in known:
-                known[key] = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
-            why = known[key] or opened.holds(place)
-            if not why and key[3]:
+                why = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
+                known[key] = why or opened.why(place.target, place.target, *place.target.parents)
+            why = known[key] or (opened.why(place.target, place.file) if place.file else None)
+            if not why and trains:
                 why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
                 found.append(f"{place.path} leads into {place.file or place.target}: {why}")
     _raise_unofficial(found, CONSTRAINED_LAYOUTS)
 
 
+def _kept_apart(places: dict[DataSet, list[Place]]) -> dict[Path | str, str]:
+    """The real folders and files of the run's validation and test images, with descriptions."""
+    roles = {"val": "it is in the run's validation set", "test": "it is in a test split of the run's sets"}
+    splits = [(place.file or place.target, _split(entry, place)) for entry, inside in places.items() for place in inside]
+    return {target: roles[split] for target, split in splits if split != "train"}
+
+
 def _base_of(place: Place, data: Path) -> Path:
-    """The folder below which names tell what ``place`` holds: what lies above the data root, or a set's root, tells nothing."""
+    """The folder below which names count for ``place``: names above the data root, or a set's root, do not."""
     if place.target.is_relative_to(data):
         return data
     return Path(place.target.anchor) if place.linked else place.target.parent
 
 
-def _listed_roots(entry: DataSet) -> list[Path]:
-    return [from_home(root) for root in (entry.coco_root, entry.lsun_root) if root]
-
-
 def _claims(run: Run, task: str, others: list[DataSet]) -> dict[Path, str]:
-    """Real folders that are for something else than training for ``task``, with what they are."""
+    """Real folders with another purpose than training for ``task``, with descriptions."""
     claims = {run.data / "dataset_open": "it is open data"}
     claims |= {run.test_folder(name): f"it is the Task {name} test images" for name in "AB"}
     if task == "A":
@@ -367,33 +351,31 @@ def _claimed(target: Path, claims: dict[Path, str]) -> str | None:
 
 
 class _Opened:
-    """Where the links in ``dataset_open`` lead: what they reach is open data, but for what is known to be official."""
+    """The targets of links in ``dataset_open``: they are open data, except known official folders."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._reached: set[Path | str] | None = None  # real folders and files
-        self._folders: dict[Path, bool] = {}  # those asked for: whether they are reached
 
-    def holds(self, place: Place) -> str | None:
-        if self._reached is None:
-            self._reached = {found.file or found.target for found in _walk(self._root) if found.linked}
-        if place.target not in self._folders:
-            folders = (place.target, *place.target.parents)
-            self._folders[place.target] = not self._reached.isdisjoint(folders)
-        reached = self._folders[place.target] or place.file in self._reached
-        return f"{self._root} holds it too: it is open data" if reached and not _official(place.target) else None
+    @cached_property
+    def _reached(self) -> set[Path | str]:
+        """Real folders and files."""
+        return {found.file or found.target for found in _walk(self._root) if found.linked}
+
+    def why(self, folder: Path, *paths: Path | str) -> str | None:
+        """Why images in a real folder are open data, if a link leads to one of ``paths``."""
+        reached = not self._reached.isdisjoint(paths) and not _official(folder)
+        return f"{self._root} holds it too: it is open data" if reached else None
 
 
 def _official(target: Path) -> bool:
-    """Whether a folder lies where CNNDetection, the latent diffusion set or COCO keep their training images."""
+    """Whether a folder is a place of training images in CNNDetection, the latent diffusion set or COCO."""
     parts = target.parts
     lsun = any(one in CNNDETECTION_CATEGORIES and other in ("0_real", "1_fake") for one, other in pairwise(parts))
     return lsun or not LDM_FOLDERS.isdisjoint(parts) or "train2017" in parts
 
 
-@lru_cache(maxsize=100_000)
 def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
-    """Why what lies in ``target`` is no official data of ``task``, where the folders from ``base`` to it or a list tells."""
+    """Why images in ``target`` are not official data of ``task``, by the folders from ``base`` to it or by a table."""
     names = target.relative_to(base).parts
     parts = [part.lower() for part in names]
     if any(name in ("ai", "nature") and split_of(above) for above, name in pairwise(parts)):
@@ -408,7 +390,7 @@ def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, ed
 
 
 def _beside(folder: Path) -> bool:
-    """Whether beside a folder named real or fake lies the other of the two."""
+    """Whether there is a folder ``fake`` beside a folder ``real``, or the other way round."""
     return folder.with_name({"real": "fake", "fake": "real"}[folder.name.lower()]).is_dir()
 
 
@@ -425,7 +407,7 @@ def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | N
 
 
 def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
-    """Whether ``parts`` below ``base`` lead into a test split, or into a folder of CNNDetection's test generators."""
+    """Whether ``parts`` below ``base`` are in a test split, or in a folder of CNNDetection's test generators."""
     if next((split for part in reversed(parts[-2:]) if (split := split_of(part))), None) == "test":
         return "it is a test split"
     number = next((i for i in reversed(range(len(parts))) if parts[i].lower() in ("0_real", "1_fake")), None)
@@ -433,7 +415,7 @@ def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
         name = spelled.lower()
         if split_of(name) == "test":
             return "it is a test split"
-        if split_of(name) and not (up == 0 and name == "train"):  # which is a category as well
+        if split_of(name) and not (up == 0 and name == "train"):  # which is also a category
             return None
         beside = base.joinpath(*parts[: parts.index(spelled)]) if name == "progan" else None
         if up < 2 and (name in TEST_GENERATORS - {"progan"} or (beside and _has_generators(beside))):
@@ -446,37 +428,26 @@ def _has_generators(folder: Path) -> bool:
 
 
 def _listed_in(target: Path) -> str | None:
-    """Whether parquet files lie with the images, or a table there or one folder above lists some of them."""
+    """Whether there are parquet files beside the images, or a table there or one folder above lists some of them."""
     if _official(target):
         return None
     if next(target.glob("*.parquet"), None):
         return "it is a parquet set"
-    for table in (*_tables_in(target.parent), *_tables_in(target)):
-        if _lists(table, target):
+    tables = [entry for folder in (target.parent, target) for entry in scan(folder) if entry.name[-4:].lower() == ".csv"]
+    for table in (Path(entry) for entry in tables if entry.is_file()):
+        if any(folder.is_relative_to(target) for folder in _listed_folders(table)):
             return f"it is the set of the table {table}"
     return None
 
 
-def _tables_in(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return [Path(entry) for entry in entries if entry.name[-4:].lower() == ".csv" and entry.is_file()]
-    except OSError:
-        return []
-
-
 @lru_cache(maxsize=1_000)
 def _listed_folders(table: Path) -> frozenset[Path]:
-    """The real folders of the images that a table with ``path`` and ``label`` lists, as ``readers.read_table`` reads it."""
-    rows = read_text_table(table)
+    """The real folders of the images listed by a table with ``path`` and ``label``; none of another table."""
+    try:
+        rows = read_text_table(table)
+    except LayoutError:
+        return frozenset()
     if not {"path", "label"} <= set(rows.columns):
         return frozenset()
     folders = {path.replace("\\", "/").rpartition("/")[0] for path in rows["path"].unique()}
     return frozenset((table.parent / folder).resolve() for folder in folders)
-
-
-def _lists(table: Path, target: Path) -> bool:
-    try:
-        return any(folder.is_relative_to(target) for folder in _listed_folders(table))
-    except LayoutError:  # no table of images
-        return False

@@ -6,7 +6,6 @@ own pages and repositories.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from forensics_lib.data.layouts import (
     read_tgif,
     sagid_path,
 )
-from forensics_lib.data.rows import LABELS, Folder, LayoutError, Rows, check_parts, contents, refuse_broken_links
+from forensics_lib.data.rows import LABELS, Folder, LayoutError, Rows, check_parts, contents, refuse_broken_links, scan
 from forensics_lib.data.tables import read_listing, read_text, read_text_table
 from forensics_lib.params import DataSet
 from forensics_lib.utils.callables import load_callable
@@ -401,16 +400,9 @@ def class_trees(root: Path, depth: int = 5) -> list[tuple[str, ...]]:
         if parts and class_of(parts[-1]) is not None:
             found.append(parts)
         elif len(parts) < depth:
-            waiting += [(*parts, name) for name in _folders_in(root.joinpath(*parts))]
+            inside = [entry.name for entry in scan(root.joinpath(*parts)) if entry.name[0] != "." and entry.is_dir()]
+            waiting += [(*parts, name) for name in inside]
     return sorted(found)
-
-
-def _folders_in(place: Path) -> list[str]:
-    try:
-        with os.scandir(place) as entries:
-            return [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
-    except OSError:
-        return []
 
 
 def _layout_of_trees(root: Path) -> str | None:

@@ -244,24 +244,24 @@ def contents(folder: Path) -> str:
     """The content of a folder, for error messages."""
     if not folder.is_dir():
         return broken_link(folder) or f"{folder} is {'a file' if folder.exists() else 'not there'}"
-    entries = sorted(folder.iterdir())
-    names = [shown(entry.name) + "/" * entry.is_dir() for entry in entries]
-    links = [link for entry in entries if (link := broken_link(entry))]
+    inside = sorted(folder.iterdir())
+    names = [shown(path.name) + "/" * path.is_dir() for path in inside]
+    links = [link for path in inside if (link := broken_link(path))]
     held = f"{folder} holds {', '.join(names[:12]) or 'nothing'}{' ...' if len(names) > 12 else ''}"
     return "; ".join([held, *links[:12]])
 
 
 def refuse_broken_links(root: Path) -> None:
     """Raise ``LayoutError`` for broken links to folders in ``root`` and in its folders."""
-    folders = [str(root), *(entry.path for entry in _entries(str(root)) if entry.is_dir())]
-    links = [entry for folder in folders for entry in _entries(folder) if entry.is_symlink() and entry.name[0] != "."]
+    folders = [str(root), *(entry.path for entry in scan(root) if entry.is_dir())]
+    links = [entry for folder in folders for entry in scan(folder) if entry.is_symlink() and entry.name[0] != "."]
     _refuse([broken for link in links if Path(link).suffix.lower() not in SUFFIXES and (broken := broken_link(link.path))])
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def scan(folder: str | Path) -> list[os.DirEntry[str]]:
     """The entries of a folder by name; none of an unreadable one, which ``Rows.walk`` notes."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+    with suppress(OSError), os.scandir(folder) as found:
+        return sorted(found, key=lambda entry: entry.name)
     return []
 
 

@@ -185,14 +185,24 @@ def read_image(source: str | Path | bytes, region: Region | None = None) -> np.n
         ImageError: the file cannot be read; the message names it and the cause.
     """
     with open_image(source) as image:
-        image.load()
-        rgb = to_rgb(image)
-        rows, columns = region(rgb.height, rgb.width) if region else (slice(0, rgb.height), slice(0, rgb.width))
-        pixels = np.empty((rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
-        for top in range(rows.start, rows.stop, STRIP):  # strips stay in the processor's cache: a third of the time
-            bottom = min(top + STRIP, rows.stop)
-            pixels[top - rows.start : bottom - rows.start] = rgb.crop((columns.start, top, columns.stop, bottom))
-        return pixels
+        rgb = decoded(image)
+        place = region(rgb.height, rgb.width) if region else (slice(0, rgb.height), slice(0, rgb.width))
+        return pixels_in(rgb, *place)
+
+
+def decoded(image: ImageFile) -> Image.Image:
+    """Decode all of an open image, to RGB."""
+    image.load()
+    return to_rgb(image)
+
+
+def pixels_in(rgb: Image.Image, rows: slice, columns: slice) -> np.ndarray:
+    """A region of a decoded image, ``(rows, columns, 3)`` uint8."""
+    pixels = np.empty((rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
+    for top in range(rows.start, rows.stop, STRIP):  # strips fit in the processor's cache: a third of the time
+        bottom = min(top + STRIP, rows.stop)
+        pixels[top - rows.start : bottom - rows.start] = rgb.crop((columns.start, top, columns.stop, bottom))
+    return pixels
 
 
 def as_file(image: Image.Image | np.ndarray) -> bytes:

@@ -156,7 +156,7 @@ def test_every_audit_of_sound_data_finds_nothing_and_of_spoiled_data_says_what(t
     counts = found.findings.set_index("finding")["count"]
     assert counts["files left out"] == 1 and counts["notes on folders and names"] == 1
     assert counts["equal files in both classes"] == 1 and counts["equal files in several splits"] == 1
-    assert "2 files with a byte-for-byte twin, 1 twins across classes" in found.duplicates()
+    assert "2 files with byte-for-byte duplicates, 1 sets of duplicates across classes" in found.duplicates()
     assert findings_of(tiny_run, "A", manifest) == found.findings.to_dict("records")
 
 
