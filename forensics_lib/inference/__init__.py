@@ -1,1 +1,1 @@
-"""A trained model's answers: probabilities and masks, for a run's test images or for any image."""
+"""Predictions of trained models: probabilities and masks, for the test images of a run or for any image."""

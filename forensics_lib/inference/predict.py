@@ -1,4 +1,4 @@
-"""Trained models on images: probabilities from several native crops, masks from overlapping tiles at the image's size."""
+"""Predictions of trained models: probabilities from several native crops, full-size masks from overlapping tiles."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from forensics_lib.utils.progress import progress
 
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
-    """What predictions are made with, to be kept beside thresholds: parameters of inference, and this machine's precision."""
+    """The parameters of inference and this machine's precision, which are stored beside thresholds."""
     return {"inference": params.of_prediction(task), "precision": choose_machine(params).precision}
 
 
 @dataclass
-class ProbPrediction:
-    """Task A's answer for one image: ``prob`` in [0, 1]; NaN where it could not be read for the reason in ``error``.
+class Prediction:
+    """The prediction for one image.
 
-    NaN without an error is a broken model's answer, see ``check_finite``; so it is in ``MaskPrediction``.
+    ``prob`` is in [0, 1], or NaN: with the reason in ``error`` where the image could not be read, without one where the
+    model is broken (see ``check_finite``).
     """
 
     index: int
     prob: float
     error: str | None = None
+    mask: np.ndarray | None = None  # Task B: (H, W) float16 in [0, 1]
 
 
 def predict_probabilities(
@@ -45,22 +47,33 @@ def predict_probabilities(
     machine: Machine,
     change: Callable[[np.ndarray], np.ndarray] | None = None,
     title: str = "probabilities",
-) -> Iterator[ProbPrediction]:
-    """Task A: the probability of being synthetic for each row's ``path``, one after the other in row order.
+) -> Iterator[Prediction]:
+    """Task A: the probability of being synthetic, from up to ``crops_per_image`` native crops of each image.
 
-    Each image gives up to ``crops_per_image`` native crops; its probability is the sigmoid of their mean logit margin.
-    Crops of several images share a batch.  All batches are of one size, so that an image's result does not depend on what
-    else is in its batch.  ``change`` is done to each image first.
+    It is the sigmoid of the mean logit margin of the crops.  Crops of several images share a batch, and all batches have
+    one size, so that the result of an image does not depend on what else is in its batch.
+
+    Args:
+        model: a model of Task A.
+        rows: one row per image with its ``path``, or its ``content``.
+        params: crop_size and crops_per_image are used.
+        machine: from ``choose_machine``.
+        change: applied to each image ``(H, W, 3)`` uint8 first.
+        title: of the progress display.
+
+    Returns:
+        Iterator over the predictions, in row order.
     """
-    model = model.to(machine.device, memory_format=torch.channels_last).eval()
+    model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
     dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
     size = machine.images_at_once(params.crop_size**2)
-    waiting: deque[tuple[ProbPrediction, int, list[float]]] = deque()  # images in order: answer, crops, margins so far
+    waiting: deque[tuple[Prediction, int, list[float]]] = deque()  # images in order: prediction, crops, margins so far
     crops: deque[tuple[list[float], torch.Tensor]] = deque()
     for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
         # copied, since each tensor of a loader process keeps a file open as long as it lives
-        chosen, margins = sample["crops"].clone() if "crops" in sample else (), []
-        waiting.append((ProbPrediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
+        chosen = sample["crops"].clone() if "crops" in sample else ()
+        margins: list[float] = []
+        waiting.append((Prediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
         crops.extend((margins, crop) for crop in chosen)
         while len(crops) >= size:
             _score([crops.popleft() for _ in range(size)], model, machine, size)
@@ -81,21 +94,11 @@ def _score(crops: list[tuple[list[float], torch.Tensor]], model: CombinedModel, 
         margins.append(margin)
 
 
-def _complete(waiting: deque[tuple[ProbPrediction, int, list[float]]]) -> Iterator[ProbPrediction]:
-    """The first images of the queue whose crops all have their margins."""
+def _complete(waiting: deque[tuple[Prediction, int, list[float]]]) -> Iterator[Prediction]:
+    """Take the first images from the queue whose crops all have their margins."""
     while waiting and len(waiting[0][2]) == waiting[0][1]:
         prediction, count, margins = waiting.popleft()
-        yield replace(prediction, prob=sigmoid(np.mean(margins))) if count else prediction
-
-
-@dataclass
-class MaskPrediction:
-    """Task B's answer for one image; ``mask`` (H, W) float16 in [0, 1], or ``error`` where it could not be read."""
-
-    index: int
-    prob: float
-    mask: np.ndarray | None
-    error: str | None = None
+        yield replace(prediction, prob=sigmoid(float(np.mean(margins)))) if count else prediction
 
 
 def predict_masks(
@@ -105,44 +108,69 @@ def predict_masks(
     machine: Machine,
     change: Callable[[np.ndarray], np.ndarray] | None = None,
     title: str = "masks",
-) -> Iterator[MaskPrediction]:
-    """Task B: probability and full-size mask of each row's ``path``, one after the other in row order.
+) -> Iterator[Prediction]:
+    """Task B: the probability of being manipulated and the full-size mask of each image, by ``predict_mask``.
 
-    ``change`` is done to each image first.
+    Args:
+        model: a model of Task B.
+        rows: one row per image with its ``path``, or its ``content``.
+        params: tile_size, mask_scales and mask_flips are used.
+        machine: from ``choose_machine``.
+        change: applied to each image ``(H, W, 3)`` uint8 first; the mask has the size of its result.
+        title: of the progress display.
+
+    Returns:
+        Iterator over the predictions, in row order.
     """
-    model = model.to(machine.device, memory_format=torch.channels_last).eval()
+    model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
     for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
         if "error" in sample:
-            yield MaskPrediction(sample["index"], float("nan"), None, sample["error"])
+            yield Prediction(sample["index"], float("nan"), sample["error"])
         else:
             prob, mask = predict_mask(model, np.asarray(sample["image"]), params, machine)
-            yield MaskPrediction(sample["index"], prob if np.isfinite(mask).all() else float("nan"), mask)
+            yield Prediction(sample["index"], prob if np.isfinite(mask).all() else float("nan"), mask=mask)
 
 
 @torch.inference_mode()
 def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machine: Machine) -> tuple[float, np.ndarray]:
-    """Probability of being manipulated, and mask ``(H, W)`` float16 in [0, 1], of one ``(H, W, 3)`` uint8 image.
+    """Task B's prediction for one image.
 
-    An image of at most ``tile_size`` on both sides goes through whole.  A larger one is cut into overlapping tiles whose
-    masks are blended with weights that fall off linearly in the overlap.  With ``mask_flips`` the mirrored image is looked
-    at too, with ``mask_scales`` the image at those scales, and masks are averaged.  The classifier then sees the whole
-    mask and the mean features of all tiles.  Beside the image the memory needed is that of one float32 mask for each
-    scale but the first, one float16 mask, and a batch of tiles.
+    An image of at most ``tile_size`` on both sides is processed whole, a larger one in overlapping tiles whose masks are
+    blended with weights that fall off linearly in the overlap.  Masks of the mirrored image (``mask_flips``) and of other
+    scales (``mask_scales``) are averaged.  The classifier then gets the whole mask and the mean features of all tiles.
+    Beside the image the memory needed is one float32 mask for each scale but the first, one float16 mask, and a batch of
+    tiles.
+
+    Args:
+        model: a model of Task B, on the machine's device and in evaluation mode.
+        image: ``(H, W, 3)`` uint8 RGB.
+        params: tile_size, mask_scales and mask_flips are used.
+        machine: from ``choose_machine``.
+
+    Returns:
+        The probability of being manipulated (not calibrated), and the mask ``(H, W)`` float16 in [0, 1].
     """
-    height, width = image.shape[:2]
-    features: list[torch.Tensor] = []
-    total: np.ndarray | None = None
-    for scale in params.mask_scales:
-        mask = _blended_mask(model, _scaled(image, scale), params, machine, features)
-        if mask.shape != (height, width):
-            mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
-        total = mask if total is None else np.add(total, mask, out=total)
+    total, features = _mask_at_scale(model, image, params.mask_scales[0], params, machine)
+    for scale in params.mask_scales[1:]:
+        mask, more_features = _mask_at_scale(model, image, scale, params, machine)
+        total += mask
+        features += more_features
     total /= len(params.mask_scales)
     np.clip(total, 0, 1, out=total)
     with machine.autocast():
         whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
         logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
     return logits.softmax(1)[0, 1].item(), written_mask(total)
+
+
+def _mask_at_scale(
+    model: CombinedModel, image: np.ndarray, scale: float, params: Params, machine: Machine
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """The mask ``(H, W)`` float32 of an image that is processed at another scale, and the features of the tiles."""
+    mask, features = _blended_mask(model, _scaled(image, scale), params, machine)
+    if mask.shape != image.shape[:2]:
+        mask = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+    return mask, features
 
 
 def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
@@ -153,40 +181,55 @@ def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _blended_mask(
-    model: CombinedModel, image: np.ndarray, params: Params, machine: Machine, features: list[torch.Tensor]
-) -> np.ndarray:
-    """The mask ``(H, W)`` float32 of an image from its tiles, whose pooled features are added to ``features``."""
+    model: CombinedModel, image: np.ndarray, params: Params, machine: Machine
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """The mask ``(H, W)`` float32 of an image from its tiles, and the features of these."""
     height, width = image.shape[:2]
-    tile = params.tile_size
+    tile, overlap = params.tile_size, params.tile_overlap
     tile_h, tile_w = min(tile, height), min(tile, width)
-    tops, lefts = (tile_starts(side, tile, params.tile_overlap) for side in (height, width))
-    weight_y, weight_x = _weights(tile_h, params.tile_overlap), _weights(tile_w, params.tile_overlap)
-    total = np.zeros((height, width), np.float32)
+    tops, lefts = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
+    weight_y, weight_x = _weights(tile_h, overlap), _weights(tile_w, overlap)
+    total, features = np.zeros((height, width), np.float32), []
     places = [(top, left) for top in tops for left in lefts]
-    views = 2 if params.mask_flips else 1
     per_batch = machine.images_at_once(tile_h * tile_w)
     for start in range(0, len(places), per_batch):
         batch = places[start : start + per_batch]
         tiles = np.stack([image[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
-        tensor = machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles)))
-        probs = torch.zeros(len(batch), tile_h, tile_w, device=machine.device)
-        for flipped in (False, True)[:views]:
-            with machine.autocast():
-                # a compiled model is compiled for full batches of whole tiles, other shapes run as they are
-                run = model if tensor.shape == (per_batch, 3, tile, tile) else model.forward
-                output = run(tensor.flip(-1) if flipped else tensor)
-            found = output.mask_logits.float().sigmoid()[:, 0]
-            probs += (found.flip(-1) if flipped else found) / views
-            features += output.features.float().unbind()
-        for (y, x), prob in zip(batch, probs.cpu().numpy(), strict=True):
+        full = tiles.shape == (per_batch, 3, tile, tile)
+        probs, of_tiles = _tile_probs(model, tiles, machine, params.mask_flips, full)
+        features += of_tiles
+        for (y, x), prob in zip(batch, probs, strict=True):
             total[y : y + tile_h, x : x + tile_w] += prob * (weight_y[:, None] * weight_x)
     total /= _weight_sum(tops, weight_y, height)[:, None]
     total /= _weight_sum(lefts, weight_x, width)
-    return total
+    return total, features
+
+
+def _tile_probs(
+    model: CombinedModel, tiles: np.ndarray, machine: Machine, flips: bool, full: bool
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """Mask probabilities ``(N, H, W)`` of tiles ``(N, 3, H, W)`` uint8, and the features of each tile and view.
+
+    A compiled model is compiled for ``full`` batches of whole tiles: others go through its plain ``forward``.
+    """
+    forward = model if full else model.forward
+    images = machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles)))
+    views = (False, True) if flips else (False,)
+    probs = torch.zeros(len(tiles), *tiles.shape[2:], device=machine.device)
+    features: list[torch.Tensor] = []
+    for flipped in views:
+        with machine.autocast():
+            output = forward(images.flip(-1) if flipped else images)
+        if output.mask_logits is None:
+            raise ValueError("masks need a model of Task B")
+        found = output.mask_logits.float().sigmoid()[:, 0]
+        probs += (found.flip(-1) if flipped else found) / len(views)
+        features += output.features.float().unbind()
+    return probs.cpu().numpy(), features
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of a side begin: evenly spaced, overlapping by at least ``overlap``, the last ends at ``length``."""
+    """Where tiles begin along a side: evenly spaced, overlapping by at least ``overlap``, the last one ends at ``length``."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))

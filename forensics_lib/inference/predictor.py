@@ -1,4 +1,4 @@
-"""A trained checkpoint on any images, in three lines of Python and without a run."""
+"""Predictions of a trained checkpoint for any images, in three lines of Python and without a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import pandas as pd
@@ -24,13 +24,13 @@ from forensics_lib.params import Params
 from forensics_lib.utils.files import shown
 
 WANTED = "a path, an array (H, W, 3) or (H, W) of uint8, a PIL image, the bytes of an image file, or an open binary file"
-ONE = (str, PathLike, np.ndarray, Image.Image, bytes, bytearray, memoryview)
-Source = str | PathLike | np.ndarray | Image.Image | bytes | bytearray | memoryview | BinaryIO
+Pixels = np.ndarray | Image.Image | bytes | bytearray | memoryview | BinaryIO  # an image that is no path
+Source = str | PathLike | Pixels
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One image: what it is called, its file's content where it is not read from ``name``, and why it cannot be read."""
+    """One image: its name, its file's content where it is not read from the path ``name``, and why it cannot be read."""
 
     name: str
     content: bytes | None = None
@@ -40,22 +40,27 @@ class _Item:
 def predict(
     images: Source | Iterable[Source], checkpoint: str | Path, device: str = "auto"
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """What a model says of images: a table with a row per image, and for Task B the masks by the table's ``path``.
+    """Predict any images with a trained checkpoint.
 
-    ``images`` is one image, a folder, or any number of both in any mixture (of which only paths take no memory):
+    Args:
+        images: one image, a folder, or any number of both in any mixture.  An image is a path; an array ``(H, W, 3)`` RGB or
+            ``(H, W)`` grey of uint8; an open PIL image; the bytes of an image file, or a file opened with "rb".  A folder
+            gives the images in it by name, then those of its folders, whatever their extensions.  Only images given as
+            paths are not all held in memory.
+        checkpoint: the ``..._finetuned_model.pth`` of an evaluated run.
+        device: "auto", "cpu" or "cuda".
 
-    - a path; a folder gives the images in it by name, then those of its folders, whatever their files' endings;
-    - an array ``(H, W, 3)`` RGB or ``(H, W)`` grey of uint8, or an open PIL image (its pixels as they are, made RGB as those of
-      files are); the bytes of an image file, or a file opened with "rb".
+    Returns:
+        A table with a row per image, and for Task B the masks ``(H, W)`` float16 in [0, 1] by the table's path, as
+        predicted, whatever the label.  Columns: path (``image 0`` for the first row where it is no file; the second row of
+        a file ends in `` (2)``), prob (calibrated, in [0, 1]), label (1 where prob is at least the checkpoint's threshold)
+        and error: an image that cannot be read has NaN and the reason.
 
-    The table has the columns path (``image 0`` for the first row where that is no file; a second row of the same file ends in
-    `` (2)``), prob (calibrated, in [0, 1]), label (1 where prob is at least the checkpoint's threshold) and error; an image
-    that cannot be read, or is not there, has NaN and the reason.  Masks are float16 ``(H, W)`` in [0, 1] as predicted,
-    whatever the label.
-
-    Raises ``TypeError`` or ``ValueError`` for what cannot be an image, such as an array of floats, ``LayoutError`` for a folder
-    without images, ``CheckpointError`` for a checkpoint without thresholds, such as that of step 1, and
-    ``BrokenModelError`` where answers are not finite.
+    Raises:
+        TypeError, ValueError: something that cannot be an image, such as an array of floats.
+        LayoutError: a folder without images.
+        CheckpointError: a checkpoint without thresholds, such as that of step 1.
+        BrokenModelError: predictions are not finite.
     """
     items = _items(images)
     names = _distinct(item.name for item in items)
@@ -68,14 +73,15 @@ def predict(
     bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
     sources = pd.DataFrame({"path": [item.name for item in items], "content": bytes_of})
     masks: dict[str, np.ndarray] = {}
-    answers = []
-    for answer in (predict_probabilities if task == "A" else predict_masks)(model, sources, params, machine):
-        name, item = names[answer.index], items[answer.index]
-        told = answer.error and re.sub("^image bytes", lambda _, name=name: name, answer.error)
-        answers.append((name, answer.prob, item.error or told))
-        if task == "B" and answer.mask is not None:
-            masks[name] = answer.mask
-    rows = pd.DataFrame(answers, columns=["path", "prob", "error"], dtype=object).astype({"path": str, "prob": float})
+    found = []
+    for prediction in (predict_probabilities if task == "A" else predict_masks)(model, sources, params, machine):
+        name, error = names[prediction.index], prediction.error
+        if error and error.startswith("image bytes"):
+            error = name + error.removeprefix("image bytes")
+        found.append((name, prediction.prob, items[prediction.index].error or error))
+        if prediction.mask is not None:
+            masks[name] = prediction.mask
+    rows = pd.DataFrame(found, columns=["path", "prob", "error"], dtype=object).astype({"path": str, "prob": float})
     check_finite(rows["path"], rows["prob"], rows["error"])
     rows["prob"] = round_probs(calibrated(rows["prob"].to_numpy(float), thresholds))
     rows["label"] = (rows["prob"] >= thresholds["threshold"]).astype("Int64").where(rows["prob"].notna())
@@ -83,18 +89,25 @@ def predict(
 
 
 def _items(images: Source | Iterable[Source]) -> list[_Item]:
-    of_names = isinstance(images, np.ndarray) and images.dtype.kind in "OUT"  # NumPy's arrays of objects and of texts
-    if not of_names and (isinstance(images, ONE) or hasattr(images, "read")):
-        images = [images]
-    elif not isinstance(images, Iterable) or isinstance(images, Mapping):
-        raise TypeError(f"images is of type {type(images).__name__}; wanted {WANTED}, or any number of these")
     items: list[_Item] = []
-    for image in images:
+    for image in _sources(images):
         name = f"image {len(items)}"
         items += _of_path(image, name) if isinstance(image, str | PathLike) else [_in_memory(image, name)]
     if not items:
         raise ValueError(f"there are no images to predict: an empty {type(images).__name__} was given")
     return items
+
+
+def _sources(images: Source | Iterable[Source]) -> Iterable[Source]:
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OUT":  # NumPy's arrays of objects and of texts
+        return list(images)
+    if isinstance(images, str | PathLike | np.ndarray | Image.Image | bytes | bytearray | memoryview):
+        return [images]
+    if hasattr(images, "read"):
+        return [cast(BinaryIO, images)]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise TypeError(f"images is of type {type(images).__name__}; wanted {WANTED}, or any number of these")
+    return images
 
 
 def _of_path(path: str | PathLike, name: str) -> list[_Item]:
@@ -115,8 +128,8 @@ def _of_path(path: str | PathLike, name: str) -> list[_Item]:
     return items
 
 
-def _in_memory(image: np.ndarray | Image.Image | bytes | bytearray | memoryview | BinaryIO, name: str) -> _Item:
-    """An image that is no file.  Raises ``TypeError`` and ``ValueError`` for what cannot be one."""
+def _in_memory(image: Pixels, name: str) -> _Item:
+    """An image that is no path.  Raises ``TypeError`` and ``ValueError`` for what cannot be an image."""
     if hasattr(image, "read"):
         image = image.read()
         if not isinstance(image, bytes):
@@ -135,7 +148,7 @@ def _in_memory(image: np.ndarray | Image.Image | bytes | bytearray | memoryview 
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """The names in order, the second of a kind with `` (2)`` at its end and so on."""
+    """The names in order, made distinct by `` (2)`` and so on at their ends."""
     taken: dict[str, None] = {}
     for name in names:
         number, distinct = 1, name

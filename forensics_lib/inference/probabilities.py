@@ -1,4 +1,4 @@
-"""Probabilities on their way from a model's logits to a file."""
+"""Probabilities between the logits of a model and the files: calibration, rounding, and the check for NaN."""
 
 from __future__ import annotations
 
@@ -12,35 +12,40 @@ EDGE = 1e-12  # probabilities are kept this far from 0 and 1, so that their log-
 
 
 def calibrated(probs: np.ndarray, calibration: Mapping[str, float]) -> np.ndarray:
-    """Probabilities ``(N,)`` with their log-odds divided by ``temperature`` and moved by ``intercept``; NaN stays NaN.
+    """Apply a calibration: divide log-odds by ``temperature`` and add ``intercept``.
 
-    ``calibration`` may hold more, as stored thresholds do; without an intercept, as from runs that fitted none, it is 0.
+    Args:
+        probs: ``(N,)`` probabilities of a model; NaN stays NaN.
+        calibration: from ``fit_calibration``, or thresholds, which hold it too; a missing intercept is 0.
+
+    Returns:
+        ``(N,)`` calibrated probabilities.
     """
     odds = logit(np.clip(probs, EDGE, 1 - EDGE))
     return expit(odds / calibration["temperature"] + calibration.get("intercept", 0.0))
 
 
-DECIMALS = 6  # probabilities are written, and compared, with this many
+DECIMALS = 6  # of probabilities, where they are written and where they are compared
 
 
 def round_probs(probs: np.ndarray) -> np.ndarray:
-    """Probabilities as they are written to files, so that labels agree with what a reader computes; NaN stays NaN.
+    """Round probabilities as files hold them, so that labels agree with what a reader computes; NaN stays NaN.
 
-    They are kept one unit of the last decimal from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
+    They stay one unit of the last decimal away from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
     """
     return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
 
 
 SHOWN = 5  # images that an error names
-FALLBACK_PROB = 0.5  # for a test image that cannot be read: it must be in the submission all the same
+FALLBACK_PROB = 0.5  # of test images that cannot be read, which the submission must contain too
 
 
 class BrokenModelError(RuntimeError):
-    """A model's answer to an image that could be read is not a finite number; the message names the images."""
+    """The prediction for a readable image is not a finite number; the message names the images."""
 
 
 def check_finite(paths: Sequence[str] | pd.Series, probs: Sequence[float] | pd.Series, errors: Sequence | pd.Series) -> None:
-    """Raise ``BrokenModelError`` where a probability is not finite though its image has no error (None or missing)."""
+    """Raise ``BrokenModelError`` where the probability of an image without an error (None or missing) is not finite."""
     broken = [path for path, prob, error in zip(paths, probs, errors, strict=True) if pd.isna(error) and not np.isfinite(prob)]
     if broken:
         raise BrokenModelError(

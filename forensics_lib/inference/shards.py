@@ -1,4 +1,4 @@
-"""The test images: a probability of each and for Task B a mask, in shards that a stopped inference need not do again."""
+"""Inference on the test images, in shards, so that a stopped inference goes on where it was."""
 
 from __future__ import annotations
 
@@ -31,23 +31,34 @@ from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.processes import launch, launched, rank, should_launch, wait_for_all, world
 
 SHARD_IMAGES = {"A": 1024, "B": 64}  # at most, in a shard
-SHARDS = 32  # wanted at least, so that several processes get equal shares
-MASK_BYTES = 1.5  # for a pixel of a compressed mask; measured: 1.3 on the sample, where hardly any pixel is exactly 0
+SHARDS = 32  # at least, where there are as many images, so that several processes get equal shares
+MASK_BYTES = 1.5  # per pixel of a compressed mask; measured: 1.3 on the sample, where hardly any pixel is exactly 0
 
 
 class InferenceError(RuntimeError):
-    """What an inference needs or found does not fit together; the message says what and what to do."""
+    """An inference cannot start, or its shards are of no use; the message says why and what to do."""
 
 
 def infer(run: Run, task: str) -> pd.DataFrame:
     """Predict every image of the test folder; writes ``_test_probs.csv``, and for Task B the masks.
 
-    An image that cannot be read gets ``FALLBACK_PROB`` and, for Task B, an all-zero mask (of its declared size where its
-    header can be read, else 1 x 1): no test image may be missing from a submission.  Shards in the run's folder hold what
-    is done; those of another model, other parameters or other images are removed.  With ``processes`` above 1 that many
-    processes share the work; another inference of the same task and run waits, then takes up what this one leaves.
-    Returns image_id, prob, error and path.  Raises ``FileNotFoundError`` where the task is not trained, ``InferenceError``
-    where its thresholds were chosen with other parameters of inference.
+    An image that cannot be read gets probability 0.5 and an all-zero mask (of its declared size where its header can be
+    read, else 1 x 1), because a submission must hold every test image.  Finished shards in the run's folder are kept; those
+    of another model, other parameters or other images are removed.  ``processes`` above 1 starts that many processes;
+    another inference of the same task and run waits, and then takes the shards of this one.
+
+    Args:
+        run: a trained and evaluated run, from ``open_run``.
+        task: "A" or "B".
+
+    Returns:
+        One row per test image: image_id (file name), prob (calibrated, in [0, 1]), error (None or the reason) and path.
+
+    Raises:
+        FileNotFoundError: the task is not trained and evaluated.
+        InferenceError: thresholds were chosen with other parameters of inference, or shards do not fit the test images.
+        BrokenModelError: predictions are not finite.
+        WriteError: the disk has no room for the masks.
     """
     with only_inference(run, task):
         return _infer(run, task)
@@ -65,6 +76,25 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     _require_same_settings(run, task, content)
     if should_launch(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
+    table = _predicted(run, task, model)
+    failed = table["error"].notna()
+    probs = calibrated(table["prob"].to_numpy(), thresholds)
+    table["prob"] = round_probs(np.where(failed, FALLBACK_PROB, probs))
+    table.insert(0, "image_id", [Path(path).name for path in table["path"]])
+    if failed.any():
+        print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
+        print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
+    facts = {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}
+    run.record(**{f"task{task}_inferred": facts | inference_settings(run.params, task)})
+    run.record(**{f"task{task}_unreadable_test": table.loc[failed, "image_id"].tolist()})
+    if is_main():
+        write_csv(run.test_probs(task), table[["image_id", "prob"]])
+    wait_for_all()
+    return table[["image_id", "prob", "error", "path"]]
+
+
+def _predicted(run: Run, task: str, model: CombinedModel) -> pd.DataFrame:
+    """The predictions for all test images, not yet calibrated: path, prob and error, from shards done before or now."""
     rows = build_test_manifest(run, task)
     machine = choose_machine(run.params)
     print(f"Task {task}: {len(rows)} test images on {machine}")
@@ -72,33 +102,17 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     shards.prepare()
     missing = shards.missing()
     if missing:
-        model = model.to(machine.device, memory_format=torch.channels_last)
+        model = model.to(machine.device).to(memory_format=torch.channels_last)
         compile_where_it_pays(model, _pixels(run, task, rows))
     shards.complete(missing, model, machine)
     wait_for_all()
-    table = shards.merged()
-    failed = table["error"].notna()
-    table["prob"] = calibrated(table["prob"].to_numpy(), thresholds)
-    table["prob"] = table["prob"].where(~failed, FALLBACK_PROB)
-    if failed.any():
-        print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
-        print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
-    facts = {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}
-    run.record(**{f"task{task}_inferred": facts | inference_settings(run.params, task)})
-    run.record(**{f"task{task}_unreadable_test": [Path(path).name for path in table.loc[failed, "path"]]})
-    table["prob"] = round_probs(table["prob"])
-    table.insert(0, "image_id", [Path(path).name for path in table["path"]])
-    if is_main():
-        write_csv(run.test_probs(task), table[["image_id", "prob"]])
-    wait_for_all()
-    return table[["image_id", "prob", "error", "path"]]
+    return shards.merged()
 
 
 def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None:
     """Raise ``InferenceError`` where thresholds were chosen with other parameters of inference than this run's.
 
-    ``content`` is the checkpoint's.  Precision is of the machine and may differ, since a model may be trained on a GPU and
-    used on a CPU: it is only said.
+    ``content`` is the checkpoint's.  Another precision is only noted: a model may be trained on a GPU and used on a CPU.
     """
     kept, now = read_json(run.thresholds)[task], inference_settings(run.params, task)
     again = f"run {'notebook 02' if task == 'A' else 'notebook 03'} or 'train' of this run again"
@@ -124,14 +138,14 @@ def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None
 
 
 def _pixels(run: Run, task: str, rows: pd.DataFrame) -> float:
-    """How many pixels go through the model: of the crops, or of the images."""
+    """Pixels that the model has to process: of the crops, or of the images."""
     if task == "B":
         return float((rows["width"] * rows["height"]).sum())
     return len(rows) * run.params.crops_per_image * run.params.crop_size**2
 
 
 def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:
-    """Changes with the model's weights, with a parameter that predictions depend on, and with the test images."""
+    """A hash of the model's weights, the parameters that predictions depend on, and the test images."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -142,9 +156,9 @@ def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:
 
 
 class Shards:
-    """The test images of a task in equal parts: a part's answers are written when all of them are there.
+    """The test images of a task in equal shards, each written when all its images are predicted.
 
-    The parts follow from the number of images alone, so that an inference can go on with another number of processes.
+    They depend on the number of images alone, so that an inference can go on with another number of processes.
     """
 
     def __init__(self, run: Run, task: str, rows: pd.DataFrame, key: str) -> None:
@@ -163,12 +177,12 @@ class Shards:
         return self.rows.iloc[number * self.size : (number + 1) * self.size]
 
     def done(self, number: int) -> bool:
-        """Whether a part's answers are there, and its masks."""
+        """Whether the predictions of a shard exist, and its masks."""
         masks = [self.run.masks / self.masks[Path(path).name] for path in self.part(number)["path"]] if self.masks else []
         return self.file(number).is_file() and all(path.is_file() for path in masks)
 
     def prepare(self) -> None:
-        """Remove what another inference left: until this one is complete there is no result."""
+        """Remove the results of other inferences: until this one is complete there is no result."""
         if is_main():
             self.run.test_probs(self.task).unlink(missing_ok=True)
             for other in self.folder.parent.glob(f"task{self.task}-*"):
@@ -181,29 +195,29 @@ class Shards:
         wait_for_all()
 
     def missing(self) -> list[int]:
-        """The parts that are not done."""
+        """The shards that are not done."""
         return [number for number in range(len(self)) if not self.done(number)]
 
     def complete(self, missing: list[int], model: CombinedModel, machine: Machine) -> None:
-        """Do this process's share of the ``missing`` parts."""
+        """Predict this process's share of the ``missing`` shards."""
         if self.task == "B":
             self._check_space(missing)
         if 0 < len(missing) < len(self):
             print(f"{len(self) - len(missing)} of {len(self)} shards are done already")
-        wait_for_all()  # all have seen the same before one of them writes
+        wait_for_all()  # all have seen the same files before one of them writes
         mine = missing[rank() :: world()]
         if not mine:
             return
         rows = pd.concat([self.part(number) for number in mine])
-        answers = self._answers(rows, model, machine)
+        predictions = self._predictions(rows, model, machine)
         for number in mine:
-            part = pd.DataFrame(islice(answers, len(self.part(number))), columns=["path", "prob", "error"])
+            part = pd.DataFrame(islice(predictions, len(self.part(number))), columns=["path", "prob", "error"])
             check_finite(part["path"], part["prob"], part["error"])
             with atomic_write(self.file(number)) as temporary:
                 part.astype({"error": "string"}).to_parquet(temporary)
 
     def _check_space(self, missing: list[int]) -> None:
-        """Raise ``WriteError`` where the disk has no room for the masks of these parts."""
+        """Raise ``WriteError`` where the disk has no room for the masks of these shards."""
         rows = pd.concat([self.part(number) for number in missing]) if missing else self.rows[:0]
         needed = int((rows["width"] * rows["height"]).sum() * MASK_BYTES)
         free = shutil.disk_usage(self.folder).free
@@ -213,21 +227,18 @@ class Shards:
                 "or put outputs elsewhere (FORENSICS_HOME); the same command goes on"
             )
 
-    def _answers(self, rows: pd.DataFrame, model: CombinedModel, machine: Machine) -> Iterator[dict[str, Any]]:
-        paths, params = rows["path"].tolist(), self.run.params
-        if self.task == "A":
-            for answer in predict_probabilities(model, rows, params, machine):
-                yield {"path": paths[answer.index], "prob": answer.prob, "error": answer.error}
-            return
-        for answer in predict_masks(model, rows, params, machine):
-            path = Path(paths[answer.index])
-            mask = np.zeros(_declared_size(path), np.float16) if answer.mask is None else answer.mask
-            if answer.error or np.isfinite(answer.prob):
+    def _predictions(self, rows: pd.DataFrame, model: CombinedModel, machine: Machine) -> Iterator[dict[str, Any]]:
+        """The line of each image, after its mask is written."""
+        predict = predict_probabilities if self.task == "A" else predict_masks
+        for found in predict(model, rows, self.run.params, machine):
+            path = Path(rows["path"].iloc[found.index])
+            if self.task == "B" and (found.error or np.isfinite(found.prob)):
+                mask = np.zeros(_declared_size(path), np.float16) if found.mask is None else found.mask
                 save_mask(self.run.masks / self.masks[path.name], mask)
-            yield {"path": str(path), "prob": answer.prob, "error": answer.error}
+            yield {"path": str(path), "prob": found.prob, "error": found.error}
 
     def merged(self) -> pd.DataFrame:
-        """All answers in the order of the images.  Raises ``InferenceError`` where they are not the images' or not finite."""
+        """All predictions in image order.  Raises ``InferenceError`` where they do not fit the images or are not finite."""
         table = pd.concat([pd.read_parquet(self.file(number)) for number in range(len(self))], ignore_index=True)
         if table["path"].tolist() != self.rows["path"].tolist():
             raise InferenceError(
@@ -251,7 +262,7 @@ def _declared_size(path: Path) -> tuple[int, int]:
 
 
 def mask_statistics(run: Run, results: pd.DataFrame) -> str:
-    """What the written masks are, in words: nbval compares text, not pictures."""
+    """A summary of the written masks in words, for notebooks: nbval compares text, not pictures."""
     masks = [(path, load_mask(run.masks / f"{Path(path).stem}.npz")) for path in results.loc[results["error"].isna(), "path"]]
     own_size = sum(mask.shape == (header.height, header.width) for path, mask in masks for header in [read_header(Path(path))])
     in_range = sum(bool((mask >= 0).all() and (mask <= 1).all()) for _, mask in masks)
@@ -264,7 +275,7 @@ def only_inference(run: Run, task: str) -> Iterator[None]:
     """Within the block no other process, or group of them, predicts the test images of this task of this run."""
     held = f"Task {task} of run {run.name} is being predicted by another process: waiting for it"
     with ExitStack() as stack:
-        if is_main() and not launched():  # who launched others holds the lock for them
+        if is_main() and not launched():  # the process that launched others holds the lock for them
             stack.enter_context(exclusive(run.folder / "shards" / f"task{task}.lock", held))
         wait_for_all()
         yield
