@@ -1,26 +1,34 @@
-"""Synthetic twins of photographs."""
+"""What is made of photographs: synthetic twins and manipulated images."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import mid_greys, photo_table, picture, save
+from conftest import TINY, mid_greys, photo_table, picture, save
 from PIL import Image
 
-from forensics_lib.data import generated as aligned
-from forensics_lib.data.generated import _encoding_of, _subsampling, make_twins
+from forensics_lib.data import generated
+from forensics_lib.data.generated import _encoding_of, _subsampling, make_forgeries, make_twins
 from forensics_lib.data.manifest import build_manifest, sources, usable
 from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import read_image
-from forensics_lib.params import Aligned, ParamsError, make_params
+from forensics_lib.images.masks import read_mask
+from forensics_lib.params import Aligned, Forgeries, Params, ParamsError, make_params
 from forensics_lib.run import Run
+from forensics_lib.synthesis.forgeries import METHODS
 
 
 def smear(image: np.ndarray) -> np.ndarray:
     """Stands for an autoencoder: it loses the finest detail."""
     return np.repeat(np.repeat(image[::2, ::2], 2, 0), 2, 1)[: image.shape[0], : image.shape[1]]
+
+
+def darker(image: np.ndarray) -> np.ndarray:
+    """Stands for a generator of forgeries."""
+    return (image // 2).astype(np.uint8)
 
 
 @pytest.fixture
@@ -34,7 +42,7 @@ def photos(tiny_run):
 
 
 def test_a_twin_has_its_photographs_size_codec_and_group(photos, monkeypatch):
-    monkeypatch.setattr(aligned, "MIX", 0.0)
+    monkeypatch.setattr(generated, "MIX", 0.0)
     twins = make_twins(photos, Aligned(), smear)
     assert twins["group"].tolist() == photos["group"].tolist()
     assert set(twins["label"]) == {1} and set(twins["split"]) == {"train"}
@@ -85,7 +93,7 @@ def compression(path: str) -> dict:
 @pytest.mark.parametrize("name", WAYS)
 def test_a_twin_is_compressed_as_its_photograph_whatever_its_name(name, tmp_path, rng, monkeypatch):
     photos = stored(tmp_path / name, Image.fromarray(mid_greys(rng, 60, 80)), **WAYS[name])
-    monkeypatch.setattr(aligned, "MIX", 0.0)
+    monkeypatch.setattr(generated, "MIX", 0.0)
     twin = make_twins(photos, Aligned(), smear)["path"][0]
     ours, theirs = compression(twin), compression(photos["path"][0])
     assert ours == (theirs if theirs["format"] in ("JPEG", "WEBP") else {"format": "PNG"})
@@ -128,12 +136,12 @@ def test_colour_sampling_that_pillow_does_not_write_becomes_one_with_as_many_sam
 def test_mixing_keeps_the_mean(tmp_path, rng, monkeypatch):
     image = mid_greys(rng)
     photos = stored(tmp_path / "x.png", Image.fromarray(image))
-    monkeypatch.setattr(aligned, "MIX", 1.0)
+    monkeypatch.setattr(generated, "MIX", 1.0)
     twin = make_twins(photos, Aligned(), lambda image: image[::-1])["path"][0]
     assert abs(read_image(twin).mean() - image.mean()) < 0.02
 
 
-def test_twins_of_an_earlier_rule_or_of_other_code_are_made_again(photos, tmp_path, monkeypatch):
+def test_twins_of_other_code_are_made_again(photos, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_vae.py").write_text("def load():\n    return lambda image: image\n")
     settings = Aligned(autoencoder="my_vae:load")
@@ -141,23 +149,12 @@ def test_twins_of_an_earlier_rule_or_of_other_code_are_made_again(photos, tmp_pa
     assert make_twins(photos, settings, smear)["path"][0] == paths[0]
     (tmp_path / "my_vae.py").write_text("def load():\n    return lambda image: 255 - image\n")
     paths.append(make_twins(photos, settings, smear)["path"][0])
-    monkeypatch.setattr(aligned, "TWIN_VERSION", aligned.TWIN_VERSION + 1)
-    paths.append(make_twins(photos, settings, smear)["path"][0])
-    assert len(set(paths)) == 3
-
-
-def test_two_runs_that_make_the_same_twins_at_once_have_whole_ones(photos):
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: make_twins(photos, Aligned(), smear), range(4)))
-    assert all(table.equals(made[0]) for table in made)
-    for path in made[0]["path"]:
-        read_image(path)
-    assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == len(photos), "nothing else is left there"
+    assert len(set(paths)) == 2
 
 
 def test_a_share_of_the_photograph_is_mixed_in(photos, monkeypatch):
     photos = photos[photos["format"] == "PNG"]
-    monkeypatch.setattr(aligned, "MIX", 1.0)
+    monkeypatch.setattr(generated, "MIX", 1.0)
     twins = make_twins(photos, Aligned(), smear)
     shares = []
     for twin, photo in zip(twins["path"], photos["path"], strict=True):
@@ -166,20 +163,9 @@ def test_a_share_of_the_photograph_is_mixed_in(photos, monkeypatch):
     assert max(shares) <= 1 and 0 < np.mean(shares) < 1
 
 
-def test_twins_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
-    first = make_twins(photos, Aligned(), smear)
-    content = [Path(path).read_bytes() for path in first["path"]]
-    monkeypatch.setattr(aligned, "load_autoencode", lambda name: pytest.fail("made again"))
-    assert make_twins(photos, Aligned()).equals(first)
-    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "other"))
-    again = make_twins(photos, Aligned(), smear)
-    assert [Path(path).read_bytes() for path in again["path"]] == content
-    assert len(make_twins(photos, Aligned(count=2), smear)) == 2
-
-
 def test_large_photographs_give_a_square(tmp_path, photos, rng, monkeypatch):
     save(Path(photos["path"][0]), picture(rng, 90, 200))
-    monkeypatch.setattr(aligned, "SIDE", 64)
+    monkeypatch.setattr(generated, "SIDE", 64)
     twins = make_twins(photos.head(1), Aligned(), smear)
     header = read_header(twins["path"][0])
     assert (header.width, header.height) == (64, 64)
@@ -190,7 +176,7 @@ def test_a_twin_s_blocks_begin_where_its_photograph_s_do(tmp_path, photos, monke
     places = np.stack(np.broadcast_arrays(np.arange(180)[:, None], np.arange(250), 0), 2).astype(np.uint8)
     Image.fromarray(places).save(photos["path"][0], format="PNG")
     seen = []
-    monkeypatch.setattr(aligned, "SIDE", 64)
+    monkeypatch.setattr(generated, "SIDE", 64)
     monkeypatch.setattr("forensics_lib.data.generated.read_image", lambda _: places)
     for index in range(len(photos)):
         make_twins(photos.iloc[index : index + 1], Aligned(), lambda image: (seen.append(image[0, 0]), image)[1])
@@ -217,3 +203,72 @@ def test_an_open_run_trains_on_twins_and_a_constrained_one_may_not(tiny_run):
     twins = manifest[manifest["layout"] == "aligned"]
     assert len(twins) == 6 and twins["error"].isna().all() and twins["width"].notna().all()
     assert "aligned/src" in set(sources(manifest)["source"])
+
+
+@pytest.fixture
+def larger_photos(tmp_path, rng) -> pd.DataFrame:
+    table = photo_table([save(tmp_path / f"{i}.png", picture(rng, 90, 120)) for i in range(6)], source="camera", format="PNG")
+    return table.assign(bytes=[Path(path).stat().st_size for path in table["path"]])
+
+
+MADE = [
+    pytest.param(partial(make_twins, autoencode=smear), Aligned, "TWIN_VERSION", id="twins"),
+    pytest.param(partial(make_forgeries, autoencode=darker), Forgeries, "FORGERY_VERSION", id="forgeries"),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "version"), MADE)
+def test_what_is_made_is_kept_and_the_same_every_time(make, settings, version, larger_photos, tmp_path, monkeypatch):
+    first = make(larger_photos, settings())
+    content = [Path(path).read_bytes() for path in first["path"]]
+    with monkeypatch.context() as patched:
+        patched.setattr(generated, "load_autoencode", lambda name: pytest.fail("made again"))
+        assert make(larger_photos, settings(), autoencode=None).equals(first)
+        patched.setenv("FORENSICS_HOME", str(tmp_path / "other"))
+        again = make(larger_photos, settings())
+        assert [Path(path).read_bytes() for path in again["path"]] == content
+    assert len(make(larger_photos, settings(count=2))) == 2
+    monkeypatch.setattr(generated, version, getattr(generated, version) + 1)
+    assert not set(make(larger_photos, settings())["path"]) & set(first["path"]), "those of an earlier rule are made again"
+
+
+@pytest.mark.parametrize(("make", "settings", "version"), MADE)
+def test_runs_that_make_the_same_at_once_have_whole_files(make, settings, version, larger_photos):
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make(larger_photos, settings()), range(4)))
+    assert all(table.equals(made[0]) for table in made)
+    for row in made[0].to_dict("records"):
+        image = read_image(row["path"])
+        assert not row["mask_path"] or read_mask(row["mask_path"], image.shape[:2]).any()
+    files = len(made[0]) + made[0]["mask_path"].notna().sum()
+    assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == files, "nothing else is left there"
+
+
+def test_forgeries_are_files_with_masks_groups_and_every_method(larger_photos, monkeypatch):
+    monkeypatch.setattr(generated, "SIDE", 64)
+    rows = make_forgeries(larger_photos, Forgeries(), darker)
+    assert set(rows["method"]) == set(METHODS)
+    assert rows["group"].tolist() == larger_photos["group"].tolist()
+    assert (rows["kind"] == np.where(rows["method"] == "whole", "fr", "sp")).all()
+    for row in rows.to_dict("records"):
+        image = read_image(row["path"])
+        assert max(image.shape[:2]) <= 64
+        assert 0 < read_mask(row["mask_path"], image.shape[:2]).mean() < 0.8
+
+
+def test_an_unreadable_photograph_gives_no_forgery(larger_photos, capsys):
+    Path(larger_photos["path"][2]).write_bytes(b"broken")
+    rows = make_forgeries(larger_photos, Forgeries(), darker)
+    assert len(rows) == 4, "its own, and the one whose donor it is"
+    assert "2 photograph(s)" in capsys.readouterr().out
+
+
+def test_an_open_run_trains_on_forgeries_and_a_constrained_one_may_not(tiny_data):
+    values = TINY | {"tasks": ["B"], "data_root": str(tiny_data), "forgeries": {}}
+    run = Run(Params(**values, run_type="open"), tiny_data)
+    rows = usable(build_manifest(run, "B"), "train")
+    forged = rows[rows["layout"] == "forgeries"]
+    assert len(forged) == (rows["label"] == 0).sum()
+    assert forged["mask_path"].notna().all()
+    with pytest.raises(ParamsError, match="forgeries are for open runs"):
+        make_params(values, "own.yaml")

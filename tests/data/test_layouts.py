@@ -4,16 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
-    CORPUS,
-    OFFICIAL,
-    encoded,
-    needs_corpus,
-    needs_official,
-    picture,
-    records,
-    save,
-)
+from conftest import CORPUS, OFFICIAL, encoded, needs_corpus, needs_official, picture, records, save
 from PIL import Image
 
 from forensics_lib.data.layouts import mask_names, read_task_a, read_task_b_validation, read_test, read_tgif

@@ -1,20 +1,9 @@
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
-from conftest import TINY, mid_greys, photo_table, picture, save
+from conftest import mid_greys, picture
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 
-from forensics_lib.data import generated as forgeries
-from forensics_lib.data.generated import make_forgeries
-from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.images.crops import fitted
-from forensics_lib.images.io import read_image
-from forensics_lib.images.masks import read_mask
-from forensics_lib.params import Forgeries, Params, ParamsError, make_params
-from forensics_lib.run import Run
 from forensics_lib.synthesis.forgeries import (
     METHODS,
     SHARES,
@@ -33,12 +22,6 @@ from forensics_lib.synthesis.forgeries import (
 def darker(image: np.ndarray) -> np.ndarray:
     """Stands for a generator: what it made is known by its pixels."""
     return (image // 2).astype(np.uint8)
-
-
-@pytest.fixture
-def photos(tmp_path, rng) -> pd.DataFrame:
-    table = photo_table([save(tmp_path / f"{i}.png", picture(rng, 90, 120)) for i in range(6)], source="camera")
-    return table.assign(bytes=[Path(path).stat().st_size for path in table["path"]])
 
 
 def test_regions_are_never_empty_and_of_all_sizes(rng):
@@ -135,65 +118,6 @@ def test_the_same_seed_gives_the_same_forgery():
         one, two = (forge(photo, donor, method, darker, np.random.default_rng(5)) for _ in range(2))
         assert np.array_equal(one.image, two.image)
         assert np.array_equal(one.mask, two.mask)
-
-
-def test_forgeries_are_files_with_masks_groups_and_every_method(photos, monkeypatch):
-    monkeypatch.setattr(forgeries, "SIDE", 64)
-    rows = make_forgeries(photos, Forgeries(), darker)
-    assert set(rows["method"]) == set(METHODS)
-    assert rows["group"].tolist() == photos["group"].tolist()
-    assert (rows["kind"] == np.where(rows["method"] == "whole", "fr", "sp")).all()
-    for row in rows.to_dict("records"):
-        image = read_image(row["path"])
-        assert max(image.shape[:2]) <= 64
-        assert 0 < read_mask(row["mask_path"], image.shape[:2]).mean() < 0.8
-
-
-def test_forgeries_are_kept_and_the_same_every_time(photos, tmp_path, monkeypatch):
-    first = make_forgeries(photos, Forgeries(), darker)
-    content = [Path(path).read_bytes() for path in first["path"]]
-
-    def never(image: np.ndarray) -> np.ndarray:
-        raise AssertionError("made again")
-
-    again = make_forgeries(photos, Forgeries(), never)
-    assert again.equals(first)
-    monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / "elsewhere"))
-    anew = make_forgeries(photos, Forgeries(), darker)
-    assert [Path(path).read_bytes() for path in anew["path"]] == content
-
-
-def test_two_runs_that_make_the_same_forgeries_at_once_have_whole_ones(photos):
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: make_forgeries(photos, Forgeries(), darker), range(4)))
-    assert all(table.equals(made[0]) for table in made)
-    for row in made[0].to_dict("records"):
-        read_mask(row["mask_path"], read_image(row["path"]).shape[:2])
-    assert len(list(Path(made[0]["path"][0]).parent.iterdir())) == 2 * len(photos), "nothing else is left there"
-
-
-def test_forgeries_of_an_earlier_rule_are_made_again(photos, monkeypatch):
-    first = make_forgeries(photos, Forgeries(), darker)
-    monkeypatch.setattr(forgeries, "FORGERY_VERSION", forgeries.FORGERY_VERSION + 1)
-    assert not set(make_forgeries(photos, Forgeries(), darker)["path"]) & set(first["path"])
-
-
-def test_an_unreadable_photograph_gives_no_forgery(photos, capsys):
-    Path(photos["path"][2]).write_bytes(b"broken")
-    rows = make_forgeries(photos, Forgeries(), darker)
-    assert len(rows) == 4, "its own, and the one whose donor it is"
-    assert "2 photograph(s)" in capsys.readouterr().out
-
-
-def test_an_open_run_trains_on_forgeries_and_a_constrained_one_may_not(tiny_data):
-    values = TINY | {"tasks": ["B"], "data_root": str(tiny_data), "forgeries": {}}
-    run = Run(Params(**values, run_type="open"), tiny_data)
-    rows = usable(build_manifest(run, "B"), "train")
-    forged = rows[rows["layout"] == "forgeries"]
-    assert len(forged) == (rows["label"] == 0).sum()
-    assert forged["mask_path"].notna().all()
-    with pytest.raises(ParamsError, match="forgeries are for open runs"):
-        make_params(values, "own.yaml")
 
 
 def test_a_hole_is_filled_from_its_surroundings(rng):
