@@ -20,6 +20,10 @@ COMPILES_BACKWARD = "2.12"  # first PyTorch that compiles backward passes on CPU
 LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,000 crops on a CPU
 
 
+class DeviceMemoryError(RuntimeError):
+    """The device's memory does not suffice; the message says for what, and what to lower."""
+
+
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +71,14 @@ def choose_machine(params: Params) -> Machine:
         torch.set_num_threads(cores)
     workers = min(cores, 16) if params.workers == "auto" else params.workers
     return Machine(device, _fast_precision(device) if params.precision == "auto" else params.precision, workers)
+
+
+def memory_of(device: torch.device) -> str:
+    """How much memory a GPU has and how much of it is free, in words."""
+    if device.type != "cuda":
+        return f"the memory of {device}"
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{torch.cuda.get_device_name(device)} with {total / 2**30:.0f} GiB, of which {free / 2**30:.1f} are free now"
 
 
 def _device(wanted: str) -> torch.device:

@@ -281,7 +281,7 @@ class TrainingBatches:
     Starting them anew would cost a second per epoch: memory that the model updates after a fork has to be copied.
     """
 
-    def __init__(self, crops: TrainingCrops, workers: int) -> None:
+    def __init__(self, crops: TrainingCrops, workers: int, pinned: bool = False) -> None:
         self.batches = EpochBatches()
         self.loader = DataLoader(
             crops,
@@ -290,6 +290,7 @@ class TrainingBatches:
             persistent_workers=workers > 0,
             collate_fn=collate,
             worker_init_fn=leave_process_group,
+            pin_memory=pinned,  # copies to a GPU then go on beside its work
             generator=torch.Generator(),  # starting draws a number, which must not come from training's generator
         )
 

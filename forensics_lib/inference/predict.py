@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
-from forensics_lib.device import Machine, choose_machine
+from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, memory_of
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
-from forensics_lib.models.combined import CombinedModel
+from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 from forensics_lib.utils.progress import progress
 
@@ -89,9 +89,29 @@ def _score(crops: list[tuple[list[float], torch.Tensor]], model: CombinedModel, 
     batch = torch.stack([crop for _, crop in crops])
     batch = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
     with machine.autocast():
-        logits = model(machine.to_device(batch)).logits.float()
+        logits = output_in_parts(model, machine.to_device(batch)).logits.float()
     for (margins, _), margin in zip(crops, (logits[:, 1] - logits[:, 0]).tolist(), strict=False):
         margins.append(margin)
+
+
+def output_in_parts(forward: Callable[[torch.Tensor], Output], images: torch.Tensor) -> Output:
+    """Model output for a batch; in halves, and these in halves, where a GPU's memory does not suffice for it.
+
+    Raises ``DeviceMemoryError`` where it does not suffice for one image.
+    """
+    try:
+        return forward(images)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            size = f"one image or tile of {images.shape[2]} x {images.shape[3]} pixels"
+            raise DeviceMemoryError(
+                f"{size} does not fit into {memory_of(images.device)}: halve tile_size, end other programs that use the GPU, "
+                "or set device: cpu"
+            ) from None
+    if images.is_cuda:  # after the exception, which holds what it was raised over
+        torch.cuda.empty_cache()
+    logits, masks, features = zip(*(output_in_parts(forward, part) for part in images.tensor_split(2)), strict=True)
+    return Output(torch.cat(logits), None if masks[0] is None else torch.cat(masks), torch.cat(features))
 
 
 def _complete(waiting: deque[tuple[Prediction, int, list[float]]]) -> Iterator[Prediction]:
@@ -219,7 +239,7 @@ def _tile_probs(
     features: list[torch.Tensor] = []
     for flipped in views:
         with machine.autocast():
-            output = forward(images.flip(-1) if flipped else images)
+            output = output_in_parts(forward, images.flip(-1) if flipped else images)
         if output.mask_logits is None:
             raise ValueError("masks need a model of Task B")
         found = output.mask_logits.float().sigmoid()[:, 0]

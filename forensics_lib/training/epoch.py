@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from forensics_lib.data.datasets import drawing_strata, epoch_order, numbered_draws
 from forensics_lib.data.manifest import deciding
+from forensics_lib.device import DeviceMemoryError, memory_of
 from forensics_lib.evaluation.metrics import pixel_curves, roc_auc
 from forensics_lib.evaluation.predictions import predict_labelled
 from forensics_lib.images.io import ImageError
@@ -62,7 +63,8 @@ def train_epoch(state: TrainingState, step: Step, epoch: int, partial: PartialEp
     number_of_step = STEPS.index(step.name)
     torch.manual_seed(state.params.seed_for(number_of_step, epoch, rank()))  # dropout and stochastic depth
     state.model.to(memory_format=torch.channels_last).train()
-    first, seen, losses = (partial.batches, partial.seen, _losses_of(partial)) if partial else (0, 0, [])
+    first, seen = (partial.batches, partial.seen) if partial else (0, 0)
+    losses = Losses(state, f"{step.name} epoch {epoch + 1}", _losses_of(partial) if partial else [])
     started = time.monotonic() - (partial.seconds if partial else 0.0)
     batches = _batches(state, epoch, state.params.seed_for(number_of_step, epoch), first)
     bar = progress(batches, f"Task {state.task} {step.name} epoch {epoch + 1}")
@@ -73,38 +75,73 @@ def train_epoch(state: TrainingState, step: Step, epoch: int, partial: PartialEp
         share = len(batch["index"])
         everywhere, stops = all_reduce_sum(share, int(state.stopping()))
         if stops:
-            raise Stopped(_partial_epoch(state, number, losses, seen, time.monotonic() - started))
+            raise Stopped(_partial_epoch(state, number, losses.read(), seen, time.monotonic() - started))
         if not everywhere:
             continue
         weight = share * world() / everywhere  # gradients are averaged over processes, whatever their shares
         loss = _learn(state, step, epoch, number, batch, weight)
-        losses += [loss] if share else []
+        losses.add(loss, batch["index"])
         seen += everywhere
-        bar.note(f"loss {np.mean(losses[-20:]):.3f}")
+        bar.note(losses.note())
     seconds = time.monotonic() - started
-    line = {"task": state.task, "step": step.name, "epoch": epoch + 1, "train_loss": _mean_loss(state, losses)}
+    line = {"task": state.task, "step": step.name, "epoch": epoch + 1, "train_loss": _mean_loss(state, losses.read())}
     line |= {"images_per_second": round(seen / seconds, 1), "seconds": round(seconds, 1)}
     return line | {"lr": step.optimizer.param_groups[0]["lr"]}
 
 
-def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dict[str, Any], weight: float) -> float:
+class Losses:
+    """The losses of an epoch's batches, read from the device and checked every 20 batches on a GPU: each read waits for it."""
+
+    def __init__(self, state: TrainingState, where: str, values: list[float]) -> None:
+        self._state, self._where, self._values = state, where, values
+        self._every = 20 if state.machine.device.type == "cuda" else 1
+        self._unread: list[tuple[torch.Tensor, list[int]]] = []
+
+    def add(self, loss: torch.Tensor, indices: list[int]) -> None:
+        """Note the loss of a batch of the training images with these indices; of none, it counts nothing."""
+        if indices:
+            self._unread.append((loss, indices))
+        if len(self._unread) >= self._every:
+            self.read()
+
+    def read(self) -> list[float]:
+        """All losses so far.  Raises ``FloatingPointError`` with the files of the first batch whose loss is not finite."""
+        for (_, indices), value in zip(
+            self._unread, torch.stack([loss for loss, _ in self._unread]).tolist() if self._unread else [], strict=True
+        ):
+            if not np.isfinite(value):
+                files = "\n  ".join(self._state.train["path"][index] for index in indices)
+                raise FloatingPointError(f"the loss is {value} in {self._where}; lower the rate, or look at\n  {files}")
+            self._values.append(value)
+        self._unread = []
+        return self._values
+
+    def note(self) -> str:
+        """The mean of the last losses that were read."""
+        return f"loss {np.mean(self._values[-20:]):.3f}" if self._values else ""
+
+
+def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dict[str, Any], weight: float) -> torch.Tensor:
     """Update the model on batch ``number`` of an epoch, whose loss is multiplied by ``weight``; returns the loss."""
     update = epoch * state.updates + number
     step.schedule.step_update(update)
-    loss = batch_loss(state, batch if len(batch["index"]) else dummy_batch(state))
-    if not torch.isfinite(loss):
-        files = "\n  ".join(state.train["path"][index] for index in batch["index"])
-        where = f"{step.name} epoch {epoch + 1}"
-        raise FloatingPointError(f"the loss is {loss.item()} in {where}; lower the rate, or look at\n  {files}")
-    step.optimizer.zero_grad(set_to_none=True)
-    step.scaler.scale(loss * weight).backward()
+    try:
+        loss = batch_loss(state, batch if len(batch["index"]) else dummy_batch(state))
+        step.optimizer.zero_grad(set_to_none=True)
+        step.scaler.scale(loss * weight).backward()
+    except torch.OutOfMemoryError:
+        size = state.params.batch_size
+        raise DeviceMemoryError(
+            f"batches of {size} crops of {state.params.crop_size} pixels do not fit into {memory_of(state.machine.device)}: set "
+            f"batch_size: {max(1, size // 2)} and halve the rates, or lower crop_size"
+        ) from None
     step.scaler.unscale_(step.optimizer)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     step.scaler.step(step.optimizer)
     step.scaler.update()
     if step.average:
         step.average.update(state.model, update)
-    return loss.item()
+    return loss.detach()
 
 
 def _batches(state: TrainingState, epoch: int, seed: int, first: int) -> DataLoader:

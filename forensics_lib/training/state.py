@@ -55,7 +55,7 @@ class TrainingState:
     @cached_property
     def batches(self) -> TrainingBatches:
         crops = training_crops(self.train, self.task, self.params, equalize=self.equalize)
-        return TrainingBatches(crops, self.machine.workers)
+        return TrainingBatches(crops, self.machine.workers, pinned=self.machine.device.type == "cuda")
 
     @property
     def updates(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, picture, save
 from PIL import Image
 
-from forensics_lib.device import Machine, choose_machine
+from forensics_lib.device import DeviceMemoryError, Machine, choose_machine
 from forensics_lib.images.masks import load_mask, save_mask
 from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities, tile_starts
 from forensics_lib.models.combined import CombinedModel, Output
@@ -173,3 +173,28 @@ def test_odd_modes_and_sizes_get_a_mask_of_their_size(mode, size, tmp_path, rng)
     assert found.mask.shape == size
     assert np.isfinite(found.mask).all()
     assert 0 <= found.prob <= 1
+
+
+def test_a_batch_that_does_not_fit_into_memory_goes_through_in_halves():
+    model, sizes = CombinedModel("B", "test_convnext", decoder_channels=16).eval(), []
+
+    def small(images: torch.Tensor) -> Output:
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(images)
+
+    images = torch.rand(5, 3, 64, 64)
+    with torch.inference_mode():
+        found, expected = output_in_parts(small, images), model(images)
+    assert sizes == [5, 3, 2, 1, 2]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_image_that_does_not_fit_into_memory_says_what_to_lower():
+    def never(images: torch.Tensor) -> Output:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DeviceMemoryError, match=r"one image or tile of 64 x 96 pixels does not fit .*halve tile_size"):
+        output_in_parts(never, torch.rand(4, 3, 64, 96))

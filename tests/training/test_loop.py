@@ -14,6 +14,7 @@ from conftest import changed, picture, save, train_and_evaluate
 
 from forensics_lib import device as machine
 from forensics_lib.data.manifest import build_manifest, data_fingerprint, usable
+from forensics_lib.device import DeviceMemoryError
 from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
 from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.images.io import ImageError
@@ -467,3 +468,12 @@ def test_fp16_trains_with_scaled_losses_and_goes_on_with_its_scale(tiny_run):
     assert np.isfinite(history["train_loss"]).all()
     state = read_checkpoint(run.folder / "checkpoints" / "taskA_state.pt")
     assert state["scaler"]["scale"] > 1
+
+
+def test_a_batch_that_does_not_fit_into_memory_says_what_to_set(tiny_run, monkeypatch):
+    def never(*_) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(epochs, "batch_loss", never)
+    with pytest.raises(DeviceMemoryError, match=r"batches of 4 crops of 32 pixels do not fit .* set batch_size: 2"):
+        train(tiny_run, "A", build_manifest(tiny_run, "A"))
