@@ -497,6 +497,6 @@ def _value(key: str, text: str) -> Any:
         why = getattr(error, "problem", None) or "not YAML"
         raise SettingError(
             f"{key}={text}: the value cannot be read ({why}); lists are [A, B], mappings {{name: value}}, true and false "
-            f"are truth values; in a shell all of it stands in quotes: --set '{key}=...'"
+            f"are truth values; in a shell, quote all of it: --set '{key}=...'"
         ) from None
     return None if key in OPTIONAL and not quoted and text in NOTHING else text

@@ -1,1 +1,1 @@
-"""Data sets as they lie on disk, the manifest of a run, and the crops that training sees."""
+"""Data sets on disk, the manifest of a run, audits, and the crops of training and inference."""

@@ -57,11 +57,11 @@ class ShortcutAudit:
         """The result as text."""
         carriers = ", ".join(f"{name} {auc:.2f}" for name, auc in self.facts[self.facts > SHORTCUT_LIMIT].head(4).items())
         if np.isnan(self.auc):
-            return "too few images to tell whether file facts alone tell the classes apart"
+            return "too few images to tell whether file facts alone separate the classes"
         if not self.found:
-            return f"file facts alone tell the classes apart with AUC {self.auc:.2f}: no shortcut (limit {SHORTCUT_LIMIT:.2f})"
+            return f"file facts alone separate the classes with AUC {self.auc:.2f}: no shortcut (limit {SHORTCUT_LIMIT:.2f})"
         return (
-            f"SHORTCUT: file facts alone tell the classes apart with AUC {self.auc:.2f} (limit {SHORTCUT_LIMIT:.2f}). "
+            f"SHORTCUT: file facts alone separate the classes with AUC {self.auc:.2f} (limit {SHORTCUT_LIMIT:.2f}). "
             f"Carried by: {carriers or 'several together'}. A model shown such files may learn them instead of the traces."
         )
 
@@ -299,7 +299,7 @@ def _findings(
     found = [
         ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or train without"),
         ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
-        ("facts that tell the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "look at the table of facts"),
+        ("file facts that reveal the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "see the table of facts"),
         ("equal files in both classes", equal["label"], "remove them from one class"),
         ("equal files in several splits", equal["split"], "remove them from training"),
         (

@@ -58,14 +58,14 @@ def read_task_a(root: Path) -> Rows:
             rows.leave_unread(place, _unnamed("split", SPLITS))
     for place in (root, *(place for place, _ in split_folders(root))):
         if count := sum(path.suffix.lower() in SUFFIXES for path in place.glob("*")):
-            rows.leave_unread(f"{count} image(s) in {place} itself", "they lie in no class's folder")
+            rows.leave_unread(f"{count} image(s) in {place} itself", "they are in no class folder")
     if not len(rows):
         raise LayoutError(f"no images in {root}/{{train,val}}/{{0_real,1_fake}}; {contents(root)}")
     return rows
 
 
 def _unnamed(what: str, known: dict[str, Any]) -> str:
-    return f"its name tells no {what} (known: {', '.join(sorted(known))})"
+    return f"its name is no known {what} ({', '.join(sorted(known))})"
 
 
 def read_tgif(root: Path) -> Rows:
@@ -222,7 +222,7 @@ def read_test(folder: Path) -> Rows:
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
     _check_names(folder)
     if deeper:
-        print(f"{folder}: the images in {joined(deeper)} are not test images, since those lie in the folder itself")
+        print(f"{folder}: the images in {joined(deeper)} are ignored: test images must be in the folder itself")
     for note in rows.notes():
         print(note)
     return rows

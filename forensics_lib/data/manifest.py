@@ -380,7 +380,7 @@ def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
     problems[both] = table["path"][both] + ": listed as authentic and as synthetic; take it out of one class"
     manipulated = table["label"].eq(1) if task == "B" else table["kind"].isin(["sp", "fr"])
     unknown = table["mask_path"].isna() & manipulated
-    problems[unknown] = table["path"][unknown] + ": its name tells no mask, or none of its size is there, nor does a table"
+    problems[unknown] = table["path"][unknown] + ": no mask is known: neither its name and size nor a table leads to one"
     return problems
 
 

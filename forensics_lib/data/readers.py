@@ -187,7 +187,7 @@ def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
                 method = folder.parts[0].removeprefix("latent_diffusion_")
                 rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", generator="latent_diffusion", method=method)
             else:
-                rows.leave_unread((root / name).joinpath(*folder.parts), "its images lie in no latent_diffusion_* folder")
+                rows.leave_unread((root / name).joinpath(*folder.parts), "its images are in no folder latent_diffusion_*")
         for source in ("coco", "lsun"):
             listing = root / name / f"real_{source}.txt"
             if listing.is_file():
@@ -244,7 +244,7 @@ def read_itw_sm(root: Path, _: DataSet) -> Rows:
     for folder in rows.walk(root):
         label = class_of(folder.parts[0]) if folder.parts else None
         if label is None:
-            rows.leave_unread(root.joinpath(*folder.parts), "it lies in neither 0_real nor 1_fake")
+            rows.leave_unread(root.joinpath(*folder.parts), "it is in neither 0_real nor 1_fake")
             continue
         check_parts(root.joinpath(*folder.parts), folder.parts[1:], label, "val")
         inside = len(folder.parts) > 1
@@ -323,7 +323,7 @@ def read_table(path: Path, entry: DataSet) -> Rows:
         )
     named = split_in(path.name) or split_of(path.parent.name)
     if entry.split == "train" and named == "test":
-        raise LayoutError(f"{path}: split: train, but its name tells test images, which are never trained on")
+        raise LayoutError(f"{path}: split: train, but its name says test, and test images are never trained on")
     rows = Rows()
     for number, item in zip(table.index, table.to_dict("records"), strict=True):
         _add_table_row(rows, path, number, item, entry.split or named)

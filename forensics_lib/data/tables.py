@@ -47,9 +47,7 @@ def read_text_table(path: Path, rows: int | None = None) -> pd.DataFrame:
             keep_default_na=False,
         )
     except (ValueError, csv.Error) as error:  # pandas raises ValueErrors for damaged files
-        raise LayoutError(
-            f"{path} is not a CSV: {str(error).strip()}. A field that holds a separator must stand in quotes"
-        ) from None
+        raise LayoutError(f"{path} is not a CSV: {str(error).strip()}. A field that holds a separator must be quoted") from None
     table = table.fillna("").apply(lambda column: column.str.strip())
     table.index += 1 + _line_ends(text[: len(text) - len(lines)])
     table = table[table.ne("").any(axis=1)]

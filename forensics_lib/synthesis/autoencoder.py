@@ -3,7 +3,7 @@
 It replaces the decoder of a latent diffusion model where no larger generator is at hand: its output carries the traces of
 a learned decoder (lost noise, correlated residuals), with the content and the size of the photograph.  The weights in
 ``assets/autoencoder.safetensors`` were trained by ``tools/train_autoencoder.py`` on the training photographs of the built-in
-sample, with the seed and the settings below.
+sample.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from forensics_lib.utils.callables import load_callable
-from forensics_lib.utils.progress import progress
 
 WEIGHTS = Path(__file__).parents[1] / "assets" / "autoencoder.safetensors"
 PADDING = 32  # images are padded to multiples of this: few distinct shapes are faster than many
@@ -110,39 +109,3 @@ def load_autoencode(name: str) -> Autoencode:
         return partial(regenerate, load_autoencoder())
     wanted = "give 'own', or 'module:function' whose function, called without arguments, returns a callable from image to image"
     return load_callable(name, "autoencoder", wanted)()
-
-
-def train_autoencoder(photos: list[np.ndarray], steps: int, seed: int = 0, batch: int = 24, size: int = 64) -> Autoencoder:
-    """Train on random ``size`` x ``size`` crops of ``(H, W, 3)`` uint8 photographs.
-
-    The loss is L1 on pixels plus L1 on their horizontal and vertical differences (so that edges stay sharp); the
-    learning rate follows one cycle.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = Autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], float)
-    bar = progress(range(steps), "autoencoder")
-    for step in bar:
-        crops = [_random_crop(photos[i], size, rng) for i in rng.choice(len(photos), batch, p=areas / areas.sum())]
-        x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
-        y = model(x)
-        loss = F.l1_loss(y, x) + F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            psnr = -10 * torch.log10(F.mse_loss(y.detach().clamp(0, 1), x))
-            bar.note(f"loss {loss.item():.4f}, PSNR {psnr.item():.1f} dB")
-    return model.eval()
-
-
-def _random_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    top = rng.integers(photo.shape[0] - size + 1)
-    left = rng.integers(photo.shape[1] - size + 1)
-    crop = photo[top : top + size, left : left + size]
-    return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)

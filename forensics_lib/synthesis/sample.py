@@ -208,19 +208,9 @@ def _spliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     return composed(scene.base, scene.mask, scene.donor, autoencode)
 
 
-def _respliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
-    """As ``_spliced`` with the region generated at 1.5 times its size."""
-    return _spliced(scene, enlarged(autoencode))
-
-
 def _fully(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
     """New content in the region, then the whole image regenerated."""
     return autoencode(_spliced(scene, autoencode))
-
-
-def _fully_enlarged(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
-    """As ``_fully`` with the whole image regenerated at 1.5 times its size."""
-    return enlarged(autoencode)(_spliced(scene, autoencode))
 
 
 def _inner(scene: _Scene) -> _Scene:
@@ -252,9 +242,9 @@ def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> 
             f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
             f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
             f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
-            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _respliced(scene, autoencode),
+            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _spliced(scene, enlarged(autoencode)),
             f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
-            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": _fully_enlarged(outer, autoencode),
+            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": enlarged(autoencode)(_spliced(outer, autoencode)),
             f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
             f"masks/{split}/{category}/{mask_name}_512.png": _as_png(inner.mask),
             f"masks/{split}/{category}/{mask_name}_1024.png": _as_png(outer.mask),

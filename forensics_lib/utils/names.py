@@ -41,12 +41,12 @@ def split_in(name: str) -> str | None:
     return told.pop() if len(told) == 1 else None
 
 
-def named_folders(root: Path, told: Callable[[str], Any]) -> Iterator[tuple[Path, Any]]:
-    """The folders in ``root``, following links, each with ``told(name)``; hidden folders are skipped."""
+def named_folders(root: Path, lookup: Callable[[str], Any]) -> Iterator[tuple[Path, Any]]:
+    """The folders in ``root``, following links, each with ``lookup(name)``; hidden folders are skipped."""
     if root.is_dir():
         for folder in sorted(root.iterdir()):
             if not folder.name.startswith(".") and folder.name != "__MACOSX" and folder.is_dir():
-                yield folder, told(folder.name)
+                yield folder, lookup(folder.name)
 
 
 def split_folders(root: Path) -> list[tuple[Path, str]]:

@@ -126,7 +126,7 @@ def replicated(model: nn.Module) -> nn.Module:
 def launch(processes: int, *arguments: str) -> None:
     """Run ``python -m forensics_lib`` with ``arguments`` in ``processes`` local processes, and print their output.
 
-    Raises ``WorkerError`` if one of them fails; the message of ``KeyboardInterrupt`` is their last line, what was saved.
+    Raises ``WorkerError`` if one of them fails; the message of ``KeyboardInterrupt`` tells what was saved.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"}
@@ -156,7 +156,7 @@ def launch(processes: int, *arguments: str) -> None:
             process.terminate()
         status = process.wait()
     if status:
-        raise WorkerError(f"one of {processes} processes failed; the last that they said:\n{''.join(said)}")
+        raise WorkerError(f"one of {processes} processes failed; their last output:\n{''.join(said)}")
 
 
 def should_launch(processes: int) -> bool:

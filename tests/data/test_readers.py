@@ -366,7 +366,7 @@ CP1252 = "path,label\na.png,0\ncafé.png,1\n".encode("cp1252")
         (b",path,label\n0,a.png,0\n1,b.png,1\n", r"column 1 has no name.*index=False"),
         (b"path\tlabel\t\na.png\t0\t7\n", "column 3 has no name"),
         (b"path,label,Path\na.png,0,b.png\n", "names a column twice: path, label, path"),
-        (b"path,label\na, b.png,0\n", "not a CSV: .*must stand in quotes"),
+        (b"path,label\na, b.png,0\n", "not a CSV: .*must be quoted"),
         (b"path,label\n\n,0\n", "row 3: names no path"),
         (b"\n\npath,label\n\na.png,7\n", "row 5: label '7'"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
