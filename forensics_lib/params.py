@@ -124,22 +124,21 @@ class Degradations(BaseModel):
         return value
 
 
-class Aligned(BaseModel):
-    """Synthetic twins of the training photographs, made by an autoencoder."""
+class Generated(BaseModel):
+    """Training images made of photographs by an autoencoder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
-    count: int = Field(10_000, ge=1, description="photographs that get a twin, at most")
+    autoencoder: str = Field("own", pattern=rf"own|{PATTERN}", description="own, or module:function that returns a callable")
+    count: int = Field(10_000, ge=1, description="photographs to use, at most")
 
 
-class Forgeries(BaseModel):
+class Aligned(Generated):
+    """Synthetic twins of the training photographs."""
+
+
+class Forgeries(Generated):
     """Forgeries made from the authentic training images, in addition to the given manipulated ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    autoencoder: str = Field("own", pattern=r"own|[\w.]+:\w+", description="own, or module:function that returns a callable")
-    count: int = Field(10_000, ge=1, description="photographs that give a forgery, at most")
 
 
 class Keys(BaseModel):

@@ -29,7 +29,7 @@ from forensics_lib.data.rows import COLUMNS
 from forensics_lib.images.crops import random_square
 from forensics_lib.images.degradations import BLOCK
 from forensics_lib.images.io import ImageError, open_image, read_image, stream_of
-from forensics_lib.params import Aligned, Forgeries
+from forensics_lib.params import Aligned, Forgeries, Generated
 from forensics_lib.synthesis.autoencoder import WEIGHTS, Autoencode, load_autoencode
 from forensics_lib.synthesis.forgeries import FORGERY_VERSION, METHODS, forge
 from forensics_lib.utils.callables import source_of
@@ -108,7 +108,7 @@ class _Planned:
         return all(path.is_file() for path in self.files)
 
 
-def _made(title: str, planned: list[_Planned], settings: Aligned | Forgeries, autoencode: Autoencode | None) -> pd.DataFrame:
+def _made(title: str, planned: list[_Planned], settings: Generated, autoencode: Autoencode | None) -> pd.DataFrame:
     """Make the planned images that are not in the cache; returns the rows of all that could be made."""
     missing, unreadable = [plan for plan in planned if not plan.exists()], 0
     if missing:
@@ -124,7 +124,7 @@ def _made(title: str, planned: list[_Planned], settings: Aligned | Forgeries, au
     return pd.DataFrame([plan.row for plan in planned if plan.exists()], columns=COLUMNS)
 
 
-def _drawn(photos: pd.DataFrame, settings: Aligned | Forgeries) -> list[dict[str, Any]]:
+def _drawn(photos: pd.DataFrame, settings: Generated) -> list[dict[str, Any]]:
     return photos.sample(min(settings.count, len(photos)), random_state=0).sort_index().to_dict("records")
 
 
@@ -133,14 +133,14 @@ def _hashed(identity: str) -> str:
 
 
 def _row(
-    photo: dict[str, Any], files: list[Path], settings: Aligned | Forgeries, *, origin: str, method: str, kind: str
+    photo: dict[str, Any], files: list[Path], settings: Generated, *, origin: str, method: str, kind: str
 ) -> dict[str, Any]:
     places = {"path": str(files[0]), "mask_path": str(files[1]) if len(files) > 1 else None}
     names = {"source": f"{origin}/{photo['source']}", "generator": settings.autoencoder, "method": method, "kind": kind}
     return places | names | {"label": 1, "split": photo["split"], "group": photo["group"]}
 
 
-def cache_folder(name: str, settings: Aligned | Forgeries, version: int) -> Path:
+def cache_folder(name: str, settings: Generated, version: int) -> Path:
     """The folder of images made with these settings, this version of the method, and the autoencoder's current code."""
     code = WEIGHTS if settings.autoencoder == "own" else source_of(settings.autoencoder)
     made_by = hashlib.sha256(code.read_bytes()).hexdigest() if code else None
