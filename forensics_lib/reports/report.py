@@ -194,8 +194,8 @@ def _shortcut_sentence(facts: dict[str, Any]) -> str:
         return ""
     found = {key: facts.get(key) for key in OF_TRAINING} | (facts.get("trained") or {})
     if np.isnan(found["shortcut_auc"]):
-        return "Too few training images to tell whether file facts alone tell the classes apart."
-    text = f"File facts alone tell the training classes apart with AUC {found['shortcut_auc']:.2f}"
+        return "Too few training images to tell whether file facts alone separate the classes."
+    text = f"File facts alone separate the training classes with AUC {found['shortcut_auc']:.2f}"
     after, equalized = found["shortcut_auc_of_crops"], "on" if found["equalized"] else "off"
     return text + (f"; of the crops that were trained on, with AUC {after:.2f} (equalize {equalized})." if after else ".")
 

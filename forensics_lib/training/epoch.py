@@ -106,9 +106,8 @@ class Losses:
 
     def read(self) -> list[float]:
         """All losses so far.  Raises ``FloatingPointError`` with the files of the first batch whose loss is not finite."""
-        for (_, indices), value in zip(
-            self._unread, torch.stack([loss for loss, _ in self._unread]).tolist() if self._unread else [], strict=True
-        ):
+        values = torch.stack([loss for loss, _ in self._unread]).tolist() if self._unread else []
+        for (_, indices), value in zip(self._unread, values, strict=True):
             if not np.isfinite(value):
                 files = "\n  ".join(self._state.train["path"][index] for index in indices)
                 raise FloatingPointError(f"the loss is {value} in {self._where}; lower the rate, or look at\n  {files}")
@@ -132,8 +131,8 @@ def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dic
     except torch.OutOfMemoryError:
         size = state.params.batch_size
         raise DeviceMemoryError(
-            f"batches of {size} crops of {state.params.crop_size} pixels do not fit into {memory_of(state.machine.device)}: set "
-            f"batch_size: {max(1, size // 2)} and halve the rates, or lower crop_size"
+            f"batches of {size} crops of {state.params.crop_size} pixels do not fit into {memory_of(state.machine.device)}: "
+            f"set batch_size: {max(1, size // 2)} and halve the rates, or lower crop_size"
         ) from None
     step.scaler.unscale_(step.optimizer)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)

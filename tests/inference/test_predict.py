@@ -11,7 +11,7 @@ from PIL import Image
 
 from forensics_lib.device import DeviceMemoryError, Machine, choose_machine
 from forensics_lib.images.masks import load_mask, save_mask
-from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities, tile_starts
+from forensics_lib.inference.predict import output_in_parts, predict_mask, predict_masks, predict_probabilities, tile_starts
 from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 

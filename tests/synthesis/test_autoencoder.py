@@ -1,8 +1,11 @@
+import runpy
+
 import numpy as np
 import pytest
 
-from forensics_lib.synthesis.autoencoder import WEIGHTS, load_autoencode, load_autoencoder, regenerate, train_autoencoder
+from forensics_lib.synthesis.autoencoder import WEIGHTS, load_autoencode, load_autoencoder, regenerate
 from forensics_lib.synthesis.sample import load_photo
+from forensics_lib.utils.files import project_root
 
 
 def test_the_autoencoder_regenerates_without_copying():
@@ -16,6 +19,7 @@ def test_the_autoencoder_regenerates_without_copying():
 
 @pytest.mark.slow
 def test_the_weights_script_learns():
+    train_autoencoder = runpy.run_path(str(project_root() / "tools" / "train_autoencoder.py"))["train_autoencoder"]
     photos = [load_photo("coffee")]
     errors = []
     for steps in (2, 40):

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from PIL import Image
 from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
 from forensics_lib.synthesis import sample
 from forensics_lib.synthesis.sample import PHOTOS, build_sample, load_photo
-from forensics_lib.utils.files import project_root
 
 
 def small(monkeypatch) -> None:
