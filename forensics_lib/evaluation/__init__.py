@@ -1,1 +1,1 @@
-"""How good the answers are: metrics, calibration, thresholds and robustness on validation images."""
+"""Evaluation on validation images: metrics, calibration, thresholds and robustness."""

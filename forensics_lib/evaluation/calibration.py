@@ -1,9 +1,8 @@
-"""Probabilities that mean what they say: Platt scaling, and how far off they are before and after.
+"""Platt scaling, and the calibration error before and after it.
 
-A calibrated probability holds for the mixture of classes that it was fitted on: with another share of synthetic images
-the log-odds shift by ``log(share / (1 - share))`` less that of the fitted share.  Training sees both classes equally
-often whatever their share, so it takes an intercept beside the temperature to get from there to the fitted share.  The
-order of images never changes, so AUC and the best F1 stay as they are.
+A calibration holds for the class mixture that it was fitted on: with another share of synthetic images the log-odds shift by
+``log(share / (1 - share))`` minus that of the fitted share.  Training draws both classes equally often, so an intercept beside
+the temperature is needed to get to the fitted share.  The order of images never changes, so AUC and the best F1 stay.
 """
 
 from __future__ import annotations
@@ -20,10 +19,17 @@ NOT_CALIBRATED = {"temperature": 1.0, "intercept": 0.0}
 
 
 def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
-    """``temperature`` and ``intercept`` with the least cross-entropy (Platt, 1999); ``NOT_CALIBRATED`` without both classes.
+    """Fit Platt scaling (Platt, 1999) by cross-entropy.
 
-    As in Platt's paper labels are a little less than certain, the less the more images there are, so that few images and
-    classes that are separated claim no certainty.  A weak pull towards 1 keeps the temperature where images tell nothing.
+    As in Platt's paper, labels are smoothed, less with more images, so that a few separable images do not give certainty.  A
+    weak prior keeps the temperature near 1.
+
+    Args:
+        labels: ``(N,)`` of 0 and 1.
+        probs: ``(N,)`` probabilities of the model, in [0, 1].
+
+    Returns:
+        temperature, in [0.1, 10], and intercept, to be used by ``calibrated``; ``NOT_CALIBRATED`` without both classes.
     """
     labels, odds = np.asarray(labels, float), logit(np.clip(probs, EDGE, 1 - EDGE))
     positive, authentic = labels.sum(), (1 - labels).sum()
@@ -45,7 +51,7 @@ def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
 
 
 def reliability(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Per bin of equal width that holds images: mean probability, share of positives, images; ``(B, 3)``."""
+    """Mean probability, share of positives and images of each of 15 equal bins that holds any; ``(B, 3)``."""
     labels, probs = np.asarray(labels, float), np.asarray(probs, float)
     bins = np.minimum((probs * BINS).astype(int), BINS - 1)
     count = np.bincount(bins, minlength=BINS)
@@ -55,7 +61,7 @@ def reliability(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
 
 
 def expected_calibration_error(labels: np.ndarray, probs: np.ndarray) -> float:
-    """ECE over 15 bins of equal width (Naeini et al., AAAI 2015): 0 where probabilities mean what they say; NaN of none."""
+    """ECE over 15 bins of equal width (Naeini et al., AAAI 2015); NaN without images."""
     table = reliability(labels, probs)
     if not len(table):
         return float("nan")

@@ -1,4 +1,4 @@
-"""From a trained model to what is reported of it: validation scores, thresholds, examples."""
+"""Evaluation of a trained model: calibration, thresholds, and scores with their intervals."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit
 class Evaluation:
     """Predictions on labelled images, the thresholds in force, and the scores."""
 
-    table: pd.DataFrame  # one row per image: image_id, prob, KEPT_COLUMNS, platform, deciding, and pixel scores for Task B
+    table: pd.DataFrame  # a row per image: image_id, prob, KEPT_COLUMNS, platform, deciding, and pixel scores for Task B
     thresholds: dict[str, float]
     metrics: dict[str, float]  # of the images that decide
     errors: list[str]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
-    without_overlap: dict[str, float] | None = None  # the scores without photographs that stand elsewhere in the data too
-    others: dict[str, float] | None = None  # the scores of the validation images that do not decide
-    uncalibrated: np.ndarray | None = None  # (N,) probabilities of a validation set as the model gave them
-    chosen_on: dict[str, Any] | None = None  # how the images that decide were found, and how many they are
+    without_overlap: dict[str, float] | None = None  # scores without photographs that also occur elsewhere in the data
+    others: dict[str, float] | None = None  # scores of the validation images that do not decide
+    uncalibrated: np.ndarray | None = None  # (N,) probabilities of a validation set before calibration
+    chosen_on: dict[str, Any] | None = None  # the rule that selected the images that decide, and their number
 
     @property
     def judged(self) -> pd.DataFrame:
-        """The images that decide: what ``metrics`` are of."""
+        """The images that decide, which ``metrics`` are of."""
         return self.table[self.table["deciding"]]
 
     def summary(self) -> pd.DataFrame:
@@ -92,7 +92,7 @@ class Evaluation:
         return pd.concat([authentic.tail(count // 2)[::-1], positive.head(count // 2)])
 
     def by(self, *columns: str) -> pd.DataFrame:
-        """Scores of each group of images: how many, the share called positive, and for Task B the mean IoU.
+        """Scores of each group of images: their number, the share called positive, and for Task B the mean IoU.
 
         ``auc`` is of the group against all images of the other class.
         """
@@ -100,8 +100,8 @@ class Evaluation:
         called[list(columns)] = called[list(columns)].fillna("-")
         wanted = {"images": ("prob", "size"), "mean_prob": ("prob", "mean"), "called_positive": ("called_positive", "mean")}
         if "iou" in called:
-            called["iou"] = called["iou"].where(called["label"] == 1)
-            called[["best_pixel_f1", "pixel_auc"]] = called[["best_pixel_f1", "pixel_auc"]].where(called["label"] == 1)
+            of_masks = ["iou", "best_pixel_f1", "pixel_auc"]  # of manipulated images
+            called[of_masks] = called[of_masks].where(called["label"] == 1)
             wanted |= {"mean_iou": ("iou", "mean"), "best_pixel_f1": ("best_pixel_f1", "mean")}
             wanted |= {"pixel_auc": ("pixel_auc", "mean"), "flagged_pixels": ("flagged", "mean")}
         groups = called.groupby([*columns, "label"])
@@ -115,30 +115,37 @@ class Evaluation:
 
 
 def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
-    """Score the fine-tuned model on the whole validation set.
+    """Evaluate the fine-tuned model on the whole validation set.
 
     Calibration and thresholds are chosen on the images that decide (``manifest.deciding``), and the metrics are of them; the
-    others are scored beside them.  Writes ``_val_probs.csv`` and ``thresholds.json``, and puts calibration and thresholds into
+    others are scored beside them.  Writes ``_val_probs.csv`` and ``thresholds.json``, and adds calibration and thresholds to
     the checkpoint.
+
+    Args:
+        run: a trained run.
+        task: "A" or "B".
+        manifest: one row per image, from ``build_manifest``.
+
+    Returns:
+        Probabilities, thresholds, and scores with 95% intervals.
+
+    Raises:
+        FileNotFoundError: the task is not trained.
+        BrokenModelError: predictions are not finite.
     """
     rows = usable(manifest, "val")
     result, table, errors = _predict_rows(run, task, rows, NOT_CALIBRATED)
     table["deciding"], rule = deciding(run, task, rows[result.good()], usable(manifest, "train"))
-    decides, labels, raw = table["deciding"].to_numpy(), table["label"].to_numpy(int), result.probs[result.good()]
-    calibration = fit_calibration(labels[decides], raw[decides])
-    table["prob"] = round_probs(calibrated(raw, calibration))
-    probs, judged = table["prob"].to_numpy()[decides], labels[decides]
-    thresholds = {"threshold": best_f1_threshold(judged, probs), **calibration}
-    if task == "B":
-        thresholds["loc_threshold"] = best_iou_threshold(result.histograms[result.good()][decides])
+    decides, raw = table["deciding"].to_numpy(), result.probs[result.good()]
+    thresholds = _chosen_thresholds(table, raw, result)
+    table["prob"] = round_probs(calibrated(raw, thresholds))
     _add_pixel_scores(task, table, result, thresholds)
-    scores = _scores(task, table, result, thresholds, decides)
-    scores |= {"f1_crossfit": crossfit_f1(judged, probs), "f1_at_half": f1_score(judged, probs >= 0.5)}
-    scores |= {"ece_uncalibrated": expected_calibration_error(judged, raw[decides])}
-    scores |= {"ece": expected_calibration_error(judged, probs), **calibration}
+    scores = _scores(task, table, result, thresholds, decides) | _calibration_scores(table, raw)
+    scores |= {key: thresholds[key] for key in NOT_CALIBRATED}
     evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=round_probs(raw))
-    evaluation.chosen_on = {"rule": rule, "images": len(judged), "positive": int(judged.sum()), "others": int((~decides).sum())}
-    print(f"calibration and thresholds are chosen on {len(judged)} of {len(table)} validation images: {rule}")
+    positive = int(evaluation.judged["label"].sum())
+    evaluation.chosen_on = {"rule": rule, "images": int(decides.sum()), "positive": positive, "others": int((~decides).sum())}
+    print(f"calibration and thresholds are chosen on {decides.sum()} of {len(table)} validation images: {rule}")
     evaluation.intervals = _all_intervals(task, evaluation, result)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None
@@ -147,17 +154,40 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     return evaluation
 
 
+def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions) -> dict[str, float]:
+    """Calibration and thresholds, chosen on the images that decide; ``raw`` (N,) are probabilities before calibration."""
+    decides = table["deciding"].to_numpy()
+    labels = table["label"].to_numpy(int)[decides]
+    calibration = fit_calibration(labels, raw[decides])
+    probs = round_probs(calibrated(raw[decides], calibration))
+    thresholds = {"threshold": best_f1_threshold(labels, probs), **calibration}
+    if result.histograms is not None:
+        thresholds["loc_threshold"] = best_iou_threshold(result.pixels(decides)[0])
+    return thresholds
+
+
+def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float]:
+    """F1 without the stored threshold, and calibration errors before and after calibration, of the images that decide."""
+    decides = table["deciding"].to_numpy()
+    labels, probs = table["label"].to_numpy(int)[decides], table["prob"].to_numpy()[decides]
+    return {
+        "f1_crossfit": crossfit_f1(labels, probs),
+        "f1_at_half": f1_score(labels, probs >= 0.5),
+        "ece_uncalibrated": expected_calibration_error(labels, raw[decides]),
+        "ece": expected_calibration_error(labels, probs),
+    }
+
+
 def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
-    """Intervals of the scores of the images that decide, and of the thresholds."""
+    """Intervals of the thresholds, and of the scores of the images that decide."""
     labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
     threshold, groups = evaluation.thresholds["threshold"], evaluation.judged["group"].to_numpy()
     intervals = _intervals(labels, probs, threshold, groups)
     intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
     if task == "B":
-        decides = evaluation.table["deciding"].to_numpy()
-        histograms, exact = (values[result.good()][decides] for values in (result.histograms, result.exact))
-        pixels = histograms, evaluation.thresholds["loc_threshold"], probs >= threshold, exact
-        intervals |= localization_intervals(*pixels, groups=groups)
+        histograms, exact = result.pixels(evaluation.table["deciding"].to_numpy())
+        loc_threshold = evaluation.thresholds["loc_threshold"]
+        intervals |= localization_intervals(histograms, loc_threshold, probs >= threshold, exact, groups=groups)
     return intervals
 
 
@@ -172,9 +202,9 @@ def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: 
 def _without_overlap(
     task: str, manifest: pd.DataFrame, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]
 ) -> dict[str, float] | None:
-    """The scores on photographs that stand in no other split or data set; None where that is all of them, or too few.
+    """Scores on photographs that occur in no other split or data set; None where these are all of them, or too few.
 
-    Of the Task B validation set 865 COCO photographs are TGIF's as well.
+    865 COCO photographs of the Task B validation set are TGIF's as well.
     """
     elsewhere = table["path"].isin(manifest.loc[overlapping(manifest), "path"]).to_numpy()
     alone = table["deciding"].to_numpy() & ~elsewhere
@@ -184,7 +214,20 @@ def _without_overlap(
 
 
 def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation | None:
-    """Score labelled images that nothing was chosen on (TGIF's testing split) at the stored thresholds; None without any."""
+    """Evaluate labelled images that nothing was chosen on (TGIF's testing split) at the stored thresholds.
+
+    Args:
+        run: a trained and evaluated run.
+        task: "A" or "B".
+        manifest: one row per image, from ``build_manifest``.
+
+    Returns:
+        Probabilities and scores with 95% intervals; None where the manifest has no such images.
+
+    Raises:
+        FileNotFoundError: the task is not trained and evaluated.
+        BrokenModelError: predictions are not finite.
+    """
     rows = usable(manifest, "test")
     if rows.empty:
         return None
@@ -202,6 +245,7 @@ def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation
 def _predict_rows(
     run: Run, task: str, rows: pd.DataFrame, calibration: dict[str, float]
 ) -> tuple[Predictions, pd.DataFrame, list[str]]:
+    """The predictions for ``rows``, a table of the readable ones, and the reasons of the others."""
     model, _ = load_model(run.finetuned_model(task), task)
     result = predict_labelled(model, task, rows, run.params, choose_machine(run.params))
     good = result.good()
@@ -213,18 +257,18 @@ def _predict_rows(
 
 
 def _platform(source: str, name: str) -> str | None:
-    """The social platform that an image's source (``itw_sm/facebook``) or name (``Facebook_real_1042.jpg``) tells."""
+    """The social platform in an image's source (``itw_sm/facebook``) or file name (``Facebook_real_1042.jpg``)."""
     words = (source.rpartition("/")[2].lower(), name.partition("_")[0].lower())
     return next((word for word in words if word in PLATFORMS), None)
 
 
 def _add_pixel_scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> None:
-    """Task B: add to ``table`` what each image's mask scores."""
+    """Task B: add the pixel scores of each image to ``table``."""
     if task == "A":
         return
     called = table["prob"].to_numpy() >= thresholds["threshold"]
-    good = result.good()
-    pixels = pixel_table(result.histograms[good], thresholds["loc_threshold"], called, result.exact[good])
+    histograms, exact = result.pixels()
+    pixels = pixel_table(histograms, thresholds["loc_threshold"], called, exact)
     for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
         table[column] = pixels[column]
     table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
@@ -237,30 +281,22 @@ def _scores(
     labels, probs = table["label"].to_numpy(int)[chosen], table["prob"].to_numpy()[chosen]
     scores = image_metrics(labels, probs, thresholds["threshold"])
     if task == "B":
-        called = probs >= thresholds["threshold"]
-        histograms, exact = (values[result.good()][chosen] for values in (result.histograms, result.exact))
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], called, exact)
+        histograms, exact = result.pixels(chosen)
+        scores |= localization_metrics(histograms, thresholds["loc_threshold"], probs >= thresholds["threshold"], exact)
     return scores | {"images": len(labels)}
 
 
 def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) -> None:
+    """Write probabilities, thresholds and scores to the files of the run."""
     if not is_main():
         return
     write_csv(run.val_probs(task), evaluation.table)
-    facts: dict[str, Any] = dict(evaluation.thresholds)
-    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
-    facts["chosen_on"] = evaluation.chosen_on
-    known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
-    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
-    if task == "B":
-        facts["loc_rule"] = "best mean IoU over manipulated validation images"
-    how = inference_settings(run.params, task)  # thresholds hold for images that are looked at in the same way
-    update_json(run.thresholds, **{task: facts | how})
+    how = inference_settings(run.params, task)  # thresholds only hold for images that are processed in the same way
+    update_json(run.thresholds, **{task: _threshold_facts(task, evaluation) | how})
     add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how["inference"])
-    unreadable = excluded["path"].tolist() + evaluation.errors
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
-    facts |= {"chosen_on": evaluation.chosen_on, "left_out": unreadable}
+    facts |= {"chosen_on": evaluation.chosen_on, "left_out": excluded["path"].tolist() + evaluation.errors}
     columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
     if task == "B":
         columns = {"source": ["source"], "method": ["kind", "method"], "size": ["kind", "size"]}
@@ -268,10 +304,31 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
-def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
-    """``robustness`` of a task on validation images at the stored thresholds, also kept in ``run.json``.
+def _threshold_facts(task: str, evaluation: Evaluation) -> dict[str, Any]:
+    """The thresholds, and how they were chosen."""
+    facts: dict[str, Any] = dict(evaluation.thresholds)
+    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
+    facts["chosen_on"] = evaluation.chosen_on
+    known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
+    facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
+    return facts | ({"loc_rule": "best mean IoU over manipulated validation images"} if task == "B" else {})
 
-    At most ``robustness_images`` of the images that decide are used, the same share of each class and source.
+
+def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Scores after common changes (see ``robustness``) at the stored thresholds; also written to ``run.json``.
+
+    Args:
+        run: a trained and evaluated run; at most its ``robustness_images`` of the validation images that decide are used,
+            the same share of each class and source.
+        task: "A" or "B".
+        manifest: one row per image, from ``build_manifest``.
+
+    Returns:
+        One row per change: change, strength, auc, f1, fpr, for Task B pixel scores, images.
+
+    Raises:
+        FileNotFoundError: the task is not trained and evaluated.
+        BrokenModelError: predictions are not finite.
     """
     rows = usable(manifest, "val")
     decides, _ = deciding(run, task, rows, usable(manifest, "train"))

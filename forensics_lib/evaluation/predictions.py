@@ -1,4 +1,4 @@
-"""What a model says of labelled images: probabilities, and for Task B how its pixels agree with the truth."""
+"""Predictions for labelled images: probabilities, and for Task B the agreement of their masks with the true ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Transform = Callable[[np.ndarray], np.ndarray]  # from image to image
 
 @dataclass
 class Predictions:
-    """What a model says of the labelled rows of a manifest; rows that failed have NaN."""
+    """Predictions for N labelled rows of a manifest; rows that failed have NaN."""
 
     probs: np.ndarray  # (N,)
     errors: dict[int, str]
@@ -33,7 +33,15 @@ class Predictions:
     exact: pd.DataFrame | None = None  # (N) metrics.threshold_free_scores of the masks, Task B
 
     def good(self) -> np.ndarray:
+        """Which rows have a prediction, ``(N,)`` bool."""
         return np.isfinite(self.probs)
+
+    def pixels(self, chosen: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, pd.DataFrame | None]:
+        """``histograms`` and ``exact`` of the ``chosen`` ones of the good rows, Task B."""
+        if self.histograms is None:
+            raise ValueError("no pixels were counted: Task A has no masks")
+        good = self.good()
+        return self.histograms[good][chosen], None if self.exact is None else self.exact[good][chosen]
 
 
 def predict_labelled(
@@ -47,26 +55,27 @@ def predict_labelled(
 ) -> Predictions:
     """Predict the labelled ``rows``, and for Task B count their pixels against the truth.
 
-    ``change`` is done to each image first; where it scales, the truth is scaled by its nearest pixels.  Several processes
-    divide the rows among themselves and each has the whole result.  Raises ``BrokenModelError`` where an answer to an image
-    that could be read is not finite.
+    ``change`` is applied to each image first; where it scales, the true mask is scaled by nearest neighbour.  Several
+    processes divide the rows among themselves and each gets the whole result.  Raises ``BrokenModelError`` where the
+    prediction for a readable image is not finite.
     """
     mine = np.arange(rank(), len(rows), world())
     of_task = _probabilities if task == "A" else _masks
     parts = all_gather((mine, of_task(model, rows.iloc[mine], params, machine, change, title)))
-    everything = Predictions(np.full(len(rows), np.nan), {})
-    if task == "B":
-        everything.histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    probs = np.full(len(rows), np.nan)
+    errors: dict[int, str] = {}
     for places, part in parts:
-        everything.probs[places] = part.probs
-        everything.errors |= {int(places[number]): reason for number, reason in part.errors.items()}
-        if part.histograms is not None:
-            everything.histograms[places] = part.histograms
-    if task == "B":
-        everything.exact = pd.concat([part.exact.set_axis(places) for places, part in parts]).sort_index()
-    everything.errors = dict(sorted(everything.errors.items()))
-    check_finite(rows["path"], everything.probs, [everything.errors.get(number) for number in range(len(rows))])
-    return everything
+        probs[places] = part.probs
+        errors |= {int(places[number]): reason for number, reason in part.errors.items()}
+    errors = dict(sorted(errors.items()))
+    check_finite(rows["path"], probs, [errors.get(number) for number in range(len(rows))])
+    if task == "A":
+        return Predictions(probs, errors)
+    histograms = np.zeros((len(rows), 2, 256), np.uint32)
+    for places, part in parts:
+        histograms[places] = part.histograms
+    exact = pd.concat([part.exact.set_axis(places) for places, part in parts]).sort_index()
+    return Predictions(probs, errors, histograms, exact)
 
 
 def _probabilities(
@@ -83,17 +92,16 @@ def _masks(
     histograms = np.zeros((len(rows), 2, 256), np.uint32)
     exact: dict[int, dict[str, float]] = {}
     for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):
-        row = rows.iloc[prediction.index]
+        mask, row = prediction.mask, rows.iloc[prediction.index]
         try:
-            if prediction.error:
+            if mask is None:
                 raise ImageError(prediction.error)
-            shape = prediction.mask.shape
-            truth = truth_mask(row, shape) if change is None else _scaled(truth_mask(row, _size(row)), shape)
+            truth = truth_mask(row, mask.shape) if change is None else _scaled(truth_mask(row, _size(row)), mask.shape)
         except ImageError as error:
             errors[prediction.index] = str(error)
             continue
         if np.isfinite(prediction.prob):
-            counts = value_counts(prediction.mask, truth)
+            counts = value_counts(mask, truth)
             histograms[prediction.index] = binned(counts)
             exact[prediction.index] = threshold_free_scores(counts)
         probs[prediction.index] = prediction.prob

@@ -1,4 +1,4 @@
-"""How much of a detector is left after what happens to pictures: recompression, scaling, blur, noise, an upload."""
+"""Robustness of a detector to common changes: recompression, scaling, blur, noise, an upload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 
 UPLOAD_QUALITY = 75
-# What is done, and how strongly, from nothing to much
+# Operations, each with its strengths from weak to strong
 SWEEP: dict[str, tuple[float, ...]] = {
     "JPEG quality": (95, 85, 75, 65, 50, 40),
     "WebP quality": (90, 75, 60, 45),
@@ -32,7 +32,7 @@ SWEEP: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Change:
-    """One of ``SWEEP``'s operations at one strength, from image to image; the same every time."""
+    """One of ``SWEEP``'s operations at one strength, deterministic."""
 
     name: str
     strength: float
@@ -40,7 +40,7 @@ class Change:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 to the same, perhaps of another size.
 
-        Raises ``ImageError`` where it cannot be done to this image: WebP takes at most 16,383 pixels a side, JPEG 65,500.
+        Raises ``ImageError`` where this image does not allow it: WebP takes at most 16,383 pixels a side, JPEG 65,500.
         """
         try:
             return self._done(image)
@@ -72,10 +72,9 @@ def robustness(
 ) -> pd.DataFrame:
     """Scores at the stored ``thresholds`` after each change; the first row is of unchanged images.
 
-    An image that a change cannot be done to is left out of that row and named in print: rows with fewer ``images`` than
-    the first are of fewer images, and scores of none are NaN.  Columns: change, strength, auc, f1, fpr, for Task B iou and
-    submitted_iou (means over manipulated images; see ``metrics.localization_metrics``) and submitted_flagged_authentic,
-    images.
+    A row leaves out the images that its change fails on, which are printed; without any image its scores are NaN.  Columns:
+    change, strength, auc, f1, fpr, for Task B iou and submitted_iou (means over manipulated images; see
+    ``metrics.localization_metrics``) and submitted_flagged_authentic, images (how many were scored).
     """
     steps: list[Change | None] = [None]
     steps += [Change(name, strength) for name, strengths in (sweep or SWEEP).items() for strength in strengths]
@@ -84,23 +83,27 @@ def robustness(
         name, strength = (step.name, step.strength) if step else ("unchanged", np.nan)
         title = f"robustness {number}/{len(steps)}, {name}" + (f" {strength:g}" if step else "")
         result = predict_labelled(model, task, rows, params, machine, step, title)
-        good = result.good()
         _print_failed(title, rows, result)
-        probs = round_probs(calibrated(result.probs[good], thresholds))
-        scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
-        facts = {key: scores[key] for key in ("auc", "f1", "fpr")}
-        if task == "B":
-            called = probs >= thresholds["threshold"]
-            pixels = localization_metrics(result.histograms[good], thresholds["loc_threshold"], called)
-            facts |= {"iou": pixels["iou_manipulated"], "submitted_iou": pixels["submitted_iou_manipulated"]}
-            facts |= {"submitted_flagged_authentic": pixels["submitted_flagged_authentic"]}
-        facts = facts if good.any() else dict.fromkeys(facts, np.nan)
-        lines.append({"change": name, "strength": strength, **facts, "images": int(good.sum())})
+        scores = _scores(task, rows, result, thresholds)
+        lines.append({"change": name, "strength": strength, **scores, "images": int(result.good().sum())})
     return pd.DataFrame(lines)
 
 
+def _scores(task: str, rows: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
+    good = result.good()
+    probs = round_probs(calibrated(result.probs[good], thresholds))
+    scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
+    scores = {key: scores[key] for key in ("auc", "f1", "fpr")}
+    if task == "B":
+        histograms, _ = result.pixels()
+        pixels = localization_metrics(histograms, thresholds["loc_threshold"], probs >= thresholds["threshold"])
+        scores |= {"iou": pixels["iou_manipulated"], "submitted_iou": pixels["submitted_iou_manipulated"]}
+        scores |= {"submitted_flagged_authentic": pixels["submitted_flagged_authentic"]}
+    return scores if good.any() else dict.fromkeys(scores, np.nan)
+
+
 def _print_failed(title: str, rows: pd.DataFrame, result: Predictions) -> None:
-    """Name the images that a step could not score, at most three of them."""
+    """Print the images that a step could not score, at most three of them."""
     if result.errors:
         paths = [str(rows["path"].iloc[number]) for number in result.errors]
         named = [why if path in why else f"{path}: {why}" for path, why in zip(paths, result.errors.values(), strict=True)]
