@@ -53,7 +53,7 @@ def test_ablations_stand_apart_and_earlier_runs_are_kept(folders, monkeypatch):
     assert "| simulated SP, mean IoU | at least 0.50 | 0.400 | MISSED |" in text
     assert "naive" in text and "not measured" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| tried ")]
-    assert "| pastes: squares, mask_loss focal_dice, paste 0.1 |" in line
+    assert "| pastes: squares, paste 0.1, mask_loss focal_dice |" in line
     (folders / "build" / "a.json").unlink()
     assert "0.400 | MISSED" in report(folders)
 

@@ -56,6 +56,7 @@ def test_a_backbone_of_each_family_is_in_the_table_of_the_documentation(family):
     assert row in (project_root() / "docs" / "backbones.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["A", "B"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_backbone_of_each_family_trains_and_predicts_at_any_size(family, task, rng, tmp_path):
@@ -84,7 +85,7 @@ def test_a_backbone_of_each_family_trains_and_predicts_at_any_size(family, task,
             assert mask.shape == (height, width) and np.isfinite(mask).all() and 0 <= prob <= 1
         else:
             shown, heat = grad_cam(model, image, MACHINE)
-            assert heat.shape == shown.shape[:2] and heat.max() == 1
+            assert heat.shape == shown.shape[:2] and heat.max() in (0, 1)
 
 
 def test_images_are_reflected_as_often_as_it_takes():
