@@ -1,4 +1,4 @@
-"""A whole run: the five notebooks one after the other by papermill, each checked by the files that it must leave."""
+"""A whole run: papermill executes the five notebooks, each checked by the files that it must write; and its repetition."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, project_root, read_json, update_json, write_traceback
 from forensics_lib.utils.locks import exclusive
 
-PATIENCE = 600.0  # seconds that a notebook has to stop; at half of them it is told again, at the end killed
-OUTPUT_PATIENCE = 600  # seconds until the last output of a cell that has ended must have come
+PATIENCE = 600.0  # seconds that a notebook has to stop; it is interrupted again after half of them, then killed
+OUTPUT_PATIENCE = 600  # seconds to wait for the last output of a finished cell
 NOTEBOOKS = ("01_explore", "02_train_taskA", "03_train_taskB", "04_infer", "05_submit")
 
 
@@ -42,14 +42,11 @@ class PipelineError(RuntimeError):
 
 
 def expected_files(run: Run, notebook: str) -> list[Path]:
-    """What a notebook must leave behind for the run to count as done that far."""
+    """The files that a notebook must write."""
     tasks = run.params.tasks
-    if notebook == "02_train_taskA":
-        tasks = [task for task in tasks if task == "A"]
-    elif notebook == "03_train_taskB":
-        tasks = [task for task in tasks if task == "B"]
     if notebook.startswith(("02", "03")):
-        return [f(task) for task in tasks for f in (run.classifier_model, run.finetuned_model, run.val_probs)]
+        files = (run.classifier_model, run.finetuned_model, run.val_probs)
+        return [file(task) for task in tasks if notebook.endswith(f"task{task}") for file in files]
     if notebook == "04_infer":
         return [run.test_probs(task) for task in tasks]
     if notebook == "05_submit":
@@ -58,13 +55,24 @@ def expected_files(run: Run, notebook: str) -> list[Path]:
 
 
 def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEBOOKS[0]) -> Run:
-    """Execute the notebooks from ``start`` on; executed copies go to ``outputs/<run_name>/notebooks/``.
+    """Execute the notebooks; executed copies go to ``outputs/<run_name>/notebooks/``.
 
-    Raises ``PipelineError`` at the first notebook that fails or leaves a file missing, and for whatever else ends the run
-    on the way; ``KeyboardInterrupt`` for Ctrl-C and SIGTERM.  Both hold the block that says how to go on.
+    Args:
+        params_file: a parameter file, relative to the project or the working directory.
+        overrides: values of single parameters.
+        start: the first notebook to execute, one of ``NOTEBOOKS``.
+
+    Returns:
+        The run.
+
+    Raises:
+        PipelineError: a notebook failed or did not write a file, or anything else ended the run; the message has the command
+            that goes on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same.
+        MissingDataError: data are missing before the first notebook.
     """
     params_file = _from_anywhere(params_file)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a notebook's process is told, as by Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # interrupts the notebook, as Ctrl-C does
     try:
         run = open_run(params_file, overrides)
         with _headless():
@@ -75,7 +83,7 @@ def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEB
 
 
 def _from_anywhere(params_file: str) -> str:
-    """A parameter file as its notebooks, which run in their own folder, find it too: from the project, or absolute."""
+    """The path of a parameter file from the project, or absolute: notebooks run in a folder of their own."""
     found, project = find_params(params_file), project_root()
     return str(found.relative_to(project) if found.is_relative_to(project) else found)
 
@@ -94,7 +102,7 @@ def _headless() -> Iterator[None]:
 
 
 def _run_notebooks(run: Run, params_file: str, overrides: dict[str, Any], start: str) -> None:
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that the notebooks take from the file
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that notebooks read from the file
     began, notebook = time.monotonic(), start
     held = f"another process executes the notebooks of run {run.name}: waiting for it"
     try:
@@ -104,7 +112,7 @@ def _run_notebooks(run: Run, params_file: str, overrides: dict[str, Any], start:
                 _execute(run, notebook, {"params_file": params_file, **overrides})
                 _require_files(run, notebook)
             run.record(pipeline_seconds=round(time.monotonic() - began, 1))
-    except BaseException as error:  # whatever ends a run on the way, its user is told how to go on
+    except BaseException as error:  # however a run ends, the message says how to go on
         raise _stopped(run, notebook, error, resume_command(params_file, overrides, notebook)) from error
     print(f"--- done in {time.monotonic() - began:.0f} s: report {run.folder / 'report.html'}")
     for task in run.params.tasks:
@@ -134,7 +142,7 @@ def _execute(run: Run, notebook: str, parameters: dict[str, Any]) -> None:
 
 
 def _stopped(run: Run, notebook: str, error: BaseException, resume: str) -> BaseException:
-    """The error to end with: what stopped the run, in which cell, and how to go on."""
+    """The error to raise: what stopped the run, in which cell, and how to go on."""
     if isinstance(error, KeyboardInterrupt):
         cause = "Ctrl-C or SIGTERM; what was trained and predicted is kept"
         return KeyboardInterrupt(_block(run, notebook, "-", cause, resume))
@@ -158,12 +166,12 @@ def _traceback_kept(run: Run, error: BaseException) -> str:
 
 
 def resume_command(params_file: str, overrides: dict[str, Any], notebook: str) -> str:
-    """The command for a shell that goes on with a run from a notebook, wherever it was started from."""
+    """The shell command that continues a run from a notebook on, from the current working directory."""
     values = dict(overrides)
     settings = {"PARAMS": params_file, "FROM": notebook}
     if Path(sys.prefix).resolve() != (project_root() / ".venv").resolve():
         settings["ENV"] = "active"
-    if Path(str(values.get("data_root", ""))).is_absolute():  # a relative one is counted from another folder than DATA=
+    if Path(str(values.get("data_root", ""))).is_absolute():  # DATA= resolves a relative one from another folder
         settings["DATA"] = values.pop("data_root")
     if values:
         settings["SET"] = settings_text(values)
@@ -183,16 +191,25 @@ def _block(run: Run, notebook: str, cell: str, cause: str, resume: str) -> str:
     )
 
 
-ENDING = "_again"  # of the repeated run's name
-COMPARED = ("python", "machine", "versions", "git")  # facts that may explain a difference
+ENDING = "_again"  # of the name of a repetition
+COMPARED = ("python", "machine", "versions", "git")  # may explain a difference
 
 
 def reproduce(name: str) -> pd.DataFrame:
-    """Train, evaluate and infer once more with what trained the tasks of ``outputs/<name>``, as ``<name>_again``.
+    """Repeat a run as ``<name>_again``: train, evaluate and infer with the recorded parameters and data of each task.
 
-    Prints what differs in versions, machine, code and data.  Returns one row per result: file, whether its bytes are
-    equal, and the largest difference of a number in it.  Raises ``FileNotFoundError`` where there is no such run,
-    ``FileExistsError`` where another run has the name of its repetition.
+    Prints the differences in versions, machine, code and data.
+
+    Args:
+        name: the run's name, a folder in ``outputs``.
+
+    Returns:
+        One row per result: file, equal (byte by byte), and largest_difference of a number in it (NaN where they cannot be
+        compared).
+
+    Raises:
+        FileNotFoundError: there is no such trained run.
+        FileExistsError: another run has the name of the repetition.
     """
     record = home() / "outputs" / name / "run.json"
     facts = read_json(record)
@@ -209,12 +226,12 @@ def reproduce(name: str) -> pd.DataFrame:
             print("\n".join(_differences(facts, now)))
         own = {key: value for key, value in trained_by(first, task).items() if value != facts.get(key)}
         print("\n".join(f"Task {task}: {line}" for line in _differences({key: now.get(key) for key in COMPARED} | own, now)))
-        rows += _done_again(first, again, task, facts)
+        rows += _repeated(first, again, task, facts)
     return pd.DataFrame(rows, columns=["file", "equal", "largest_difference"])
 
 
 def _make_room(name: str) -> None:
-    """Remove an earlier repetition; a run that is none is left alone."""
+    """Remove an earlier repetition.  Raises ``FileExistsError`` where the folder is another run's."""
     folder = home() / "outputs" / f"{name}{ENDING}"
     if (folder / "run.json").is_file() and read_json(folder / "run.json").get("repeats") != name:
         raise FileExistsError(f"{folder} is not known as a repetition of {name}: rename it, or remove it")
@@ -223,7 +240,7 @@ def _make_room(name: str) -> None:
 
 
 def _opened(name: str, task: str, facts: dict[str, Any]) -> tuple[Run, Run]:
-    """A run as it was when a task was trained, and its repetition."""
+    """The run as it was when a task was trained, and its repetition."""
     trained = trained_by(Run(Params(run_name=name), home()), task)
     first = Run(
         make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}"), Path(trained["data"])
@@ -235,7 +252,7 @@ def _opened(name: str, task: str, facts: dict[str, Any]) -> tuple[Run, Run]:
     return first, open_run(again.write_params())
 
 
-def _done_again(first: Run, again: Run, task: str, facts: dict[str, Any]) -> list[tuple[str, bool, float]]:
+def _repeated(first: Run, again: Run, task: str, facts: dict[str, Any]) -> list[tuple[str, bool, float]]:
     manifest = build_manifest(again, task)
     if data_fingerprint(manifest) != facts.get(f"task{task}_data_fingerprint"):
         print(f"Task {task}: the data are not those of the first run")
@@ -249,12 +266,12 @@ def _done_again(first: Run, again: Run, task: str, facts: dict[str, Any]) -> lis
 
 
 def _differences(first: dict[str, Any], again: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words."""
+    """The differences between two records, in words."""
     return [f"{key} was {first.get(key)}, is {again.get(key)}" for key in COMPARED if first.get(key) != again.get(key)]
 
 
 def _compared(first: Path, again: Path) -> tuple[str, bool, float]:
-    """A result's name, whether it is the same to the last byte, and the largest difference of its numbers."""
+    """The name of a result, whether its bytes are equal, and the largest difference of a number in it."""
     if not (first.is_file() and again.is_file()):
         return first.name, False, float("nan")
     if first.read_bytes() == again.read_bytes():

@@ -1,1 +1,1 @@
-"""The challenge's archives: built and validated."""
+"""Building and validating the challenge's archives."""

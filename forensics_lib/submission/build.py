@@ -1,4 +1,4 @@
-"""The challenge's archives, built from a run's files."""
+"""Building the challenge's archives from the files of a run."""
 
 from __future__ import annotations
 
@@ -25,31 +25,47 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time in archives: the same results giv
 
 
 class SubmissionError(ValueError):
-    """A submission that would not be valid; the message lists its faults."""
+    """The submission would not be valid; the message lists its faults."""
 
 
 def archive_path(run: Run, task: str) -> Path:
-    """Where a task's archive goes; a sample run's carries ``sample`` in its name."""
-    if task == "A":
-        parts, ending = [run.params.team, run.params.run_type], ".zip" if run.params.edition == 2025 else ".csv"
-    else:
-        parts, ending = [run.params.team, "localization_masks"], ".zip"
-        parts += ["open"] if run.params.run_type == "open" else []
-    parts += ["sample"] if run.sample else []
-    return run.submission / f"{'_'.join(parts)}{ending}"
+    """Where a task's archive goes; that of a sample run has ``sample`` in its name."""
+    parts, ending = [run.params.team, run.params.run_type], ".zip" if run.params.edition == 2025 else ".csv"
+    if task == "B":
+        parts, ending = [run.params.team, "localization_masks", *_open(run)], ".zip"
+    return run.submission / f"{'_'.join([*parts, *_sample(run)])}{ending}"
 
 
 def scores_path(run: Run) -> Path:
-    """The copy of ``scores.csv`` that lies beside the Task B archive."""
-    marks = (("_open", run.params.run_type == "open"), ("_sample", run.sample))
-    return run.submission / f"scores{''.join(mark for mark, on in marks if on)}.csv"
+    """Where the copy of ``scores.csv`` beside the Task B archive goes."""
+    return run.submission / f"{'_'.join(['scores', *_open(run), *_sample(run)])}.csv"
+
+
+def _open(run: Run) -> list[str]:
+    return ["open"] if run.params.run_type == "open" else []
+
+
+def _sample(run: Run) -> list[str]:
+    return ["sample"] if run.sample else []
 
 
 def build_submission(run: Run, task: str) -> Validation:
-    """Build and check a task's archive; it gets its name only when it is valid.  Raises ``SubmissionError``.
+    """Build and validate a task's archive; a file under its name is always valid.
 
-    A Task B archive holds an all-zero mask for every image that is called authentic: nothing was detected there.  Where
-    another run's archive has the name, that one is kept under a name that says its run.
+    A Task B archive holds an all-zero mask for every image with label 0: nothing was detected there.  Where another run's
+    archive has the name, that one is kept under a name with its run.
+
+    Args:
+        run: a run whose test images are predicted.
+        task: "A" or "B".
+
+    Returns:
+        What the validator found, with the path of the archive.
+
+    Raises:
+        SubmissionError: the archive would have faults, or thresholds are newer than the predictions.
+        FileNotFoundError: there are no predictions, thresholds or masks.
+        ValueError: the run was trained as another type of run.
     """
     target = archive_path(run, task)
     table = submission_table(run, task)
@@ -73,12 +89,12 @@ def build_submission(run: Run, task: str) -> Validation:
 
 
 def _exactly(value: float) -> str:
-    """The shortest text that gives back the very same number: a rounded threshold could meet a probability."""
+    """The shortest text that reads back as the same number: a rounded threshold could equal a probability."""
     return np.format_float_positional(value, min_digits=DECIMALS)
 
 
 def _claim(run: Run, path: Path, new: Path) -> None:
-    """Note in ``run.json`` that the file ``path`` is this run's from now on; what another run left there is kept beside it."""
+    """Record in ``run.json`` that the file ``path`` now belongs to this run; another run's file of this name is renamed."""
     lock = home() / "outputs" / ".submission.lock"
     with exclusive(lock, f"another process writes to {run.submission}: waiting for it"):
         records = {record.parent.name: read_json(record) for record in (home() / "outputs").glob("*/run.json")}
@@ -95,13 +111,13 @@ def _claim(run: Run, path: Path, new: Path) -> None:
 
 
 def _archives(facts: dict[str, Any]) -> set[str]:
-    """The files in ``submission/`` that are a run's, from its ``run.json``."""
+    """The files in ``submission/`` that belong to a run, from its ``run.json``."""
     latest = [facts[key] for key in ("taskA_submission", "taskB_submission") if key in facts]
     return {*latest, *facts.get("archives", [])}
 
 
 def _kept(path: Path, owner: str | None) -> Path:
-    """Where the earlier file of a name goes: of a known run to the one place of that run, else to a new one."""
+    """Where the earlier file of a name goes: that of a known run to a fixed name, any other to a new one."""
     if owner:
         return path.with_name(f"{path.stem}_of_run_{owner}{path.suffix}")
     names = (f"{path.stem}_earlier{number or ''}{path.suffix}" for number in itertools.count())
@@ -117,7 +133,8 @@ def _rename_archive(name: str, facts: dict[str, Any], path: Path, kept: Path) ->
 def submission_table(run: Run, task: str) -> pd.DataFrame:
     """The rows to submit: probabilities, labels at the stored threshold, and the threshold in every row.
 
-    Raises ``SubmissionError`` where an image has no probability.
+    Raises ``FileNotFoundError`` where there are no predictions, ``SubmissionError`` where an image has none or thresholds are
+    newer than they are.
     """
     path = run.test_probs(task)
     if not path.is_file():
@@ -158,7 +175,7 @@ def _write_zip(run: Run, task: str, path: Path, text: str, csv_name: str, table:
 
 
 def _empty_like(mask: Path) -> bytes:
-    """An all-zero mask file of the size of another."""
+    """The content of an all-zero mask file of the size of another."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{MASK_KEY: np.zeros_like(load_mask(mask))})
+    np.savez_compressed(buffer, **{MASK_KEY: np.zeros_like(load_mask(mask))})  # type: ignore[arg-type]  # numpy's stub
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The challenge's archives, checked as an outsider would who has only the archive."""
+"""Validation of the challenge's archives, from the archive and the test images alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 @dataclass
 class Validation:
-    """What the validator found in an archive."""
+    """Findings of the validator in an archive."""
 
     path: Path
     faults: list[str] = field(default_factory=list)
@@ -72,9 +72,17 @@ class Validation:
 
 
 def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
-    """Check an archive (or plain CSV) against the folder of test images, and name every fault by row or file.
+    """Validate an archive, or a plain CSV, against the folder of test images.
 
     A lone ``scores.csv`` is not a Task B submission: its rows are checked, and the missing masks are a fault.
+
+    Args:
+        path: the archive or CSV; any file, also a damaged one.
+        task: "A" or "B".
+        test_folder: the folder of the test images.
+
+    Returns:
+        Every fault, named by row or file; no fault raises.
     """
     result = Validation(path)
     images = {Path(path).name: Path(path) for path in read_test(test_folder).paths}
@@ -132,7 +140,7 @@ def _check_archive(archive: zipfile.ZipFile, task: str, images: dict[str, Path],
 
 
 def _check_members(archive: zipfile.ZipFile, result: Validation) -> Entries:
-    """The files of an archive by their names without folders; those that file managers add are left out, as a fault."""
+    """The files of an archive by their names without folders; those that file managers add are faults and left out."""
     members = [info for info in archive.infolist() if not info.filename.endswith("/")]  # is_dir() fails on an empty name
     added = [info.filename for info in members if ADDED.search(info.filename)]
     if added:
@@ -167,17 +175,17 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, result: Validation) -
             result.faults.append(f"{info.filename}: {info.file_size:,} bytes unpacked; at most {MAX_MEMBER_BYTES:,} are read")
         else:
             return archive.read(info)
-    except Exception as error:  # zlib, CRC, unknown compression: all mean the same to the reader
+    except Exception as error:  # zlib, CRC, unknown compression
         result.faults.append(f"{info.filename}: cannot be unpacked: {error}; make the archive again")
     return None
 
 
 def _looks_like(content: bytes) -> str | None:
-    """What some bytes are that should be something else, in words; None where nothing is known of them."""
+    """What the content of a file of the wrong type is, in words; None where it is not known."""
     if not content:
         return "it is empty (0 bytes)"
-    for start, name in MAGIC.items():
-        if content.startswith(start):
+    for magic, name in MAGIC.items():
+        if content.startswith(magic):
             return f"it is {name}"
     start = content[:1000].decode("ascii", errors="replace")
     return "it is text" if all(c.isascii() and (c.isprintable() or c.isspace()) for c in start) else None
@@ -208,7 +216,7 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
 
 
 def _decoded(content: bytes, name: str, result: Validation) -> str:
-    """A CSV's text, after a fault where it is UTF-16 or begins with a byte order mark.  Raises ``UnicodeDecodeError``."""
+    """The text of a CSV; UTF-16 and a byte order mark are faults.  Raises ``UnicodeDecodeError``."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:100]:
         result.faults.append(f"{name}: is in UTF-16; save it as UTF-8 (Excel: 'CSV', pandas: encoding='utf-8')")
         return content.decode("utf-16")
@@ -221,7 +229,7 @@ def _decoded(content: bytes, name: str, result: Validation) -> str:
 
 
 def _remedy(found: list[str], header: list[str], images: dict[str, Path]) -> str:
-    """What to do about a header, as the end of a sentence."""
+    """What to do about a wrong header, as the end of a sentence."""
     near = [column.strip().lower() for column in found]
     if near == header:
         return ": write the names in small letters without spaces"
@@ -239,7 +247,7 @@ def _remedy(found: list[str], header: list[str], images: dict[str, Path]) -> str
 
 
 def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dict[str, Path], result: Validation) -> None:
-    near, seen = _by_near_name(images), Counter()
+    near, seen = _by_near_name(images), Counter[str]()
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             remedy = "" if row else ": take the empty line out"
@@ -248,47 +256,57 @@ def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dic
         image = row[0] if row[0] in images else _meant(row[0], near)
         seen[image or row[0]] += 1
         result.authentic |= {image or row[0]} if row[2] == "0" else set()
-        result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in _row_faults(row)]
+        faults = _row_faults(row)
         if image is None:
-            result.faults.append(f"{name} row {number} ({row[0]}): extra, no such test image")
+            faults.append("extra, no such test image")
         elif image != row[0]:
-            result.faults.append(
-                f"{name} row {number} ({row[0]}): no such test image; {image} seems to be meant. image_id is the exact file "
-                "name with its ending and without folders"
+            faults.append(
+                f"no such test image; {image} seems to be meant. image_id is the exact file name with its ending and "
+                "without folders"
             )
+        result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in faults]
+    _check_completeness(seen, name, list(images), result)
+    _check_columns([row for row in rows if len(row) == len(header)], name, header, result)
+
+
+def _check_completeness(seen: Counter[str], name: str, images: list[str], result: Validation) -> None:
+    """Every test image has one row, ``seen`` counts them; unsorted rows get a note."""
     result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
     missing = [image for image in images if image not in seen]
-    result.faults += _dropped_endings(missing, list(images), name)
+    result.faults += _dropped_endings(missing, images, name)
     result.faults += [f"{name}: {image} is missing" for image in missing]
     if list(seen) != sorted(seen):
         result.notes.append(f"{name}: rows are not sorted by image_id")
-    whole_rows = [row for row in rows if len(row) == len(header)]
-    if level := [row[0] for row in whole_rows if _number(row[1]) == _number(row[3])]:
+
+
+def _check_columns(rows: list[list[str]], name: str, header: list[str], result: Validation) -> None:
+    """One value of each threshold; notes on probabilities that readers could take in two ways."""
+    if level := [row[0] for row in rows if _number(row[1]) == _number(row[3])]:
         result.notes.append(
             f"{name}: the probability of {len(level)} image(s), such as {level[0]}, equals the threshold: a scorer that takes "
             "prob > threshold reads label 0 from them, one that takes prob >= threshold label 1"
         )
     for column in range(3, len(header)):
-        values = {_number(row[column]): row[column] for row in whole_rows}
+        values = {_number(row[column]): row[column] for row in rows}
         if len(values) > 1:
             found = ", ".join(sorted(values.values())[:3])
             result.faults.append(f"{name}: {len(values)} different values of {header[column]} ({found}); one is allowed")
-    result.notes += _turned_around(whole_rows, name)
+    result.notes += _turned_around(rows, name)
 
 
 def _by_near_name(images: dict[str, Path]) -> dict[str, str]:
-    """Test images by their names in small letters, with and without endings."""
+    """Test images by their names in lower case, with and without extensions."""
     return {Path(image).stem.casefold(): image for image in images} | {image.casefold(): image for image in images}
 
 
 def _meant(written: str, near: dict[str, str]) -> str | None:
-    """The test image that a name seems to mean: one with a folder, with another ending or none, or in other case."""
+    """The test image that a name with a folder, another extension or none, or in other case seems to mean."""
     name = SEPARATOR.split(written.strip())[-1].casefold()
     return near.get(name) or near.get(Path(name).stem)
 
 
 def _dropped_endings(missing: list[str], images: list[str], name: str) -> list[str]:
-    """Endings that no row has, where other endings have rows: what a filter by ending leaves out."""
+    """A fault for extensions without any row, where others have rows: the folder was filtered by extension."""
     absent, there = (Counter(Path(image).suffix or "no ending" for image in names) for names in (missing, images))
     dropped = {ending: count for ending, count in absent.items() if count == there[ending]}
     if not dropped or len(missing) == len(images):
@@ -298,7 +316,7 @@ def _dropped_endings(missing: list[str], images: list[str], name: str) -> list[s
 
 
 def _turned_around(rows: list[list[str]], name: str) -> list[str]:
-    """Notes on probabilities that look like something else than that of label 1; of at least two contradictions."""
+    """Notes on probabilities that seem to be of label 0, or confidences; from two contradictions on."""
     facts = [(row[2], _number(row[1]), _number(row[3])) for row in rows if row[2] in ("0", "1")]
     wrong = [(label, prob >= threshold) for label, prob, threshold in facts if (prob >= threshold) != (label == "1")]
     authentic = sum(label == "0" for label, _, _ in facts)
@@ -313,12 +331,12 @@ def _turned_around(rows: list[list[str]], name: str) -> list[str]:
 
 
 def _number(text: str) -> float:
-    """A number as the challenge's readers take it, with or without an exponent; NaN for anything else."""
+    """The value of a decimal number, with or without an exponent; NaN for anything else."""
     return float(text) if NUMBER.fullmatch(text.strip()) else math.nan
 
 
 def _row_faults(row: list[str]) -> list[str]:
-    """Faults of one row: values that are no numbers in [0, 1], and a label that contradicts prob and threshold."""
+    """Faults of a row: values that are not numbers in [0, 1], and a label that contradicts prob and threshold."""
     faults, values = [], []
     for column, text in zip(("prob", "threshold", "loc_threshold"), [row[1], *row[3:]], strict=False):
         value = _number(text)
@@ -354,7 +372,7 @@ def _check_masks(archive: zipfile.ZipFile, entries: Entries, images: dict[str, P
 
 
 def _mask_meant(name: str, near: dict[str, str], names: set[str]) -> str | None:
-    """The mask that a wrong name seems to mean (``a.NPZ``, ``a.jpg.npz``, ``a.npy``), where that one is not there itself."""
+    """The mask that a wrong name (``a.NPZ``, ``a.jpg.npz``, ``a.npy``) seems to mean, where the archive lacks that one."""
     image = _meant(name, near) or _meant(Path(name).stem, near)
     mask = f"{Path(image).stem}.npz" if image else None
     return None if mask in names else mask
@@ -371,7 +389,7 @@ def _mask_faults(content: bytes, image: Path, result: Validation) -> list[str]:
         return [f"not a readable npz: {error}; write it by {WRITE_MASK}"]
     if mask is None:
         return [f"holds {len(names)} arrays; expected one: write it by {WRITE_MASK}"]
-    if not isinstance(mask, np.ndarray):  # numpy hands on as bytes what is no array
+    if not isinstance(mask, np.ndarray):  # numpy returns other members as bytes
         return [f"holds {names[0]}, which is no array; write it by {WRITE_MASK}"]
     if mask.dtype != np.float16 or mask.ndim != 2:
         return [f"{mask.dtype} array of shape {mask.shape}; expected float16 of shape (H, W): write it by {WRITE_MASK}"]
