@@ -1,6 +1,6 @@
-"""What the challenge ranks and what explains it: image-level scores, and pixel-level scores by histograms.
+"""Image-level metrics, and pixel-level metrics from histograms.
 
-Intervals are by bootstrap over photographs, since images that were made of one photograph are not independent.
+Intervals are by bootstrap over photographs, since images made from one photograph are not independent.
 """
 
 from __future__ import annotations
@@ -26,10 +26,19 @@ FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels count
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
     """The threshold with the highest F1, about half-way between two neighbouring probabilities.
 
-    It has two decimals (51) more than probabilities are written with.  So no written probability ever equals it, also of
-    images that it was not chosen on, and ``prob > threshold`` and ``prob >= threshold`` call the same images positive; who
-    rounds it like a probability still has the same by ``>=``.  ``labels`` (N,) of 0 and 1, ``probs`` (N,) in [0, 1].  Raises
-    ``ValueError`` without a positive.
+    It has two decimals (51) more than written probabilities.  So no written probability of any image equals it, and
+    ``prob > threshold`` and ``prob >= threshold`` give the same labels; rounded like a probability it still gives the same
+    by ``>=``.
+
+    Args:
+        labels: ``(N,)`` of 0 and 1.
+        probs: ``(N,)`` in [0, 1].
+
+    Returns:
+        The threshold, in (0, 1).
+
+    Raises:
+        ValueError: no label is 1.
     """
     labels, probs = np.asarray(labels), round_probs(probs)
     if not labels.any():
@@ -37,7 +46,7 @@ def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
     order = np.argsort(-probs, kind="stable")
     ranked = probs[order]
     f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
-    f1[:-1][ranked[1:] == ranked[:-1]] = -1  # equal probabilities cannot be parted
+    f1[:-1][ranked[1:] == ranked[:-1]] = -1  # no threshold separates equal probabilities
     best = int(f1.argmax())
     units = [round(prob * 10**DECIMALS) for prob in (*ranked[best : best + 2].tolist(), 0.0)[:2]]
     return (sum(units) // 2 * 100 + 51) / 10 ** (DECIMALS + 2)
@@ -55,15 +64,22 @@ def counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[int, int, int, in
 
 
 def f1_score(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """F1 of binary predictions; 0 where nothing is positive and nothing predicted so."""
+    """F1 of binary predictions; 0 without positive labels and predictions."""
     tp, fp, fn, _ = counts(labels, predicted)
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
 
 
 def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> dict[str, float]:
-    """AUC, AP, EER and recall at 5% false positives of ``probs``; F1, accuracies and rates at ``threshold``.
+    """Image-level metrics.
 
-    The first four are NaN where one class is missing.
+    Args:
+        labels: ``(N,)`` of 0 and 1.
+        probs: ``(N,)`` in [0, 1].
+        threshold: images with at least this probability are called positive.
+
+    Returns:
+        auc, ap, eer and tpr_at_5_fpr (NaN where one class is missing); f1, accuracy, balanced_accuracy, precision, recall
+        and fpr at the threshold; threshold.
     """
     labels, probs = np.asarray(labels), round_probs(probs)
     tp, fp, fn, tn = counts(labels, probs >= threshold)
@@ -91,20 +107,20 @@ def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
 
 
 def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:
-    """The rate at which false positives and false negatives are equally frequent, between the curve's points."""
+    """The rate where false-positive and false-negative rate are equal, interpolated on the ROC curve."""
     fpr, tpr, _ = roc_curve(labels, probs)
     gap = fpr - (1 - tpr)  # rises from -1 to 1
     return float(np.interp(0.0, gap, fpr))
 
 
 def recall_at_fpr(labels: np.ndarray, probs: np.ndarray, limit: float) -> float:
-    """The highest recall of a threshold whose false-positive rate is at most ``limit``."""
+    """The highest recall at a false-positive rate of at most ``limit``."""
     fpr, tpr, _ = roc_curve(labels, probs, drop_intermediate=False)
     return float(tpr[fpr <= limit].max())
 
 
 def crossfit_f1(labels: np.ndarray, probs: np.ndarray, folds: int = 5, seed: int = 0) -> float:
-    """F1 with each fold's threshold chosen on the other folds: what a threshold gives on images it was not chosen on."""
+    """F1 with each fold's threshold chosen on the other folds, so on images that it was not chosen on."""
     labels, probs = np.asarray(labels), round_probs(probs)
     folds = min(folds, int(np.bincount(labels, minlength=2).min()))
     if folds < 2:
@@ -135,10 +151,10 @@ def bootstrap_intervals(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """95% intervals of several scores from the same draws; ``probs`` may be of several models, ``(N, M)``.
+    """95% intervals of several scores from the same resamples; ``probs`` may be of several models, ``(N, M)``.
 
     ``groups`` (N,) names the photograph of each image: photographs are drawn with replacement, each with all its images.
-    Without it every image is a photograph of its own.
+    Without it every image is its own photograph.
     """
     labels, probs = np.asarray(labels), np.asarray(probs)
     draws = progress(_draws(labels, groups, rounds, seed), "bootstrap", total=rounds)
@@ -146,15 +162,15 @@ def bootstrap_intervals(
 
 
 def _intervals(rounds: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """What lies between the 2.5% and 97.5% quantiles of each score over all rounds; rounds with NaN do not count."""
-    table = pd.DataFrame(rounds)
-    return {name: (float(values.quantile(0.025)), float(values.quantile(0.975))) for name, values in table.items()}
+    """The 2.5% and 97.5% quantiles of each score over all rounds without those where it is NaN."""
+    ends = pd.DataFrame(rounds).quantile([0.025, 0.975])
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def _draws(labels: np.ndarray, groups: np.ndarray | None, rounds: int, seed: int) -> Iterator[np.ndarray]:
-    """For each round the positions of the images drawn: whole groups with replacement.
+    """The positions of the images drawn in each round: whole groups with replacement.
 
-    Groups of authentic images, of the others and of both are drawn among themselves, so that every draw has both classes.
+    Groups with authentic images, with positive ones and with both are drawn separately, so that every draw has both classes.
     """
     labels = np.asarray(labels).astype(bool)
     codes = np.arange(len(labels)) if groups is None else pd.factorize(np.asarray(groups))[0]
@@ -174,10 +190,10 @@ def _draws(labels: np.ndarray, groups: np.ndarray | None, rounds: int, seed: int
 
 
 def value_counts(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Pixel counts ``(2, 15361)`` by truth (authentic, manipulated) and probability, of which float16 has that many.
+    """Pixel counts ``(2, 15361)`` by truth (authentic, manipulated) and by the values that float16 has in [0, 1].
 
-    ``mask`` (H, W) in [0, 1], rounded to float16 as it is written; ``truth`` (H, W) bool.  Raises ``ValueError`` for
-    probabilities outside [0, 1].
+    ``mask`` (H, W) in [0, 1], rounded to float16 as in files; ``truth`` (H, W) bool.  Raises ``ValueError`` for values outside
+    [0, 1].
     """
     bits = mask.astype(np.float16).view(np.uint16)
     bits[bits == 1 << 15] = 0  # -0.0
@@ -193,7 +209,7 @@ def pixel_histogram(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def binned(counts: np.ndarray) -> np.ndarray:
-    """``value_counts`` ``(2, 15361)`` added up to ``(2, 256)``: bins of equal width, the last with 1.0."""
+    """``value_counts`` ``(2, 15361)`` summed in 256 bins of equal width, the last with 1.0."""
     return np.add.reduceat(counts, _BIN_STARTS, axis=1)
 
 
@@ -206,7 +222,7 @@ def threshold_free_scores(counts: np.ndarray) -> dict[str, float]:
 def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """IoU, F1 and flagged share ``(N, B)`` of N images' counts ``(N, 2, B)`` at the lower end of each bin.
 
-    Those of ``pixel_histogram`` begin at 0, 1/256, ...  Where neither truth nor prediction marks a pixel, IoU and F1 are 1.
+    The bins of ``pixel_histogram`` start at 0, 1/256, ...  Where neither truth nor prediction marks a pixel, IoU and F1 are 1.
     """
     flagged = histograms[:, :, ::-1].cumsum(2)[:, :, ::-1].astype(float)
     fp, tp = flagged[:, 0], flagged[:, 1]
@@ -220,8 +236,8 @@ def pixel_curves(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 def bin_threshold(number: int) -> float:
     """The threshold just below ``number`` / 256 (1 to 255): no pixel equals it, and it flags those from that bin on.
 
-    It lies between two neighbouring float16 values, so that ``>`` and ``>=`` flag the same pixels.  Code that compares in
-    float16 rounds it to the lower one, which ``written_mask`` never holds.
+    It lies between two neighbouring float16 values, so that ``>`` and ``>=`` flag the same pixels.  In float16 it is rounded
+    to the lower one, which ``written_mask`` never contains.
     """
     edge = np.float16(number / BINS)
     below = np.nextafter(edge, np.float16(0))
@@ -274,9 +290,9 @@ def pixel_table(
 ) -> pd.DataFrame:
     """Scores of each image: IoU, F1 and flagged share at ``loc_threshold`` (see ``bin_threshold``), and ``exact``.
 
-    ``truth`` is the share of manipulated pixels.  ``exact`` (N rows) holds the images' ``threshold_free_scores``, which
-    histograms cannot tell.  ``called`` (N,) bool says which images are called manipulated: ``submitted_iou`` and
-    ``submitted_flagged`` are then of masks that are empty for the others.
+    ``truth`` is the share of manipulated pixels.  ``exact`` (N rows) holds the ``threshold_free_scores``, which need finer
+    counts.  ``called`` (N,) bool are the images called manipulated: ``submitted_iou`` and ``submitted_flagged`` are of masks
+    that are empty for the others.
     """
     column = threshold_bin(loc_threshold)
     iou, f1, flagged = pixel_curves(histograms)
@@ -292,13 +308,19 @@ def pixel_table(
 def localization_metrics(
     histograms: np.ndarray, loc_threshold: float, called: np.ndarray | None = None, exact: pd.DataFrame | None = None
 ) -> dict[str, float]:
-    """Mean pixel scores, named by their convention; IoU, F1 and flagged shares are at ``loc_threshold``.
+    """Pixel-level metrics, means over images.
 
-    ``*_manipulated``: over manipulated images, ``best_pixel_f1`` with each image's own best threshold (which flatters);
-    ``iou_all``: over all images, with empty against empty as 1; ``flagged_authentic``: share of authentic images with
-    more than 1% of their pixels above the threshold.  ``submitted_*``: the same of what is submitted, where masks of
-    images that are not ``called`` manipulated are empty.  Threshold-free scores are there where ``exact`` is: see
-    ``pixel_table``.
+    Args:
+        histograms: ``(N, 2, 256)`` pixel counts of N images, from ``pixel_histogram``.
+        loc_threshold: pixels with at least this probability are flagged.
+        called: ``(N,)`` bool, the images called manipulated; the masks of the others are submitted empty.
+        exact: N rows of ``threshold_free_scores``.
+
+    Returns:
+        iou and pixel_f1, and with ``exact`` best_pixel_f1 (at each image's own best threshold, so optimistic), pixel_auc and
+        pixel_ap, as ``*_manipulated``: over manipulated images; iou_all: over all images, where an empty mask of an authentic
+        one counts 1; flagged_authentic: the share of authentic images with more than 1% flagged pixels; with ``called`` the
+        same of the submitted masks as ``submitted_*``; loc_threshold.
     """
     return _localization_means(pixel_table(histograms, loc_threshold, called, exact)) | {"loc_threshold": loc_threshold}
 
@@ -323,9 +345,9 @@ def localization_intervals(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """95% intervals of ``localization_metrics``, by bootstrap over photographs as ``bootstrap_intervals``.
+    """95% intervals of ``localization_metrics``, by bootstrap over photographs as in ``bootstrap_intervals``.
 
-    That of ``loc_threshold`` is of the threshold chosen anew on every draw.
+    That of ``loc_threshold`` is of the thresholds chosen on each resample.
     """
     table, iou = pixel_table(histograms, loc_threshold, called, exact), pixel_curves(histograms)[0]
     manipulated, lines = (table["truth"] > 0).to_numpy(), []

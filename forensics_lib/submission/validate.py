@@ -240,9 +240,9 @@ def _remedy(found: list[str], header: list[str], images: dict[str, Path]) -> str
         return ": the first row is an image's; write the header above it"
     if sorted(near) == sorted(header):
         return ": put the columns in this order"
-    less = [column for column in header if column not in near]
-    more = [column or "a column without a name (pandas: index=False)" for column in near if column not in header]
-    parts = [f"{verb} {', '.join(names)}" for verb, names in (("lacks", less), ("has in addition", more)) if names]
+    lacking = [column for column in header if column not in near]
+    extra = [column or "a column without a name (pandas: index=False)" for column in near if column not in header]
+    parts = [f"{verb} {', '.join(names)}" for verb, names in (("lacks", lacking), ("has in addition", extra)) if names]
     return f": it {' and '.join(parts)}" if found and parts else ""
 
 
