@@ -35,7 +35,7 @@ def test_batches_of_inference_follow_from_the_size_alone():
 def test_a_gpu_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="no CUDA GPU"):
+    with pytest.raises(ValueError, match="device: cuda, but PyTorch sees none here"):
         choose_machine(PARAMS.model_copy(update={"device": "cuda"}))
 
 

@@ -102,7 +102,7 @@ def test_wrong_value_names_key_found_and_allowed():
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ParamsError, match="2 problem") as caught:
-        make_params({"crop_size": 100, "epochs_head": -1}, "own.yaml")
+        make_params({"crop_size": 10, "epochs_head": -1}, "own.yaml")
     assert "crop_size" in str(caught.value)
     assert "epochs_head" in str(caught.value)
 

@@ -202,8 +202,8 @@ class CombinedModel(nn.Module):
 
     def as_map(self, final: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
         """The backbone's last features, or their gradients, as a map ``(N, C, H, W)``: tokens without those of no patch."""
-        height, width = stages[-1].shape[-2:]
         if final.ndim == 3:
+            height, width = stages[-1].shape[-2:]
             return final[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
         return final.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else final
 

@@ -402,7 +402,8 @@ machine with other work, which slowed them.
 Open data add photographs, Stable Diffusion 1.5 and StyleGAN2 faces. Those two generators are what gains by them; the most
 confused ones, of which neither set has an image, do not, which is why open is so little above constrained.
 """
-_ABLATIONS = """One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had and the
+_ABLATIONS = """\
+One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had and the
 recipe has not now; what it tried and is not named there was kept. Choices were made on val; test is shown, not chosen on.
 What did not help by more than seeds differ is off. `after`: the recipe by the code as it is now. `no-padding`: shrinking
 stopped where a crop would have had to be padded (and an image that an epoch draws again gave another crop, and a PNG's first

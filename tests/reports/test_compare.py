@@ -42,7 +42,7 @@ def runs(rng) -> list[str]:
 def test_a_real_difference_is_told_from_none(runs):
     tables = compare(runs)
     found = tables["differences"].set_index(["difference of", "score"])
-    better, equal = found.loc[("strong less weak", "auc")], found.loc[("same less strong", "auc")]
+    better, equal = found.loc[("strong minus weak", "auc")], found.loc[("same minus strong", "auc")]
     assert better["from"] > 0
     assert better["from"] <= better["value"] <= better["to"]
     assert (equal[["value", "from", "to"]] == 0).all()
@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_named(runs, names, fault):
 def test_the_command_prints_tables_and_keeps_the_figure(runs, capsys):
     assert main(["compare", *runs]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("scores", "differences", "parameters", "cost", "strong less weak"))
+    assert all(name in said for name in ("scores", "differences", "parameters", "cost", "strong minus weak"))
     assert (home() / "outputs" / "comparison_weak_strong_same.png").stat().st_size > 5000
     assert main(["compare", "gone", "weak"]) == 1
 

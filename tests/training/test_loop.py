@@ -21,6 +21,7 @@ from forensics_lib.images.io import ImageError
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.models.combined import build_model
+from forensics_lib.params import REMOVED
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
@@ -146,7 +147,8 @@ def test_the_other_task_s_results_stay(applied):
 def as_of_an_earlier_version(run: Run, task: str, manifest: pd.DataFrame) -> Path:
     """Rewrite a training's state as one that held a hash instead of what it was trained with."""
     others = ("run_name", "team", "edition", "tasks", "test_folder_a", "test_folder_b", "workers", "data_root")
-    values = run.params.model_dump(exclude={*others, "robustness_images", "processes"})
+    values = run.params.model_dump(exclude={*others, "robustness_images", "processes", "lora_rank"})
+    values |= {key: value for key, (value, _) in REMOVED.items() if "." not in key}
     rows = pd.concat([usable(manifest, "train"), usable(manifest, "val")])
     text = json.dumps([task, values, data_fingerprint(rows)], sort_keys=True)
     path = run.folder / "checkpoints" / f"task{task}_state.pt"
