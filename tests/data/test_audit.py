@@ -107,6 +107,7 @@ def test_an_audit_draws_both_classes_and_takes_any_seed(rng, monkeypatch, seed, 
     assert 0 <= shortcut_audit(even, seed=seed).auc <= 1
 
 
+@pytest.mark.slow
 @needs_corpus
 def test_the_trap_in_real_training_data_is_found():
     manifest = build_manifest(Run(Params(tasks=["A"]), CORPUS), "A")

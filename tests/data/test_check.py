@@ -70,6 +70,7 @@ def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
         assert part in said
 
 
+@pytest.mark.slow
 def test_official_tgif_and_validation_are_complete_by_count(official_tree, tmp_path):
     expected = dict.fromkeys(official.EXPECTED["tgif"], 0)
     lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"), official.EXPECTED["tgif"])
@@ -110,6 +111,7 @@ def _lay_out_tgif(root: Path, split: str) -> None:
             touch(root, f"masks/{split}/{item['category']}/{mask.format(**values)}")
 
 
+@pytest.mark.slow
 def test_official_tgif_counts_masks_and_groups(official_tree):
     rows = records(read_tgif(official_tree / "TGIF"))
     fakes = [row for row in rows if row["label"]]
@@ -123,6 +125,7 @@ def test_official_tgif_counts_masks_and_groups(official_tree):
     assert len(rows) - len(fakes) == 3 * 3_124
 
 
+@pytest.mark.slow
 def test_official_overlap_of_tgif_and_task_b_validation(official_tree):
     tgif = read_tgif(official_tree / "TGIF").table()
     validation = read_task_b_validation(official_tree / "val").table()

@@ -26,6 +26,7 @@ def digest(root: Path) -> str:
     return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_sample_is_in_the_official_layout_and_the_same_every_time(tmp_path, monkeypatch):
     small(monkeypatch)
     one, two = build_sample(tmp_path / "one"), build_sample(tmp_path / "two")
@@ -85,6 +86,7 @@ print(sample.build_sample(root).stat().st_ino, (root / "by").read_text(), flush=
 """
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once_share_one_sample(tmp_path):
     """The folder that the first one reads is the one that the second one finds, not a second one in its place."""
     command = [sys.executable, "-c", AT_ONCE, str(tmp_path / "s")]
