@@ -96,6 +96,7 @@ def test_an_epoch_whose_validation_does_not_end_is_not_trained_again(ended, tiny
     assert done == ["epoch", "validation", "epoch", "validation", "validation", "epoch", "validation"]
 
 
+@pytest.mark.slow
 def test_the_command_line_says_how_to_go_on(tiny_run, monkeypatch, capsys):
     real = epochs.batch_loss
 
