@@ -37,7 +37,7 @@ RUN_OPTIONS = $(if $(strip $(DATA)),--data $(call quoted,$(DATA))) $(if $(strip 
 PIPELINE = $(PY) -m forensics_lib run --params $(call quoted,$(1)) $(RUN_OPTIONS) $(if $(strip $(FROM)),--from $(call quoted,$(FROM)))
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup run run-constrained run-open sample check-data test test-quick bench bench-quality compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test test-quick bench bench-quality gpu-check compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -96,6 +96,9 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	$(PY) tests/benchmarks/bench_quality.py report
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
+
+gpu-check: setup ## Compare a GPU with the CPU, train both tasks on it and measure its speed (at most eight minutes on an H100)
+	$(PY) tests/benchmarks/gpu_check.py
 
 compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
 	@$(PY) -m forensics_lib compare $(call quoted_each,$(RUNS))

@@ -255,7 +255,7 @@ def told(function):
         return function(*arguments, **options)
     return call
 
-audits.audit, training.shortcut_audit = told(audits.audit), told(training.shortcut_audit)
+audits.audit, audits.shortcut_audit = told(audits.audit), told(audits.shortcut_audit)
 join_group()
 run = main_process_first(lambda: open_run(sys.argv[1]))
 training.train(run, "A", main_process_first(lambda: build_manifest(run, "A")))
