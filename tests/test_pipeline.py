@@ -64,7 +64,7 @@ def test_from_data_to_valid_archives(home, capsys):
     report = (outputs / "constrained" / "report.html").read_text()
     assert "bad.png" in report
     assert "SAMPLE DATA" not in report
-    assert "Data that went in" in report and "Too few training images" in report
+    assert "Training data" in report and "Too few training images" in report
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_later_commands_do_not_change_what_trained(tiny_run):
     found = parameters_in_force(run)
     assert (found["seed"], found["tasks"], found["crop_size"]) == ({"A": 0, "B": 5}, ["A", "B"], 32)
     report = build_report(open_run(file, {"tasks": ["A"], "seed": 9})).read_text()
-    assert "Task B: manipulated regions" in report and "{&#x27;A&#x27;: 0, &#x27;B&#x27;: 5}" in report
+    assert "Task B: manipulated regions" in report and "{&#39;A&#39;: 0, &#39;B&#39;: 5}" in report
     assert "test_convnext (A) and test_vit (B)" in report
 
 

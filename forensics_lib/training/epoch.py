@@ -79,8 +79,7 @@ def train_epoch(state: TrainingState, step: Step, epoch: int, partial: PartialEp
         if not everywhere:
             continue
         weight = share * world() / everywhere  # gradients are averaged over processes, whatever their shares
-        loss = _learn(state, step, epoch, number, batch, weight)
-        losses.add(loss, batch["index"])
+        _learn(state, step, epoch * state.updates + number, batch, weight, losses)
         seen += everywhere
         bar.note(losses.note())
     seconds = time.monotonic() - started
@@ -120,12 +119,12 @@ class Losses:
         return f"loss {np.mean(self._values[-20:]):.3f}" if self._values else ""
 
 
-def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dict[str, Any], weight: float) -> torch.Tensor:
-    """Update the model on batch ``number`` of an epoch, whose loss is multiplied by ``weight``; returns the loss."""
-    update = epoch * state.updates + number
+def _learn(state: TrainingState, step: Step, update: int, batch: dict[str, Any], weight: float, losses: Losses) -> None:
+    """Update ``update`` of a step: learn from a batch whose loss is multiplied by ``weight``, and note it in ``losses``."""
     step.schedule.step_update(update)
     try:
         loss = batch_loss(state, batch if len(batch["index"]) else dummy_batch(state))
+        losses.add(loss.detach(), batch["index"])
         step.optimizer.zero_grad(set_to_none=True)
         step.scaler.scale(loss * weight).backward()
     except torch.OutOfMemoryError:
@@ -140,7 +139,6 @@ def _learn(state: TrainingState, step: Step, epoch: int, number: int, batch: dic
     step.scaler.update()
     if step.average:
         step.average.update(state.model, update)
-    return loss.detach()
 
 
 def _batches(state: TrainingState, epoch: int, seed: int, first: int) -> DataLoader:
