@@ -97,7 +97,7 @@ bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENS
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py run
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_localization.py report
 
-gpu-check: setup ## Compare a GPU with the CPU, train both tasks on it and measure its speed (at most eight minutes on an H100)
+gpu-check: setup ## Compare a GPU with the CPU, train both tasks on it and measure its speed
 	$(PY) tests/benchmarks/gpu_check.py
 
 compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
