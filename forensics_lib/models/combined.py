@@ -134,6 +134,8 @@ class CombinedModel(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
+    pyramid: Pyramid | None
+    segmentation: SegmentationBranch | None
 
     def __init__(
         self,
@@ -162,14 +164,7 @@ class CombinedModel(nn.Module):
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(statistics["std"][:3]).view(1, 3, 1, 1))
         self.residual = NoiseResidual() if frontend == "srm" else None
-        self.pyramid, self.segmentation = None, None
-        if task == "B":
-            stages = list(self.backbone.feature_info)
-            channels = [stage["num_chs"] for stage in stages if stage["reduction"] >= 4]
-            if self.blocks:
-                self.pyramid = Pyramid([stages[index]["num_chs"] for index in self.blocks], decoder_channels)
-                channels = [decoder_channels] * 4
-            self.segmentation = SegmentationBranch(channels, decoder_channels)
+        self.pyramid, self.segmentation = self._mask_branch(decoder_channels) if task == "B" else (None, None)
         train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
@@ -178,6 +173,14 @@ class CombinedModel(nn.Module):
         if evidence:  # at first the image's log-odds are half those of its highest pixels
             with torch.no_grad():
                 self.classifier.weight[:, features:] = torch.tensor([[-0.25, 0.0], [0.25, 0.0]])
+
+    def _mask_branch(self, channels: int) -> tuple[Pyramid | None, SegmentationBranch]:
+        """The segmentation branch and, for a plain transformer, the pyramid before it."""
+        stages = list(self.backbone.feature_info)
+        if self.blocks is None:
+            return None, SegmentationBranch([stage["num_chs"] for stage in stages if stage["reduction"] >= 4], channels)
+        pyramid = Pyramid([stages[index]["num_chs"] for index in self.blocks], channels)
+        return pyramid, SegmentationBranch([channels] * 4, channels)
 
     def forward(self, images: torch.Tensor) -> Output:
         return self.decide(images, *self.encode(images))
