@@ -1,11 +1,21 @@
 """The check of a GPU, in its small form on the CPU."""
 
 import json
+import os
 
 import gpu_check
 import pandas as pd
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch):
+    """The command sets these for its own process."""
+    for name in ("FORENSICS_HEADLESS", "FORENSICS_HOME"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
 
 
 @pytest.mark.slow
