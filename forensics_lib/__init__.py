@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from forensics_lib.run import open_run as open_run
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what Apple's GPUs lack, the CPU computes
-__all__ = ["open_run", "predict"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +27,4 @@ def __getattr__(name: str) -> Any:
         from forensics_lib.inference.predictor import predict
 
         return predict
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; found are {', '.join(__all__)}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has open_run and predict")
