@@ -391,10 +391,10 @@ weights. Scratch: `convnext_atto` with random weights, ours with noise residuals
 [backbones.md](backbones.md) says for training without weights.
 
 All runs but `no-padding` and `after` are of code in which an image that an epoch drew several times gave the same crop each
-time and which compressed a PNG with its blocks in a fixed place. The recipe as it is now is row `after` of the ablations: of
-the same seed AUC on val is 0.909 where it was 0.912, and on test it is **much worse**, 0.840 where it was 0.949 (StyleGAN2
-faces, 12 images, 0.603 where it was 0.953; F1 0.741 where it was 0.887). Which change does this, or whether it is the seed,
-is not known yet.
+time and which compressed a PNG with its blocks in a fixed place. The recipe as it is now is in the rows `after` of the
+ablations, of two seeds: AUC on val is 0.909 and 0.929 where the same seeds had 0.912 and 0.926, and on test **worse**, 0.840
+and 0.924 where they had 0.949 and 0.940 (of seed 0 above all the StyleGAN2 faces, 12 images, 0.603 where it was 0.953). Which
+change does this, beyond what seeds do, is not known yet.
 
 The threshold is the one with the best F1 on val, since F1 ranks runs. Seconds are those of the clock, and some runs shared the
 machine with other work, which slowed them.
