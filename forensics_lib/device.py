@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from forensics_lib.params import Params
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.processes import local_processes
 
-# Work from which compiling pays; it takes as long for a GPU, which is about a hundred times as fast as a CPU
+# Work from which compiling pays; it takes as long for a GPU, which is about a hundred times as fast.  On other devices: never
 COMPILED_FROM = {"cpu": 1e16, "cuda": 1e18}  # inference, pixels times parameters: about 2,300 crops with ConvNeXt-B on a CPU
 COMPILES_BACKWARD = "2.12"  # first PyTorch that compiles backward passes on CPUs; older ones fail with some models
 LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,000 crops on a CPU
@@ -116,7 +117,7 @@ def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:
     so the model must not be trained any more.  Without a compiler the model runs uncompiled.
     """
     work = pixels * sum(parameter.numel() for parameter in model.parameters())
-    if work < COMPILED_FROM[_device_of(model)]:
+    if work < COMPILED_FROM.get(_device_of(model), math.inf):
         return False
     from torch import _dynamo, _inductor  # slow to import
 
@@ -150,7 +151,7 @@ def compiled_for_training(model: nn.Module, task: str, size: int, pixels: float)
     device = _device_of(model)
     partly = task == "A" and not all(parameter.requires_grad for parameter in model.parameters())
     faster = device == "cuda" or (partly and torch.__version__ >= COMPILES_BACKWARD)
-    if pixels < LEARNS_COMPILED_FROM[device] or not faster or torch.are_deterministic_algorithms_enabled():
+    if pixels < LEARNS_COMPILED_FROM.get(device, math.inf) or not faster or torch.are_deterministic_algorithms_enabled():
         return model
     from torch import _dynamo  # slow to import
 

@@ -199,3 +199,9 @@ def test_a_compiled_model_learns_what_it_would_learn_as_it_is():
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
     plain, uncompiled = loss_and_gradients(model, model, 3), loss_and_gradients(model, view, 3)
     assert all(map(torch.equal, uncompiled, plain)), "an epoch's last batch, which is smaller, is not compiled for"
+
+
+def test_a_device_that_was_never_measured_compiles_nothing():
+    model = torch.nn.Linear(2, 2, device="meta")
+    assert not compile_where_it_pays(model, pixels=1e30)
+    assert compiled_for_training(model, "A", size=4, pixels=1e30) is model
