@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from forensics_lib.reports.report import METRIC_NAMES, TABLES, chosen_on, template
+from forensics_lib.reports.report import METRIC_NAMES, TABLES, chosen_on, facts_of_task, template
 from forensics_lib.run import Run, trained_by
 from forensics_lib.utils.files import read_json, write_text
 
@@ -18,7 +18,7 @@ from forensics_lib.utils.files import read_json, write_text
 def build_card(run: Run, task: str) -> Path:
     """Write ``outputs/<run_name>/task<X>_model_card.md`` from the run's files; returns its path."""
     facts, trained = read_json(run.folder / "run.json"), trained_by(run, task)
-    found = {key.removeprefix(f"task{task}_"): value for key, value in facts.items() if key.startswith(f"task{task}_")}
+    found = facts_of_task(facts, task)
     others = {"Scores on other validation images": "validation_others", "Scores on held-out images": "held_out"}
     tables = {title: _scores(found[key]) for title, key in others.items() if found.get(key)}
     tables |= {f"Scores {title}": _table(found[name]) for name, title in TABLES.items() if found.get(name)}

@@ -143,7 +143,7 @@ def _summary(tasks: list[str], facts: dict[str, Any]) -> pd.DataFrame:
 
 def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
     """The values of a task for the template."""
-    found = {key.removeprefix(f"task{task}_"): value for key, value in facts.items() if key.startswith(f"task{task}_")}
+    found = facts_of_task(facts, task)
     tables = {f"Scores {title}": found[name] for name, title in TABLES.items() if found.get(name)}
     tables["Training data"] = found.get("data", [])
     if findings := found.get("findings", {}).get("rows"):
@@ -159,6 +159,11 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
         "figures": [{"caption": _caption(path), "data": base64.b64encode(_small(path)).decode()} for path in figures],
         "unreadable": {title: found[key] for key, title in _UNREADABLE.items() if found.get(key)},
     }
+
+
+def facts_of_task(facts: dict[str, Any], task: str) -> dict[str, Any]:
+    """What ``run.json`` holds of a task, without the task in the keys."""
+    return {key.removeprefix(f"task{task}_"): value for key, value in facts.items() if key.startswith(f"task{task}_")}
 
 
 def _score_table(found: dict[str, Any]) -> pd.DataFrame:
