@@ -103,7 +103,7 @@ def _created(name: str, options: dict[str, Any], drop_path: float) -> TimmModel 
 def _takes(backbone: TimmModel, height: int, width: int) -> bool:
     """Whether images of this size go through; for patches of 14 pixels, the next multiple of 14."""
     multiple = size_multiple(backbone)
-    image = torch.zeros(1, 3, *(-(-side // multiple) * multiple for side in (height, width)))
+    image = torch.zeros(1, 3, rounded_up(height, multiple), rounded_up(width, multiple))
     learning = backbone.training
     try:
         backbone.eval().forward_intermediates(image)
@@ -116,16 +116,25 @@ def _takes(backbone: TimmModel, height: int, width: int) -> bool:
 
 def size_multiple(backbone: TimmModel) -> int:
     """What the sides of images must be multiples of: the patches of a plain transformer, else 32 pixels."""
-    plain = len({stage["reduction"] for stage in backbone.feature_info}) == 1
-    return int(list(backbone.feature_info)[-1]["reduction"]) if plain else 32
+    return int(list(backbone.feature_info)[-1]["reduction"]) if _is_plain(backbone) else 32
+
+
+def rounded_up(side: int, multiple: int) -> int:
+    """The next multiple of ``multiple``."""
+    return -(-side // multiple) * multiple
+
+
+def _is_plain(backbone: TimmModel) -> bool:
+    """Whether all feature maps have one stride, as those of a plain transformer's blocks."""
+    return len({stage["reduction"] for stage in backbone.feature_info}) == 1
 
 
 def block_indices(backbone: TimmModel) -> list[int] | None:
     """Of a plain transformer four blocks, evenly spaced, the last one among them; None of a backbone with stages."""
-    blocks = list(backbone.feature_info)
-    if len({block["reduction"] for block in blocks}) > 1:
+    if not _is_plain(backbone):
         return None
-    return sorted({max(0, round((number + 1) * len(blocks) / 4) - 1) for number in range(4)})
+    blocks = len(list(backbone.feature_info))
+    return sorted({max(0, round((number + 1) * blocks / 4) - 1) for number in range(4)})
 
 
 def _check_loaded(backbone: TimmModel, fresh: TimmModel) -> None:

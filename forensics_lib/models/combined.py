@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, run_checkpoint, size_multiple
+from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, rounded_up, run_checkpoint, size_multiple
 from forensics_lib.models.lora import is_adapter
 from forensics_lib.models.precision import PointwiseInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
@@ -195,7 +195,7 @@ class CombinedModel(nn.Module):
     def padded_sides(self, height: int, width: int) -> tuple[int, int]:
         """The size that images of this one are padded to.  Raises ``ValueError`` of images larger than ``image_side``."""
         if self.image_side is None:
-            return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+            return rounded_up(height, self.multiple), rounded_up(width, self.multiple)
         if max(height, width) > self.image_side:
             raise ValueError(
                 f"images of {height} x {width}: {self.config['backbone']} takes at most {self.image_side} x {self.image_side} "
