@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,6 +186,19 @@ def _make_validation(root: Path, rng: np.random.Generator) -> None:
 def with_data(run: Run, *entries: dict, **values) -> Run:
     params = make_params(run.params.model_dump() | {"data": list(entries)} | values, "test")
     return Run(params, run.data)
+
+
+def stopping(function: Callable[..., Any], when: Callable[[int], bool]) -> tuple[Callable[..., Any], list[None]]:
+    """The function with SIGTERM to this process before the calls, counted from 1, for which ``when`` holds; and its calls."""
+    calls: list[None] = []
+
+    def call(*arguments: Any) -> Any:
+        calls.append(None)
+        if when(len(calls)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    return call, calls
 
 
 def changed(run: Run, **values) -> Run:

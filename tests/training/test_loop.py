@@ -1,7 +1,5 @@
 import hashlib
 import json
-import os
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import changed, picture, save, train_and_evaluate
+from conftest import changed, picture, save, stopping, train_and_evaluate
 
 from forensics_lib import device as machine
 from forensics_lib.data.manifest import build_manifest, data_fingerprint, usable
@@ -110,17 +108,12 @@ def test_a_training_that_fails_in_its_first_batch_leaves_another_one_s_results(t
 
 def test_a_training_stopped_in_its_first_epoch_goes_on_and_only_then_replaces_another(applied, monkeypatch, capsys):
     first, manifest, before = applied("A")
-    run, loss, calls = changed(first, lr_head=0.002), epochs.batch_loss, []
+    run = changed(first, lr_head=0.002)
     alone = changed(run, run_name="alone")
     expected = train(alone, "A", manifest)
 
-    def stops(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*arguments)
-
-    monkeypatch.setattr(epochs, "batch_loss", stops)
+    loss, calls = stopping(epochs.batch_loss, lambda call: call == 2)
+    monkeypatch.setattr(epochs, "batch_loss", loss)
     with pytest.raises(KeyboardInterrupt):
         train(run, "A", manifest)
     assert {path: data for path, data in contents(run).items() if "alone" not in str(path)} == before
@@ -438,15 +431,7 @@ def test_adapters_are_trained_in_step_2_and_a_stopped_training_of_them_goes_on(s
     head, tuned = (read_checkpoint(path)["model"] for path in (run.classifier_model("A"), run.finetuned_model("A")))
     assert set(head) == set(tuned), "adapters are merged"
     stopped = changed(run, run_name="stopped")
-    loss, calls = epochs.batch_loss, []
-
-    def stops_once(*arguments):
-        calls.append(None)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*arguments)
-
-    monkeypatch.setattr(epochs, "batch_loss", stops_once)
+    monkeypatch.setattr(epochs, "batch_loss", stopping(epochs.batch_loss, lambda call: call == 6)[0])
     with pytest.raises(KeyboardInterrupt):
         train(stopped, "A", manifest)
     columns = ["step", "epoch", "train_loss", "val_auc"]

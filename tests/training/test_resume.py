@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, changed
+from conftest import TINY, changed, stopping
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
@@ -29,16 +29,9 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
     undisturbed = begin("one")
     expected = train(undisturbed, task, build_manifest(undisturbed, task))
 
-    run, real, calls = begin("two"), epochs.batch_loss, []
+    run = begin("two")
     manifest = build_manifest(run, task)
-
-    def loss(*arguments):
-        calls.append(None)
-        if len(calls) % 3 == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(epochs, "batch_loss", loss)
+    monkeypatch.setattr(epochs, "batch_loss", stopping(epochs.batch_loss, lambda call: call % 3 == 0)[0])
     stops = 0
     while True:
         try:
@@ -55,14 +48,8 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, 
 
 
 def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
-    manifest, real, calls = build_manifest(tiny_run, "A"), training.validate, []
-
-    def validate(*arguments):
-        calls.append(None)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
+    manifest = build_manifest(tiny_run, "A")
+    validate, calls = stopping(training.validate, lambda call: call == 2)
     monkeypatch.setattr(training, "validate", validate)
     with pytest.raises(KeyboardInterrupt, match="stopped when Task A was trained"):
         train(tiny_run, "A", manifest)
