@@ -60,21 +60,26 @@ def test_workers_change_nothing(rows, batches_of):
     assert batches[0]["index"] == batches[1]["index"] == order.tolist()
 
 
+def loader_processes():
+    """The processes of loaders, which are daemons; pools of other tests in this process (loky's) are none."""
+    return {process for process in multiprocessing.active_children() if process.daemon}
+
+
 def test_loader_processes_serve_every_epoch(rows, batches_of):
     """Also after an epoch that was left in its middle; each sample is what its seed says, and no number is drawn."""
     source, batches = batches_of(2), [numbered_draws(np.array(indices)) for indices in ([0, 1], [2, 3], [1, 3])]
     random = torch.get_rng_state()
     next(iter(source.epoch(0, batches)))
-    processes = multiprocessing.active_children()
+    processes = loader_processes()
     assert len(processes) == 2
     for seed, wanted in ((1, batches), (2, batches[1:])):
         made = list(source.epoch(seed, wanted))
         assert [batch["index"] for batch in made] == [batch[:, 0].tolist() for batch in wanted]
         assert torch.equal(made[1]["image"], torch.stack([crops(rows)[seed, index, 0]["image"] for index in wanted[1][:, 0]]))
     assert torch.equal(torch.get_rng_state(), random)
-    assert multiprocessing.active_children() == processes
+    assert loader_processes() == processes
     source.close()
-    assert not multiprocessing.active_children()
+    assert not loader_processes()
 
 
 def test_a_share_of_a_batch_may_be_empty(batches_of):
