@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,31 @@ from forensics_lib.utils.notebook_cells import notebook_parameters
 PROVENANCE = ("params", "params_file", "data", "python", "machine", "versions", "git", "updated")
 OF_TRAINING = ("shortcut_auc", "equalized", "shortcut_auc_of_crops")  # facts that notebook 01 may compute again at any time
 PACKAGES = ("torch", "timm", "numpy", "pandas", "scikit-learn", "pillow", "papermill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What ``calibrated`` does to log-odds: divide by the temperature, add the intercept.  The defaults change nothing."""
+
+    temperature: float = 1.0
+    intercept: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds(Calibration):
+    """What a task's validation images chose: the calibration, and the thresholds of calibrated probabilities and of masks."""
+
+    threshold: float  # an image is called positive from this probability on
+    loc_threshold: float = math.nan  # a pixel is from this value of the mask on; Task A has none
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Thresholds:
+        """Thresholds among the entries of a file; where it names no temperature or intercept, nothing was calibrated by it."""
+        return cls(**{key.name: facts[key.name] for key in fields(cls) if key.name in facts})
+
+    def facts(self) -> dict[str, float]:
+        """As files hold them, which leave out what a task has not."""
+        return {key: value for key, value in asdict(self).items() if not math.isnan(value)}
 
 
 class MissingDataError(FileNotFoundError):
@@ -345,9 +371,9 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def stored_thresholds(run: Run, task: str) -> dict[str, float]:
+def stored_thresholds(run: Run, task: str) -> Thresholds:
     """The thresholds chosen on validation.  Raises ``FileNotFoundError`` if none are stored."""
     facts = read_json(run.thresholds).get(task)
     if not facts:
         raise FileNotFoundError(f"no Task {task} threshold in {run.thresholds}; run the training notebook of this run first")
-    return {key: facts[key] for key in ("threshold", "loc_threshold", "temperature", "intercept") if key in facts}
+    return Thresholds.of(facts)

@@ -12,13 +12,13 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from forensics_lib.inference.probabilities import EDGE
+from forensics_lib.run import Calibration
 
 BINS = 15
 LIMITS = (0.1, 10.0)  # of temperatures
-NOT_CALIBRATED = {"temperature": 1.0, "intercept": 0.0}
 
 
-def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
+def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> Calibration:
     """Fit Platt scaling (Platt, 1999) by cross-entropy.
 
     As in Platt's paper, labels are smoothed, less with more images, so that a few separable images do not give certainty.  A
@@ -29,12 +29,12 @@ def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
         probs: ``(N,)`` probabilities of the model, in [0, 1].
 
     Returns:
-        temperature, in [0.1, 10], and intercept, to be used by ``calibrated``; ``NOT_CALIBRATED`` without both classes.
+        A temperature in [0.1, 10] and an intercept, for ``calibrated``; those that change nothing without both classes.
     """
     labels, odds = np.asarray(labels, float), logit(np.clip(probs, EDGE, 1 - EDGE))
     positive, authentic = labels.sum(), (1 - labels).sum()
     if not (positive and authentic):
-        return dict(NOT_CALIBRATED)
+        return Calibration()
     wanted = np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (authentic + 2))
     middle = odds.mean()
 
@@ -47,7 +47,7 @@ def fit_calibration(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
 
     found = minimize(loss, [0.0, 0.0], jac=True, method="L-BFGS-B", bounds=[np.log(LIMITS), (None, None)])
     temperature = round(float(np.exp(found.x[0])), 4)
-    return {"temperature": temperature, "intercept": round(float(found.x[1] - middle / temperature), 4) + 0.0}
+    return Calibration(temperature=temperature, intercept=round(float(found.x[1] - middle / temperature), 4) + 0.0)
 
 
 def reliability(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 from forensics_lib.data.duplicates import overlapping
 from forensics_lib.data.manifest import deciding, problems, sampled, usable
 from forensics_lib.device import choose_machine
-from forensics_lib.evaluation.calibration import NOT_CALIBRATED, expected_calibration_error, fit_calibration
+from forensics_lib.evaluation.calibration import expected_calibration_error, fit_calibration
 from forensics_lib.evaluation.metrics import (
     best_f1_threshold,
     best_iou_threshold,
@@ -30,7 +31,7 @@ from forensics_lib.evaluation.robustness import robustness
 from forensics_lib.inference.predict import inference_settings
 from forensics_lib.inference.probabilities import calibrated, round_probs
 from forensics_lib.models.checkpoint import add_to_checkpoint, load_model
-from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.run import Calibration, Run, Thresholds, stored_thresholds
 from forensics_lib.utils.files import is_main, update_json, write_csv
 from forensics_lib.utils.processes import wait_for_all
 
@@ -47,7 +48,7 @@ class Evaluation:
     """Predictions on labelled images, the thresholds in force, and the scores."""
 
     table: pd.DataFrame  # a row per image: image_id, prob, KEPT_COLUMNS, platform, deciding, and pixel scores for Task B
-    thresholds: dict[str, float]
+    thresholds: Thresholds
     metrics: dict[str, float]  # of the images that decide
     errors: list[str]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
@@ -75,13 +76,13 @@ class Evaluation:
     def threshold_table(self) -> pd.DataFrame:
         """F1 and false-positive rate at the stored threshold, at 0.5, and at the best threshold in hindsight."""
         labels, probs = self.judged["label"].to_numpy(int), self.judged["prob"].to_numpy()
-        choices = {"stored": self.thresholds["threshold"], "0.5": 0.5, "best in hindsight": best_f1_threshold(labels, probs)}
+        choices = {"stored": self.thresholds.threshold, "0.5": 0.5, "best in hindsight": best_f1_threshold(labels, probs)}
         lines = {name: image_metrics(labels, probs, value) for name, value in choices.items()}
         return pd.DataFrame(lines).loc[["threshold", "f1", "fpr", "precision", "recall"]].T.round(3)
 
     def most_wrong(self, count: int = 8) -> pd.DataFrame:
         """The images whose probability is furthest on the wrong side of the threshold, half of each class."""
-        away = (self.table["prob"] - self.thresholds["threshold"]) * (1 - 2 * self.table["label"])
+        away = (self.table["prob"] - self.thresholds.threshold) * (1 - 2 * self.table["label"])
         ranked = self.table.assign(away=away)[away >= 0].sort_values("away", ascending=False, kind="stable")
         return pd.concat([ranked[ranked["label"] == label].head(count // 2) for label in (0, 1)]).drop(columns="away")
 
@@ -96,7 +97,7 @@ class Evaluation:
 
         ``auc`` is of the group against all images of the other class.
         """
-        called = self.table.assign(called_positive=self.table["prob"] >= self.thresholds["threshold"])
+        called = self.table.assign(called_positive=self.table["prob"] >= self.thresholds.threshold)
         called[list(columns)] = called[list(columns)].fillna("-")
         wanted = {"images": ("prob", "size"), "mean_prob": ("prob", "mean"), "called_positive": ("called_positive", "mean")}
         if "iou" in called:
@@ -134,14 +135,14 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
         BrokenModelError: predictions are not finite.
     """
     rows = usable(manifest, "val")
-    result, table, errors = _predict_rows(run, task, rows, NOT_CALIBRATED)
+    result, table, errors = _predict_rows(run, task, rows, Calibration())
     table["deciding"], rule = deciding(run, task, rows[result.good()], usable(manifest, "train"))
     decides, raw = table["deciding"].to_numpy(), result.probs[result.good()]
     thresholds = _chosen_thresholds(table, raw, result)
     table["prob"] = round_probs(calibrated(raw, thresholds))
     _add_pixel_scores(task, table, result, thresholds)
     scores = _scores(task, table, result, thresholds, decides) | _calibration_scores(table, raw)
-    scores |= {key: thresholds[key] for key in NOT_CALIBRATED}
+    scores |= {"temperature": thresholds.temperature, "intercept": thresholds.intercept}
     evaluation = Evaluation(table, thresholds, scores, errors, uncalibrated=round_probs(raw))
     positive = int(evaluation.judged["label"].sum())
     evaluation.chosen_on = {"rule": rule, "images": int(decides.sum()), "positive": positive, "others": int((~decides).sum())}
@@ -154,16 +155,14 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     return evaluation
 
 
-def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions) -> dict[str, float]:
+def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions) -> Thresholds:
     """Calibration and thresholds, chosen on the images that decide; ``raw`` (N,) are probabilities before calibration."""
     decides = table["deciding"].to_numpy()
     labels = table["label"].to_numpy(int)[decides]
     calibration = fit_calibration(labels, raw[decides])
     probs = round_probs(calibrated(raw[decides], calibration))
-    thresholds = {"threshold": best_f1_threshold(labels, probs), **calibration}
-    if result.histograms is not None:
-        thresholds["loc_threshold"] = best_iou_threshold(result.pixels(decides)[0])
-    return thresholds
+    loc_threshold = math.nan if result.histograms is None else best_iou_threshold(result.pixels(decides)[0])
+    return Thresholds(threshold=best_f1_threshold(labels, probs), loc_threshold=loc_threshold, **asdict(calibration))
 
 
 def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float]:
@@ -181,12 +180,12 @@ def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float
 def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
     """Intervals of the thresholds, and of the scores of the images that decide."""
     labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
-    threshold, groups = evaluation.thresholds["threshold"], evaluation.judged["group"].to_numpy()
+    threshold, groups = evaluation.thresholds.threshold, evaluation.judged["group"].to_numpy()
     intervals = _intervals(labels, probs, threshold, groups)
     intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
     if task == "B":
         histograms, exact = result.pixels(evaluation.table["deciding"].to_numpy())
-        loc_threshold = evaluation.thresholds["loc_threshold"]
+        loc_threshold = evaluation.thresholds.loc_threshold
         intervals |= localization_intervals(histograms, loc_threshold, probs >= threshold, exact, groups=groups)
     return intervals
 
@@ -200,7 +199,7 @@ def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: 
 
 
 def _without_overlap(
-    task: str, manifest: pd.DataFrame, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]
+    task: str, manifest: pd.DataFrame, table: pd.DataFrame, result: Predictions, thresholds: Thresholds
 ) -> dict[str, float] | None:
     """Scores on photographs that occur in no other split or data set; None where these are all of them, or too few.
 
@@ -237,13 +236,13 @@ def evaluate_held_out(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation
     _add_pixel_scores(task, table, result, thresholds)
     evaluation = Evaluation(table, thresholds, _scores(task, table, result, thresholds), errors)
     labels, probs = table["label"].to_numpy(int), table["prob"].to_numpy()
-    evaluation.intervals = _intervals(labels, probs, thresholds["threshold"], table["group"].to_numpy())
+    evaluation.intervals = _intervals(labels, probs, thresholds.threshold, table["group"].to_numpy())
     run.record(**{f"task{task}_held_out": evaluation.metrics})
     return evaluation
 
 
 def _predict_rows(
-    run: Run, task: str, rows: pd.DataFrame, calibration: dict[str, float]
+    run: Run, task: str, rows: pd.DataFrame, calibration: Calibration
 ) -> tuple[Predictions, pd.DataFrame, list[str]]:
     """The predictions for ``rows``, a table of the readable ones, and the reasons of the others."""
     model, _ = load_model(run.finetuned_model(task), task)
@@ -262,27 +261,27 @@ def _platform(source: str, name: str) -> str | None:
     return next((word for word in words if word in PLATFORMS), None)
 
 
-def _add_pixel_scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> None:
+def _add_pixel_scores(task: str, table: pd.DataFrame, result: Predictions, thresholds: Thresholds) -> None:
     """Task B: add the pixel scores of each image to ``table``."""
     if task == "A":
         return
-    called = table["prob"].to_numpy() >= thresholds["threshold"]
+    called = table["prob"].to_numpy() >= thresholds.threshold
     histograms, exact = result.pixels()
-    pixels = pixel_table(histograms, thresholds["loc_threshold"], called, exact)
+    pixels = pixel_table(histograms, thresholds.loc_threshold, called, exact)
     for column in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc", "flagged", "truth"):
         table[column] = pixels[column]
     table["size"] = pd.cut(table["truth"], SIZES, right=False, labels=SIZE_NAMES).astype(str)
 
 
 def _scores(
-    task: str, table: pd.DataFrame, result: Predictions, thresholds: dict[str, float], chosen: np.ndarray | slice = slice(None)
+    task: str, table: pd.DataFrame, result: Predictions, thresholds: Thresholds, chosen: np.ndarray | slice = slice(None)
 ) -> dict[str, float]:
     """Image-level metrics, and for Task B the pixel-level ones, of the ``chosen`` (N,) bool rows of ``table``."""
     labels, probs = table["label"].to_numpy(int)[chosen], table["prob"].to_numpy()[chosen]
-    scores = image_metrics(labels, probs, thresholds["threshold"])
+    scores = image_metrics(labels, probs, thresholds.threshold)
     if task == "B":
         histograms, exact = result.pixels(chosen)
-        scores |= localization_metrics(histograms, thresholds["loc_threshold"], probs >= thresholds["threshold"], exact)
+        scores |= localization_metrics(histograms, thresholds.loc_threshold, probs >= thresholds.threshold, exact)
     return scores | {"images": len(labels)}
 
 
@@ -293,7 +292,7 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     write_csv(run.val_probs(task), evaluation.table)
     how = inference_settings(run.params, task)  # thresholds only hold for images that are processed in the same way
     update_json(run.thresholds, **{task: _threshold_facts(task, evaluation) | how})
-    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds, inference=how["inference"])
+    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds.facts(), inference=how["inference"])
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
     facts |= {"chosen_on": evaluation.chosen_on, "left_out": excluded["path"].tolist() + evaluation.errors}
@@ -306,7 +305,7 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
 
 def _threshold_facts(task: str, evaluation: Evaluation) -> dict[str, Any]:
     """The thresholds, and how they were chosen."""
-    facts: dict[str, Any] = dict(evaluation.thresholds)
+    facts: dict[str, Any] = dict(evaluation.thresholds.facts())
     facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
     facts["chosen_on"] = evaluation.chosen_on
     known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")

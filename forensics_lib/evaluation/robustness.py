@@ -16,6 +16,7 @@ from forensics_lib.images.io import ImageError
 from forensics_lib.inference.probabilities import calibrated, round_probs
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
+from forensics_lib.run import Thresholds
 
 UPLOAD_QUALITY = 75
 # Operations, each with its strengths from weak to strong
@@ -67,7 +68,7 @@ def robustness(
     rows: pd.DataFrame,
     params: Params,
     machine: Machine,
-    thresholds: dict[str, float],
+    thresholds: Thresholds,
     sweep: dict[str, tuple[float, ...]] | None = None,
 ) -> pd.DataFrame:
     """Scores at the stored ``thresholds`` after each change; the first row is of unchanged images.
@@ -89,14 +90,14 @@ def robustness(
     return pd.DataFrame(lines)
 
 
-def _scores(task: str, rows: pd.DataFrame, result: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
+def _scores(task: str, rows: pd.DataFrame, result: Predictions, thresholds: Thresholds) -> dict[str, float]:
     good = result.good()
     probs = round_probs(calibrated(result.probs[good], thresholds))
-    scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds["threshold"])
+    scores = image_metrics(rows["label"].to_numpy(int)[good], probs, thresholds.threshold)
     scores = {key: scores[key] for key in ("auc", "f1", "fpr")}
     if task == "B":
         histograms, _ = result.pixels()
-        pixels = localization_metrics(histograms, thresholds["loc_threshold"], probs >= thresholds["threshold"])
+        pixels = localization_metrics(histograms, thresholds.loc_threshold, probs >= thresholds.threshold)
         scores |= {"iou": pixels["iou_manipulated"], "submitted_iou": pixels["submitted_iou_manipulated"]}
         scores |= {"submitted_flagged_authentic": pixels["submitted_flagged_authentic"]}
     return scores if good.any() else dict.fromkeys(scores, np.nan)

@@ -21,6 +21,7 @@ from forensics_lib.inference.predict import predict_masks, predict_probabilities
 from forensics_lib.inference.probabilities import calibrated, check_finite, round_probs
 from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import Params
+from forensics_lib.run import Thresholds
 from forensics_lib.utils.files import shown
 
 WANTED = "a path, an array (H, W, 3) or (H, W) of uint8, a PIL image, the bytes of an image file, or an open binary file"
@@ -67,7 +68,7 @@ def predict(
     model, content = load_model(Path(checkpoint).expanduser())
     if "thresholds" not in content:
         raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")
-    task, thresholds = content["config"]["task"], content["thresholds"]
+    task, thresholds = content["config"]["task"], Thresholds.of(content["thresholds"])
     params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
     machine = choose_machine(params)
     bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
@@ -84,7 +85,7 @@ def predict(
     rows = pd.DataFrame(found, columns=["path", "prob", "error"], dtype=object).astype({"path": str, "prob": float})
     check_finite(rows["path"], rows["prob"], rows["error"])
     rows["prob"] = round_probs(calibrated(rows["prob"].to_numpy(float), thresholds))
-    rows["label"] = (rows["prob"] >= thresholds["threshold"]).astype("Int64").where(rows["prob"].notna())
+    rows["label"] = (rows["prob"] >= thresholds.threshold).astype("Int64").where(rows["prob"].notna())
     return rows[["path", "prob", "label", "error"]], masks
 
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
+from forensics_lib.run import Calibration
+
 EDGE = 1e-12  # probabilities are kept this far from 0 and 1, so that their log-odds are finite
 
 
-def calibrated(probs: np.ndarray, calibration: Mapping[str, float]) -> np.ndarray:
+def calibrated(probs: np.ndarray, calibration: Calibration) -> np.ndarray:
     """Apply a calibration: divide log-odds by ``temperature`` and add ``intercept``.
 
     Args:
         probs: ``(N,)`` probabilities of a model; NaN stays NaN.
-        calibration: from ``fit_calibration``, or thresholds, which hold it too; a missing intercept is 0.
+        calibration: from ``fit_calibration``, or thresholds, which hold it too.
 
     Returns:
         ``(N,)`` calibrated probabilities.
     """
     odds = logit(np.clip(probs, EDGE, 1 - EDGE))
-    return expit(odds / calibration["temperature"] + calibration.get("intercept", 0.0))
+    return expit(odds / calibration.temperature + calibration.intercept)
 
 
 DECIMALS = 6  # of probabilities, where they are written and where they are compared

@@ -68,10 +68,6 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     require_trained(run, task)
     require_same_kind(run, task)
     thresholds = stored_thresholds(run, task)
-    if "temperature" not in thresholds:
-        raise InferenceError(
-            f"{run.thresholds} names no temperature for Task {task}: run the training notebook of this run again"
-        )
     model, content = load_model(run.finetuned_model(task), task)
     _require_same_settings(run, task, content)
     if should_launch(run.params.processes):
@@ -84,7 +80,7 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
         print("\n".join(f"  {reason}" for reason in table.loc[failed, "error"].head(10)))
-    facts = {"thresholds": thresholds, "test_folder": str(run.test_folder(task))}
+    facts = {"thresholds": thresholds.facts(), "test_folder": str(run.test_folder(task))}
     run.record(**{f"task{task}_inferred": facts | inference_settings(run.params, task)})
     run.record(**{f"task{task}_unreadable_test": table.loc[failed, "image_id"].tolist()})
     if is_main():

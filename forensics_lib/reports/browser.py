@@ -307,21 +307,21 @@ def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown
         return Markdown(GALLERIES)
     table = results[results["error"].isna()].reset_index(drop=True)
     table = table.assign(name=[f"{prob:.2f}  {name}" for prob, name in zip(table["prob"], table["image_id"], strict=True)])
-    table = _with_outcomes(table, stored_thresholds(run, "B")["threshold"])
+    table = _with_outcomes(table, stored_thresholds(run, "B").threshold)
 
     def example(index: int) -> MaskExample:
         path = Path(table["path"][index])
         return MaskExample(table["name"][index], read_image(path), load_mask(run.masks / f"{path.stem}.npz"), None)
 
     orders = {"highest probability": ("prob", False), "lowest probability": ("prob", True), "borderline": ("doubt", True)}
-    return MaskBrowser(table, ["called"], orders, run.folder / "figures", example, stored_thresholds(run, "B")["loc_threshold"])
+    return MaskBrowser(table, ["called"], orders, run.folder / "figures", example, stored_thresholds(run, "B").loc_threshold)
 
 
 def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Markdown:
     """The images of an evaluation with their truth, predicted when an image is chosen; a note in a headless run."""
     if headless():
         return Markdown(GALLERIES)
-    table = _with_outcomes(evaluation.table, evaluation.thresholds["threshold"])
+    table = _with_outcomes(evaluation.table, evaluation.thresholds.threshold)
     table["score"] = table["iou"].where(table["label"] == 1, 1 - table["flagged"])
     said = [
         f"{'IoU' if row['label'] else 'clean'} {row['score']:.2f}  {row['kind']}  {row['method']}  {row['image_id']}"
@@ -340,15 +340,15 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Ma
 
     orders = {"worst": ("score", True), "best": ("score", False), "borderline": ("doubt", True), "name": ("image_id", True)}
     filters = ["kind", "method", "source", "size", "verdict"]
-    return MaskBrowser(table, filters, orders, run.folder / "figures", example, evaluation.thresholds["loc_threshold"])
+    return MaskBrowser(table, filters, orders, run.folder / "figures", example, evaluation.thresholds.loc_threshold)
 
 
 def browse_evaluated_images(run: Run, evaluation: Evaluation) -> ImageBrowser | Markdown:
     """Task A: the images of an evaluation; a note in a headless run."""
     if headless():
         return Markdown(GALLERIES)
-    table = _with_outcomes(evaluation.table, evaluation.thresholds["threshold"])
-    wrong = (table["prob"] - evaluation.thresholds["threshold"]) * (1 - 2 * table["label"])
+    table = _with_outcomes(evaluation.table, evaluation.thresholds.threshold)
+    wrong = (table["prob"] - evaluation.thresholds.threshold) * (1 - 2 * table["label"])
     named = [
         f"{prob:.2f}  {source}  {name}" for prob, source, name in table[["prob", "source", "image_id"]].itertuples(index=False)
     ]

@@ -81,7 +81,7 @@ def _differences(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
             both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
             if both.empty or both["label_first"].nunique() < 2:
                 continue
-            thresholds = [stored_thresholds(_paths(run), task)["threshold"] for run in (first, second)]
+            thresholds = [stored_thresholds(_paths(run), task).threshold for run in (first, second)]
             for key, (value, low, high) in _paired(both, thresholds).items():
                 rows.append([task, key, f"{second} minus {first}", value, low, high, len(both)])
     columns = ["task", "score", "difference of", "value", "from", "to", "images"]

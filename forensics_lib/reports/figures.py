@@ -103,7 +103,7 @@ def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
 
 def score_curves(evaluation: Evaluation, task: str) -> Figure:
     """ROC, precision-recall, and the distribution of probabilities with the threshold."""
-    table, threshold = evaluation.judged, evaluation.thresholds["threshold"]
+    table, threshold = evaluation.judged, evaluation.thresholds.threshold
     figure, axes = new_figure(1, 3, 10, 3)
     roc, pr, hist = axes.flat
     fpr, tpr, _ = roc_curve(table["label"], table["prob"])
@@ -192,7 +192,7 @@ def _no_image(title: str) -> Figure:
 
 def confusion(evaluation: Evaluation, task: str) -> Figure:
     """The confusion matrix at the chosen threshold, as counts."""
-    called = evaluation.judged["prob"] >= evaluation.thresholds["threshold"]
+    called = evaluation.judged["prob"] >= evaluation.thresholds.threshold
     tp, fp, fn, tn = counts(evaluation.judged["label"].to_numpy(), called.to_numpy())
     matrix = np.array([[tn, fp], [fn, tp]])
     figure, axes = new_figure(1, 1, 3.4, 3)
@@ -202,13 +202,13 @@ def confusion(evaluation: Evaluation, task: str) -> Figure:
         dark = value > matrix[y].sum() / 2
         axis.text(x, y, str(value), ha="center", va="center", color="white" if dark else "black", fontsize=12)
     axis.set(xticks=[0, 1], yticks=[0, 1], xticklabels=names, yticklabels=names, xlabel="called", ylabel="is")
-    figure.suptitle(f"Task {task}: threshold {evaluation.thresholds['threshold']:.3f}", fontsize=10)
+    figure.suptitle(f"Task {task}: threshold {evaluation.thresholds.threshold:.3f}", fontsize=10)
     return figure
 
 
 def example_gallery(run: Run, evaluation: Evaluation, which: str) -> Figure:
     """``mask_gallery`` of one of the choices of ``mask_examples``."""
-    return mask_gallery(mask_examples(run, evaluation, which), evaluation.thresholds["loc_threshold"], EXAMPLES[which])
+    return mask_gallery(mask_examples(run, evaluation, which), evaluation.thresholds.loc_threshold, EXAMPLES[which])
 
 
 def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) -> Figure:
@@ -296,7 +296,7 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
 def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
     table = evaluation.table
     if which == "borderline":
-        return table.iloc[(table["prob"] - evaluation.thresholds["threshold"]).abs().argsort(kind="stable")]
+        return table.iloc[(table["prob"] - evaluation.thresholds.threshold).abs().argsort(kind="stable")]
     if which == "alarms":
         return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
     return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")

@@ -15,7 +15,7 @@ import pandas as pd
 from forensics_lib.data.layouts import mask_names
 from forensics_lib.images.masks import MASK_KEY, load_mask
 from forensics_lib.inference.probabilities import DECIMALS
-from forensics_lib.run import Run, require_same_kind, stored_thresholds
+from forensics_lib.run import Run, Thresholds, require_same_kind, stored_thresholds
 from forensics_lib.submission.validate import HEADERS, SCORES, SHOWN_FAULTS, Validation, validate_submission
 from forensics_lib.utils.files import atomic_write, home, read_json, update_json
 from forensics_lib.utils.locks import exclusive
@@ -143,7 +143,8 @@ def submission_table(run: Run, task: str) -> pd.DataFrame:
     require_same_kind(run, task)
     inferred = read_json(run.folder / "run.json").get(f"task{task}_inferred")
     thresholds, chosen_with = stored_thresholds(run, task), read_json(run.thresholds)[task].get("inference")
-    if inferred and (inferred["thresholds"] != thresholds or inferred.get("inference", chosen_with) != chosen_with):
+    inferred_with = Thresholds.of(inferred["thresholds"]) if inferred else thresholds
+    if inferred_with.facts() != thresholds.facts() or (inferred or {}).get("inference", chosen_with) != chosen_with:
         raise SubmissionError(
             f"the Task {task} thresholds of run {run.name} were chosen anew since its test images were predicted: run 04_infer "
             "of this run again (shards that still hold are taken up)"
@@ -155,9 +156,9 @@ def submission_table(run: Run, task: str) -> pd.DataFrame:
             f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
         )
     table["prob"] = probs
-    table["label"] = (table["prob"] >= thresholds["threshold"]).astype(int)
+    table["label"] = (table["prob"] >= thresholds.threshold).astype(int)
     for name in HEADERS[task][3:]:
-        table[name] = thresholds[name]
+        table[name] = getattr(thresholds, name)
     return table
 
 

@@ -51,7 +51,7 @@ from forensics_lib.images.io import read_image
 from forensics_lib.inference.probabilities import calibrated, round_probs
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.params import DataSet, Params, load_params, parse_settings
-from forensics_lib.run import Run
+from forensics_lib.run import Run, Thresholds
 from forensics_lib.training.loop import train
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import project_root, read_json, write_json, write_text
@@ -89,15 +89,15 @@ def predictions(probs: list[float], counts: list[np.ndarray]) -> Predictions:
     return Predictions(np.array(probs), {}, np.stack([binned(of_image) for of_image in counts]), exact)
 
 
-def scored(rows: pd.DataFrame, found: Predictions, thresholds: dict[str, float]) -> dict[str, Any]:
+def scored(rows: pd.DataFrame, found: Predictions, thresholds: Thresholds) -> dict[str, Any]:
     """The figures of the tables for one set."""
     labels, probs = rows["label"].to_numpy(int), found.probs
-    called = probs >= thresholds["threshold"]
-    pixels = localization_metrics(found.histograms, thresholds["loc_threshold"], called, found.exact)
-    table = pixel_table(found.histograms, thresholds["loc_threshold"], called)
+    called = probs >= thresholds.threshold
+    pixels = localization_metrics(found.histograms, thresholds.loc_threshold, called, found.exact)
+    table = pixel_table(found.histograms, thresholds.loc_threshold, called)
     facts = {key: pixels[f"{key}_manipulated"] for key in ("iou", "submitted_iou", "pixel_f1", "best_pixel_f1", "pixel_auc")}
     facts |= {f"{kind}{key}": pixels[f"{kind}{key}"] for kind in ("", "submitted_") for key in ("iou_all", "flagged_authentic")}
-    facts |= {key: image_metrics(labels, probs, thresholds["threshold"])[key] for key in ("f1", "auc", "fpr")}
+    facts |= {key: image_metrics(labels, probs, thresholds.threshold)[key] for key in ("f1", "auc", "fpr")}
     for kind in ("sp", "fr"):
         members = table[(rows["kind"] == kind).to_numpy() & (labels == 1)]
         facts |= {f"iou_{kind}": members["iou"].mean(), f"submitted_iou_{kind}": members["submitted_iou"].mean()}
@@ -181,7 +181,7 @@ def naive(run: Run, manifest: pd.DataFrame, seconds: float) -> dict[str, Any]:
     def predicted(rows: pd.DataFrame) -> Predictions:
         return _naive_predictions(model, rows, machine)
 
-    thresholds = {"threshold": 0.5, "loc_threshold": 0.5}
+    thresholds = Thresholds(threshold=0.5, loc_threshold=0.5)
     return results(manifest, predicted, thresholds) | {"seconds": round(trained, 1), "passes": passes}
 
 
@@ -212,7 +212,7 @@ def floors(manifest: pd.DataFrame) -> dict[str, Any]:
             truths = [truth_mask(row, (int(row["height"]), int(row["width"]))) for _, row in rows.iterrows()]
             return predictions([1.0] * len(rows), [value_counts(fill(truth), truth) for truth in truths])
 
-        found[name] = results(manifest, predicted, {"threshold": 0.5, "loc_threshold": 0.5})
+        found[name] = results(manifest, predicted, Thresholds(threshold=0.5, loc_threshold=0.5))
     return found
 
 
@@ -230,8 +230,8 @@ def _box(truth: np.ndarray) -> np.ndarray:
     return mask
 
 
-def results(manifest: pd.DataFrame, predicted: Predict, thresholds: dict[str, float]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"thresholds": thresholds}
+def results(manifest: pd.DataFrame, predicted: Predict, thresholds: Thresholds) -> dict[str, Any]:
+    facts: dict[str, Any] = {"thresholds": thresholds.facts()}
     rows = usable(manifest, "val")
     for name, part in ({"val": rows} | sets(manifest)).items():
         facts[name] = scored(part, predicted(part), thresholds)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from forensics_lib.evaluation.metrics import value_counts
+from forensics_lib.run import Thresholds
 
 
 def made_run(iou: float, **values) -> dict:
@@ -64,7 +65,7 @@ def test_scores_of_a_set_tell_kinds_and_methods_apart():
     masks = np.stack([np.zeros((8, 8)), truth[1] * 1.0, np.ones((8, 8))])
     counts = [value_counts(mask, true) for mask, true in zip(masks, truth, strict=True)]
     rows = pd.DataFrame({"label": [0, 1, 1], "kind": ["orig", "sp", "fr"], "method": [None, "a", "b"]})
-    thresholds = {"threshold": 0.5, "loc_threshold": 0.5}
+    thresholds = Thresholds(threshold=0.5, loc_threshold=0.5)
     found = bench_localization.scored(rows, bench_localization.predictions([0.1, 0.9, 0.9], counts), thresholds)
     assert (found["iou_sp"], found["iou_fr"], found["iou"]) == (1.0, 0.5, 0.75)
     assert found["by_method"] == {"a": 1.0, "b": 0.5}

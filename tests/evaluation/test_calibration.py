@@ -4,12 +4,12 @@ from scipy.special import expit, logit
 
 from forensics_lib.evaluation.calibration import (
     LIMITS,
-    NOT_CALIBRATED,
     expected_calibration_error,
     fit_calibration,
     reliability,
 )
 from forensics_lib.inference.probabilities import calibrated
+from forensics_lib.run import Calibration, Thresholds
 
 
 def overconfident(rng, temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def overconfident(rng, temperature: float, count: int = 20_000) -> tuple[np.ndar
 def test_the_temperature_of_made_probabilities_is_found(temperature, rng):
     labels, probs = overconfident(rng, temperature)
     found = fit_calibration(labels, probs)
-    assert abs(found["temperature"] / temperature - 1) < 0.1 and abs(found["intercept"]) < 0.1
+    assert abs(found.temperature / temperature - 1) < 0.1 and abs(found.intercept) < 0.1
     assert expected_calibration_error(labels, calibrated(probs, found)) < 0.02
 
 
@@ -35,12 +35,12 @@ def test_scaling_lowers_the_error_and_keeps_the_order(rng):
 
 
 def test_certain_and_missing_probabilities():
-    scaled = calibrated(np.array([0.0, 1.0, np.nan, 0.5]), {"temperature": 2.0})
+    scaled = calibrated(np.array([0.0, 1.0, np.nan, 0.5]), Calibration(temperature=2.0))
     assert scaled[0] < 1e-5 and scaled[1] > 1 - 1e-5 and np.isnan(scaled[2]) and scaled[3] == 0.5
 
 
 def test_one_class_alone_is_left_as_it_is():
-    assert fit_calibration(np.ones(5, int), np.linspace(0.1, 0.9, 5)) == NOT_CALIBRATED
+    assert fit_calibration(np.ones(5, int), np.linspace(0.1, 0.9, 5)) == Calibration()
 
 
 def test_reliability_counts_every_image_by_hand():
@@ -71,7 +71,7 @@ def test_even_odds_are_not_those_of_validation(rng):
     """A temperature alone leaves the odds of training's even classes, which the correction would make worse."""
     labels, probs = detector(rng, 0.77)
     found = fit_calibration(labels, probs)
-    alone = calibrated(probs, {"temperature": found["temperature"]})
+    alone = calibrated(probs, Calibration(temperature=found.temperature))
     assert expected_calibration_error(labels, calibrated(probs, found)) < 0.02
     assert expected_calibration_error(labels, alone) > 0.05
 
@@ -92,7 +92,7 @@ def test_even_odds_are_not_those_of_validation(rng):
 def test_few_equal_separated_and_reversed_probabilities_claim_no_certainty(labels, probs):
     labels, probs = np.array(labels), np.array(probs)
     found = fit_calibration(labels, probs)
-    assert LIMITS[0] <= found["temperature"] <= LIMITS[1]
+    assert LIMITS[0] <= found.temperature <= LIMITS[1]
     scaled = calibrated(probs, found)
     assert (np.diff(scaled[np.argsort(probs, kind="stable")]) >= 0).all()
     assert scaled.min() > 1e-5 and scaled.max() < 1 - 1e-5
@@ -100,8 +100,8 @@ def test_few_equal_separated_and_reversed_probabilities_claim_no_certainty(label
 
 
 def test_a_calibration_without_an_intercept_divides_the_log_odds():
-    assert calibrated(expit(3.0), {"temperature": 1.5, "threshold": 0.5}) == pytest.approx(expit(2.0))
-    assert calibrated(expit(3.0), {"temperature": 1.5, "intercept": -1.0}) == pytest.approx(expit(1.0))
+    assert calibrated(expit(3.0), Thresholds.of({"temperature": 1.5, "threshold": 0.5})) == pytest.approx(expit(2.0))
+    assert calibrated(expit(3.0), Calibration(temperature=1.5, intercept=-1.0)) == pytest.approx(expit(1.0))
 
 
 def test_no_image_has_no_calibration_error():

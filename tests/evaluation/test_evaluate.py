@@ -79,7 +79,7 @@ def test_thresholds_and_headline_scores_are_of_the_official_images_alone(opened,
     assert found.judged["source"].unique().tolist() == ["src"] and len(found.judged) == 8 and len(found.table) == 16
     official, others = found.judged, found.table[~found.table["deciding"]]
     assert found.metrics["f1"] == found.metrics["auc"] == 1 and found.metrics["images"] == 8
-    assert others["prob"].min() > found.thresholds["threshold"] and found.others["fpr"] == 1 and found.others["images"] == 8
+    assert others["prob"].min() > found.thresholds.threshold and found.others["fpr"] == 1 and found.others["images"] == 8
     assert found.summary().columns.tolist()[-1] == "other validation images"
     assert set(found.by("source")["source"]) == {"src", "more"}, "tables by source hold every image"
     written = pd.read_csv(run.val_probs("A"))
@@ -178,8 +178,8 @@ def test_validation_writes_probabilities_and_thresholds(trained):
     assert written.columns[:2].tolist() == ["image_id", "prob"]
     assert len(written) == len(evaluation.table) == 10
     thresholds = stored_thresholds(run, "B")
-    assert set(thresholds) == {"threshold", "loc_threshold", "temperature", "intercept"}
-    assert read_checkpoint(run.finetuned_model("B"))["thresholds"] == thresholds
+    assert set(thresholds.facts()) == {"threshold", "loc_threshold", "temperature", "intercept"}
+    assert read_checkpoint(run.finetuned_model("B"))["thresholds"] == thresholds.facts()
     assert {"iou_manipulated", "iou_all", "flagged_authentic"} <= set(evaluation.metrics)
     assert evaluation.without_overlap is None, "the official set's photographs are all TGIF's here"
     assert evaluation.summary().columns.tolist() == ["deciding images", "95% from", "to", "other validation images"]
@@ -215,7 +215,7 @@ def test_an_evaluation_tells_what_stands_behind_its_scores(trained):
     table = evaluation.threshold_table()
     assert table.loc["best in hindsight", "f1"] >= table["f1"].max() - 1e-9
     wrong = evaluation.most_wrong()
-    called = wrong["prob"] >= evaluation.thresholds["threshold"]
+    called = wrong["prob"] >= evaluation.thresholds.threshold
     assert (called != wrong["label"].astype(bool)).all()
     sweep = evaluate_robustness(run, "A", manifest)
     assert sweep["images"].eq(8).all()

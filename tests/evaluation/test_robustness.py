@@ -13,6 +13,7 @@ from forensics_lib.evaluation.robustness import SWEEP, Change, robustness
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.models.combined import build_model
 from forensics_lib.reports.figures import robustness_curves
+from forensics_lib.run import Thresholds
 
 
 @pytest.mark.parametrize(("name", "strengths"), SWEEP.items())
@@ -43,7 +44,7 @@ def test_the_sweep_measures_what_the_model_makes_of_changed_images(tiny_run, mon
 
     monkeypatch.setattr(module, "predict_labelled", predicted)
     model, machine = build_model(params, "A"), choose_machine(params)
-    thresholds = {"threshold": 0.5, "temperature": 1.0}
+    thresholds = Thresholds(threshold=0.5)
     table = robustness(model, "A", rows, params, machine, thresholds, sweep={"JPEG quality": (90, 40)})
     assert seen == [None, Change("JPEG quality", 90), Change("JPEG quality", 40)]
     assert table["auc"].tolist() == [1.0, 1.0, 0.0] and table["fpr"].tolist() == [0.0, 0.0, 1.0]
@@ -79,7 +80,7 @@ def test_an_image_that_a_change_fails_on_is_left_out_of_its_row_alone(task, tiny
         return image
 
     monkeypatch.setattr(module, "recompress", failing)
-    thresholds = {"threshold": 0.5, "temperature": 1.0, "loc_threshold": 0.5}
+    thresholds = Thresholds(threshold=0.5, loc_threshold=0.5)
     sweep = {"WebP quality": (90, 75, 60, 10), "JPEG quality": (85,)}
     model = build_model(params, task)
     table = robustness(model, task, rows, params, machine, thresholds, sweep)
@@ -96,7 +97,7 @@ def test_a_wide_image_goes_through_the_whole_sweep(tiny_run, capsys):
     path = Path(rows["path"][0]).with_name("wide.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*WIDE, 3), np.uint8)).save(path)
     rows.loc[0, "path"] = str(path)
-    thresholds = {"threshold": 0.5, "temperature": 1.0}
+    thresholds = Thresholds(threshold=0.5)
     sweep = {"WebP quality": (80,), "shrunk": (0.5,)}
     table = robustness(build_model(params, "A"), "A", rows, params, choose_machine(params), thresholds, sweep)
     assert table["images"].tolist() == [len(rows), len(rows) - 1, len(rows)]
@@ -115,7 +116,7 @@ def test_changes_reach_the_images(tiny_run):
 def test_the_truth_goes_with_images_that_are_scaled(tiny_run):
     rows, params = usable(build_manifest(tiny_run, "B"), "val"), tiny_run.params
     model, machine = build_model(params, "B").eval(), choose_machine(params)
-    thresholds = {"threshold": 0.5, "temperature": 1.0, "loc_threshold": 0.5}
+    thresholds = Thresholds(threshold=0.5, loc_threshold=0.5)
     table = robustness(model, "B", rows, params, machine, thresholds, sweep={"shrunk": (0.5,)})
     assert table["images"].tolist() == [len(rows)] * 2
     whole, half = (

@@ -197,13 +197,6 @@ def test_shards_that_are_not_the_folders_are_refused(trained_run):
         infer(run, task)
 
 
-def test_thresholds_of_an_older_version_are_refused(trained_run):
-    run, task = trained_run
-    update_json(run.thresholds, **{task: {"threshold": 0.5}})
-    with pytest.raises(InferenceError, match="names no temperature"):
-        infer(run, task)
-
-
 @pytest.mark.parametrize("trained_run", ["B"], indirect=True)
 def test_a_lost_mask_is_made_again(trained_run):
     run, task = trained_run
@@ -283,7 +276,7 @@ def test_written_masks_hold_no_value_that_a_threshold_may_have(trained_run):
     for path in run.masks.glob("*.npz"):
         mask = load_mask(path)
         assert np.array_equal(written_mask(mask), mask) and len(np.unique(mask)) > 5
-        threshold = stored_thresholds(run, "B")["loc_threshold"]
+        threshold = stored_thresholds(run, "B").loc_threshold
         assert np.array_equal(mask > threshold, mask >= threshold)
         assert np.array_equal(mask > threshold, mask.astype(np.float64) > threshold)
 
@@ -313,8 +306,8 @@ def test_calibrated_probabilities_are_what_is_written_for_test_images(trained):
     evaluation = evaluate(run, "A", manifest)
     plain = infer(run, "A")["prob"]
     stored = json.loads(run.thresholds.read_text())
-    assert stored["A"]["temperature"] == evaluation.thresholds["temperature"]
-    assert stored["A"]["intercept"] == evaluation.thresholds["intercept"]
+    assert stored["A"]["temperature"] == evaluation.thresholds.temperature
+    assert stored["A"]["intercept"] == evaluation.thresholds.intercept
     before = {key: stored["A"].pop(key) for key in ("temperature", "intercept")}
     stored["A"]["temperature"] = 2.0  # alone, as a run of a version that fitted no intercept left it
     run.thresholds.write_text(json.dumps(stored))
