@@ -46,7 +46,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "forgeries.side": (512, "forgeries are of squares of at most 512 pixels"),
 }
 LAYOUTS = (
-    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "folders", "table", "parquet",
+    "own", "cnndetection", "corvi_ldm", "itw_sm", "genimage", "community_forensics", "folders", "authentic", "table", "parquet",
     "tgif", "task_b_validation", "sagi_d",
 )  # fmt: skip
 

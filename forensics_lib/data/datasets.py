@@ -17,16 +17,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
+from forensics_lib.images.crops import chosen_crops, pad_to, to_tensor
 from forensics_lib.images.degradations import Encoding, degrade, recompress
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
-from forensics_lib.synthesis.forgeries import pasted
+from forensics_lib.synthesis.autoencoder import Autoencode
+from forensics_lib.synthesis.forgeries import pasted, retouched
 
 SMALL = 0.05  # share of images that may be smaller than the squares from which crops are cut
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
+RETOUCHED = 0.25  # Task B: share of squares retouched as a whole, so that only differences within an image tell a region
 
 
 class Columns:
@@ -64,8 +66,8 @@ class TrainingCrops(Dataset):
         degradations: what happens to crops; see ``degrade``.
         equalize: whether all images get one compression history: other formats are first compressed as one of the JPEG
             files was, and the last compression has one distribution, with randomly placed blocks.
-        paste: share of authentic crops that get a region from elsewhere in the image or from another authentic image,
-            and count as spliced.
+        paste: share of authentic crops that get a region with new content, see ``forgeries.pasted``, and count as spliced.
+        generator: what some of these contents pass through; None: none does.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class TrainingCrops(Dataset):
         degradations: Degradations,
         equalize: bool = False,
         paste: float = 0.0,
+        generator: Autoencode | None = None,
     ) -> None:
         self.rows = Columns(manifest, ["path", "label", "mask_path", "kind", "format"])
         self.crop_size, self.masks = crop_size, masks
-        self.degradations, self.equalize, self.paste = degradations, equalize, paste
+        self.degradations, self.equalize, self.paste, self.generator = degradations, equalize, paste, generator
         self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
         self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
         self.window = _window(manifest, crop_size)
@@ -132,6 +135,8 @@ class TrainingCrops(Dataset):
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
         """A native square of an image, degraded."""
         image, mask = self._square(row, rng)
+        if self.masks and rng.random() < RETOUCHED:
+            image = retouched(image, rng)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
@@ -149,11 +154,9 @@ class TrainingCrops(Dataset):
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         donor = None
-        if rng.random() < 0.5:
-            with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
-                other = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
-                donor = fitted(other, image.shape[:2], rng)
-        return pasted(image, donor, rng)
+        with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
+            donor = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
+        return pasted(image, donor, rng, self.generator)
 
     def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
         if not self.masks:
@@ -228,27 +231,33 @@ def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.nd
 
 
 def epoch_order(
-    labels: np.ndarray, seed: int, epoch: int, strata: np.ndarray | None = None, shares: dict[Any, float] | None = None
+    labels: np.ndarray,
+    seed: int,
+    epoch: int,
+    strata: np.ndarray | None = None,
+    shares: dict[Any, float] | None = None,
+    authentic: float = 0.5,
 ) -> np.ndarray:
-    """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
+    """The indices of one epoch: as many as there are images, a share of them ``authentic``, shuffled.
 
     With ``strata`` ``(N,)`` the strata of a class are drawn equally often too, or by their ``shares`` of the class.  Images
     of a small class or stratum repeat; of a large one each epoch takes another random part.
     """
     rng = np.random.default_rng([seed, epoch])
     strata = np.zeros(len(labels), int) if strata is None else strata
-    shares, half, parts = shares or {}, -(-len(labels) // 2), []
-    for label in (0, 1):
+    shares, parts = shares or {}, []
+    for label, share in enumerate((authentic, 1 - authentic)):
+        wanted = int(np.ceil(share * len(labels) - 1e-9))
         names = pd.unique(strata[labels == label])
         weights = np.array([shares.get(name, 1 / len(names)) for name in names])
         weights = weights if weights.any() else np.ones(len(names))
         drawn = []
         for name, weight in zip(names, weights / weights.sum(), strict=True):
             members = np.flatnonzero((labels == label) & (strata == name))
-            count = int(np.ceil(half * weight - 1e-9))
+            count = int(np.ceil(wanted * weight - 1e-9))
             repeated = [rng.permutation(members) for _ in range(-(-count // len(members)))]
             drawn.append(rng.permutation(np.concatenate(repeated)[:count]) if repeated else members[:0])
-        parts.append(rng.permutation(np.concatenate(drawn))[:half])
+        parts.append(rng.permutation(np.concatenate(drawn))[:wanted])
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 

@@ -290,6 +290,15 @@ def read_folders(root: Path, _: DataSet) -> Rows:
     return rows
 
 
+def read_authentic(root: Path, _: DataSet) -> Rows:
+    """Photographs in any folders, all authentic; the source is the set's name and the first folder."""
+    rows = Rows()
+    for folder in rows.walk(root):
+        split = next((split for part in folder.parts if (split := split_of(part))), None)
+        rows.add(folder.paths, 0, split, "/".join((root.name, *folder.parts[:1])), kind="orig")
+    return rows
+
+
 def read_sagi_d(root: Path, _: DataSet) -> Rows:
     """SAGI-D: ``sagid.csv`` beside the folders of the splits; the listed originals are the authentic images."""
     columns = ["img_path", "mask_path", "src_path", "split", "inpainting_model", "diffusion_model", "type"]
@@ -364,6 +373,7 @@ READERS: dict[str, Reader] = {
     "genimage": read_genimage,
     "community_forensics": read_community_forensics,
     "folders": read_folders,
+    "authentic": read_authentic,
     "table": read_table,
     "parquet": read_parquet,
     "tgif": lambda root, _: read_tgif(root),

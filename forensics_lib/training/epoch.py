@@ -143,7 +143,9 @@ def _learn(state: TrainingState, step: Step, update: int, batch: dict[str, Any],
 
 def _batches(state: TrainingState, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
-    order = epoch_order(state.train["label"].to_numpy(int), seed, epoch, *drawing_strata(state.train, state.task, state.params))
+    labels, strata = state.train["label"].to_numpy(int), drawing_strata(state.train, state.task, state.params)
+    authentic = 0.5 if state.task == "A" else 1 / (1 + state.params.paste)  # then as many are pasted as manipulated ones drawn
+    order = epoch_order(labels, seed, epoch, *strata, authentic)
     draws = numbered_draws(order)
     batches = [draws[start : start + state.params.batch_size] for start in range(0, len(draws), state.params.batch_size)]
     mine = [batch[rank() :: world()] for batch in batches[first:]]

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from bench_quality import CORPUS, SIDE, arguments, differences, markdown, median, squeezed, verdict, weights_file
 from PIL import Image
+from scipy.ndimage import gaussian_filter, uniform_filter
 from torch import nn
 
 from forensics_lib.data.manifest import build_manifest, indexed, test_images, usable
@@ -41,6 +42,7 @@ from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.evaluation.metrics import (
     binned,
     image_metrics,
+    localization_intervals,
     localization_metrics,
     pixel_table,
     threshold_free_scores,
@@ -59,13 +61,20 @@ from forensics_lib.utils.files import project_root, read_json, write_json, write
 BUILD, DOCS = project_root() / "build" / "localization", project_root() / "docs"
 BACKBONE = "tf_efficientnet_lite0"
 EPOCHS = 22  # of step 2: 8 to 15 minutes on 2 cores
-SETS = {"simulated": "TGIF testing split", "real": "dataset_taskB/validation", "test": "test/taskB"}
+SETS = {"simulated": "TGIF testing split", "real": "dataset_taskB/validation", "test": "test/taskB"} | {
+    "edits": "dataset_taskB/edits"
+}
 Predict = Callable[[pd.DataFrame], Predictions]
 
 
-def params_for(seed: int, name: str, settings: dict[str, Any]) -> Params:
+def params_for(data: str, seed: int, name: str, settings: dict[str, Any]) -> Params:
     values: dict[str, Any] = {"run_name": name, "tasks": ["B"], "seed": seed, "data_root": str(CORPUS)}
-    values |= {"data": [{"root": str(CORPUS / "dataset_taskB" / "TGIF"), "layout": "tgif"}]}
+    values["data"] = [{"root": str(CORPUS / "dataset_taskB" / "TGIF"), "layout": "tgif"}]
+    if data == "open":  # and all training photographs of the corpus
+        photographs = {"photos": "authentic", "dataset": "own", "dataset_open": "own", "dataset_modern": "own"}
+        values["data"] += [{"root": str(CORPUS / name), "layout": kind, "task": "B"} for name, kind in photographs.items()]
+        values["data"][1]["split"] = "train"
+        values["run_type"] = "open"
     values |= {"backbone": BACKBONE, "pretrained": True}
     values |= {"epochs_head": 1, "epochs_finetune": EPOCHS}
     return load_params("params/laptop.yaml", values | settings)
@@ -80,7 +89,9 @@ def sets(manifest: pd.DataFrame) -> dict[str, pd.DataFrame]:
     masks = [str(CORPUS / "labels" / "taskB_masks" / f"{Path(name).stem}.png") for name in names]
     test = test.assign(label=labels["label"].to_numpy(int), kind=labels["kind"].to_numpy(), mask_path=masks)
     test = test.assign(method=labels["method"].to_numpy())
-    return {"simulated": usable(manifest, "test"), "real": usable(real, "val"), "test": test}
+    edits = DataSet(root=str(CORPUS / "dataset_taskB" / "edits" / "edits.csv"), layout="table", split="test", task="B")
+    parts = {"simulated": usable(manifest, "test"), "real": usable(real, "val"), "test": test}
+    return parts | {"edits": usable(indexed(edits), "test")}
 
 
 def predictions(probs: list[float], counts: list[np.ndarray]) -> Predictions:
@@ -104,7 +115,15 @@ def scored(rows: pd.DataFrame, found: Predictions, thresholds: Thresholds) -> di
     facts = {key: None if np.isnan(value) else round(float(value), 4) for key, value in facts.items()}
     made = rows.loc[labels == 1, "method"]
     by_method = {method: round(float(table["iou"][part.index].mean()), 4) for method, part in made.groupby(made)}
-    return facts | {"by_method": by_method}
+    ends = localization_intervals(found.histograms, thresholds.loc_threshold, called, found.exact, groups=_photographs(rows))
+    shown = {key: ends[f"{key}_manipulated"] for key in ("iou", "pixel_auc")} | {"flagged": ends["submitted_flagged_authentic"]}
+    return facts | {"by_method": by_method, "intervals": {key: np.round(pair, 4).tolist() for key, pair in shown.items()}}
+
+
+def _photographs(rows: pd.DataFrame) -> np.ndarray:
+    """The photograph of each image; an image without a known one is its own."""
+    own = rows["path"] if "path" in rows else pd.Series(rows.index.astype(str), rows.index)
+    return (rows["group"].fillna(own) if "group" in rows else own).to_numpy()
 
 
 def ours(run: Run, manifest: pd.DataFrame) -> dict[str, Any]:
@@ -204,30 +223,45 @@ def _naive_predictions(model: SmallUNet, rows: pd.DataFrame, machine: Machine) -
 
 
 def floors(manifest: pd.DataFrame) -> dict[str, Any]:
-    """What no look at the image gives: everything called manipulated, with an empty, a full or a centre-box mask."""
+    """What no look for traces gives: everything called manipulated, with masks of ``FLOORS``."""
     found = {}
-    for name, fill in (("empty mask", _empty), ("full mask", _full), ("centre box", _box)):
+    for name, fill in FLOORS.items():
 
         def predicted(rows: pd.DataFrame, fill: Callable[[np.ndarray], np.ndarray] = fill) -> Predictions:
-            truths = [truth_mask(row, (int(row["height"]), int(row["width"]))) for _, row in rows.iterrows()]
-            return predictions([1.0] * len(rows), [value_counts(fill(truth), truth) for truth in truths])
+            counts = []
+            for _, row in rows.iterrows():
+                image = read_image(row["path"])
+                counts.append(value_counts(fill(image), truth_mask(row, image.shape[:2])))
+            return predictions([1.0] * len(rows), counts)
 
         found[name] = results(manifest, predicted, Thresholds(threshold=0.5, loc_threshold=0.5))
     return found
 
 
-def _empty(truth: np.ndarray) -> np.ndarray:
-    return np.zeros(truth.shape)
-
-
-def _full(truth: np.ndarray) -> np.ndarray:
-    return np.ones(truth.shape)
-
-
-def _box(truth: np.ndarray) -> np.ndarray:
-    mask, (height, width) = np.zeros(truth.shape), truth.shape
+def _centre_box(image: np.ndarray) -> np.ndarray:
+    mask, (height, width) = np.zeros(image.shape[:2]), image.shape[:2]
     mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = 1
     return mask
+
+
+def _saliency(image: np.ndarray) -> np.ndarray:
+    """What stands out, by the spectral residual (Hou and Zhang, CVPR 2007): masks that follow objects are no better."""
+    grey = np.asarray(Image.fromarray(image).convert("L").resize((64, 64)), float)
+    spectrum = np.fft.fft2(grey)
+    log = np.log(np.abs(spectrum) + 1e-9)
+    residual = log - uniform_filter(log, 3, mode="wrap")
+    found = gaussian_filter(np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2, 3)
+    ranks = found.ravel().argsort().argsort().reshape(found.shape) / found.size
+    mask = np.asarray(Image.fromarray(ranks.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+    return (mask - 0.3).clip(0, 1)  # from 0.5 on, the most salient fifth
+
+
+FLOORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "empty mask": lambda image: np.zeros(image.shape[:2]),
+    "full mask": lambda image: np.ones(image.shape[:2]),
+    "centre box": _centre_box,
+    "saliency": _saliency,
+}
 
 
 def results(manifest: pd.DataFrame, predicted: Predict, thresholds: Thresholds) -> dict[str, Any]:
@@ -238,26 +272,29 @@ def results(manifest: pd.DataFrame, predicted: Predict, thresholds: Thresholds) 
     return facts
 
 
-def run_one(recipe: str, seed: int, label: str, settings: dict[str, Any]) -> None:
-    name = "-".join(part for part in (label, recipe, str(seed)) if part)
+def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, Any]) -> None:
+    name = "-".join(part for part in (label, recipe, data.replace("official", ""), str(seed)) if part)
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    run = Run(params_for(seed, name, settings | {"pretrained_file": str(weights_file())}), CORPUS)
+    run = Run(params_for(data, seed, name, settings | {"pretrained_file": str(weights_file())}), CORPUS)
     manifest = build_manifest(run, "B")
     if recipe == "ours":
         facts = ours(run, manifest)
-    elif same := known_runs().get(f"ours-{seed}"):
+    elif same := known_runs().get(name.replace("naive", "ours")):
         facts = naive(run, manifest, same["seconds"])
     else:
         raise SystemExit(f"{name} trains for as long as ours did: run ours for this seed first")
-    facts |= {"recipe": recipe, "seed": seed, "label": label, "settings": settings}
+    facts |= {"recipe": recipe, "data": data, "seed": seed, "label": label, "settings": settings}
     facts["params"] = run.params.model_dump(exclude={"data_root", "data", "pretrained_file"})
     facts |= {"machine": f"{platform.machine()}, {usable_cores()} cores", "torch": torch.__version__, "timm": timm.__version__}
-    if "floors" not in read_json(DOCS / "localization.json") and not (BUILD / "floors.json").is_file():
+    if (
+        read_json(DOCS / "localization.json").get("floors", {}).keys() != FLOORS.keys()
+        and not (BUILD / "floors.json").is_file()
+    ):
         write_json(BUILD / "floors.json", floors(manifest))
     write_json(BUILD / f"{name}.json", facts)
-    shown = {split: {k: v for k, v in facts[split].items() if k != "by_method"} for split in ("val", *SETS)}
+    shown = {split: {k: v for k, v in facts[split].items() if not isinstance(v, dict)} for split in ("val", *SETS)}
     print(f"=== {name}: {facts['seconds']} s, {facts['thresholds']}")
     print("\n".join(f"    {split}: {values}" for split, values in shown.items()), flush=True)
 
@@ -287,7 +324,7 @@ def report() -> None:
 
 def _differences(runs: list[dict[str, Any]]) -> str:
     """What our runs had and the recipe has not now."""
-    now, ours = params_for(0, "now", {}), [run for run in runs if run["recipe"] == "ours"]
+    now, ours = params_for("official", 0, "now", {}), [run for run in runs if run["recipe"] == "ours"]
     found = {name for run in ours for name in differences(run, now, "degrade_b", _APART)}
     return f"What ours had in these runs and has not now: {', '.join(sorted(found))}.\n" if found else ""
 
@@ -296,7 +333,7 @@ _APART = {"run_name", "seed", "degrade", "crops_per_image"}  # what says nothing
 
 
 def _of(runs: list[dict[str, Any]], recipe: str, split: str, key: str) -> float:
-    return median([run[split][key] for run in runs if run["recipe"] == recipe and run[split].get(key) is not None])
+    return median([run[split][key] for run in runs if run["recipe"] == recipe and run.get(split, {}).get(key) is not None])
 
 
 def _targets(runs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -344,23 +381,25 @@ def _summary(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> pd.DataFr
                 rows.append(row | {name: _of(runs, recipe, split, key) for key, name in _COLUMNS.items()})
         for name, facts in of_floors.items():
             row = {"set": title, "recipe": f"floor: {name}", "seeds": 1}
-            rows.append(row | {column: facts[split].get(key) for key, column in _COLUMNS.items()})
+            rows.append(row | {column: facts.get(split, {}).get(key) for key, column in _COLUMNS.items()})
     return pd.DataFrame(rows)
 
 
 def _methods(runs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for split, title in SETS.items():
-        for method in sorted({name for run in runs for name in run[split]["by_method"]}):
+        for method in sorted({name for run in runs for name in run.get(split, {}).get("by_method", {})}):
             row = {"set": title, "method": method}
             for recipe in ("ours", "naive"):
-                row[recipe] = median([run[split]["by_method"][method] for run in runs if run["recipe"] == recipe])
+                row[recipe] = median(
+                    [run[split]["by_method"][method] for run in runs if run["recipe"] == recipe and split in run]
+                )
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    now, rows = params_for(0, "now", {}), []
+    now, rows = params_for("official", 0, "now", {}), []
     for run in runs:
         words = {key: value for key, value in run["settings"].items() if isinstance(value, str)}
         tried = [f"{key}: {value}" for key, value in words.items() if run["params"].get(key) != value]
@@ -408,14 +447,14 @@ now. Choices were made on the validation split; the others are shown, not chosen
 
 
 def main() -> None:
-    options = arguments(__doc__, CORPUS, BUILD)
+    options = arguments(__doc__, CORPUS, BUILD, data=["official", "open"])
     if options is None:
         return
     if options.command == "report":
         report()
         return
-    for seed, recipe in product(options.seeds, options.recipes):
-        run_one(recipe, seed, options.name, parse_settings(options.set))
+    for seed, data, recipe in product(options.seeds, options.data, options.recipes):
+        run_one(recipe, data, seed, options.name, parse_settings(options.set))
 
 
 if __name__ == "__main__":

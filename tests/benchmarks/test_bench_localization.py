@@ -16,7 +16,7 @@ def made_run(iou: float, **values) -> dict:
     keys += tuple(f"submitted_{key}" for key in ("iou", "iou_all", "iou_sp", "iou_fr", "flagged_authentic"))
     split = dict.fromkeys(keys, iou) | {"flagged_authentic": 0.3, "fpr": 0.1, "by_method": {"paste": iou}}
     facts = {"recipe": "ours", "seed": 0, "label": "", "settings": {}, "seconds": 500.0, "machine": "m", "torch": "t"}
-    facts["params"] = bench_localization.params_for(0, "now", {}).model_dump(mode="json")
+    facts["params"] = bench_localization.params_for("official", 0, "now", {}).model_dump(mode="json")
     return facts | dict.fromkeys(("val", "simulated", "test"), split) | {"real": split | {"iou_fr": None}} | values
 
 
