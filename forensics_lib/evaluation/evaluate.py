@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from forensics_lib.data.manifest import deciding, problems, sampled, usable
 from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.calibration import expected_calibration_error, fit_calibration
 from forensics_lib.evaluation.metrics import (
+    FALSE_ALARMS,
     best_f1_threshold,
-    best_iou_threshold,
     bootstrap_intervals,
     crossfit_f1,
     f1_score,
@@ -24,6 +23,7 @@ from forensics_lib.evaluation.metrics import (
     localization_intervals,
     localization_metrics,
     pixel_table,
+    quiet_thresholds,
     roc_auc,
 )
 from forensics_lib.evaluation.predictions import Predictions, predict_labelled
@@ -41,6 +41,10 @@ SIZES = (0, 1e-9, 0.01, 0.05, 0.2, 1.01)
 SIZE_NAMES = ("none", "under 1%", "1 to 5%", "5 to 20%", "over 20%")
 INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "eer", "tpr_at_5_fpr")
 PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
+RULES = {
+    "A": "best F1 on validation",
+    "B": f"best F1 + mean IoU on validation with at most {FALSE_ALARMS:.0%} of authentic images flagged, as submitted",
+}
 
 
 @dataclass
@@ -161,8 +165,20 @@ def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions
     labels = table["label"].to_numpy(int)[decides]
     calibration = fit_calibration(labels, raw[decides])
     probs = round_probs(calibrated(raw[decides], calibration))
-    loc_threshold = math.nan if result.histograms is None else best_iou_threshold(result.pixels(decides)[0])
-    return Thresholds(threshold=best_f1_threshold(labels, probs), loc_threshold=loc_threshold, **asdict(calibration))
+    if result.histograms is None:
+        return Thresholds(threshold=best_f1_threshold(labels, probs), **asdict(calibration))
+    histograms, told = result.pixels(decides)[0], []
+    for limit in (1.0, FALSE_ALARMS):
+        threshold, loc_threshold = quiet_thresholds(labels, probs, histograms, limit)
+        found = localization_metrics(histograms, loc_threshold, probs >= threshold)
+        told.append(
+            f"{found['submitted_flagged_authentic']:.0%} of authentic images flagged, mean IoU "
+            f"{found['submitted_iou_manipulated']:.3f}, F1 {f1_score(labels, probs >= threshold):.3f}"
+        )
+    print(
+        f"as submitted, at most {FALSE_ALARMS:.0%} of authentic images may be flagged: {told[1]}; without this rule: {told[0]}"
+    )
+    return Thresholds(threshold=threshold, loc_threshold=loc_threshold, **asdict(calibration))
 
 
 def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float]:
@@ -182,12 +198,13 @@ def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> di
     labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
     threshold, groups = evaluation.thresholds.threshold, evaluation.judged["group"].to_numpy()
     intervals = _intervals(labels, probs, threshold, groups)
-    intervals |= bootstrap_intervals(lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups)
-    if task == "B":
-        histograms, exact = result.pixels(evaluation.table["deciding"].to_numpy())
-        loc_threshold = evaluation.thresholds.loc_threshold
-        intervals |= localization_intervals(histograms, loc_threshold, probs >= threshold, exact, groups=groups)
-    return intervals
+    if task == "A":
+        return intervals | bootstrap_intervals(
+            lambda y, p: {"threshold": best_f1_threshold(y, p)}, labels, probs, groups=groups
+        )
+    histograms, exact = result.pixels(evaluation.table["deciding"].to_numpy())
+    called, loc_threshold = probs >= threshold, evaluation.thresholds.loc_threshold
+    return intervals | localization_intervals(histograms, loc_threshold, called, exact, groups=groups, probs=probs)
 
 
 def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -306,11 +323,11 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
 def _threshold_facts(task: str, evaluation: Evaluation) -> dict[str, Any]:
     """The thresholds, and how they were chosen."""
     facts: dict[str, Any] = dict(evaluation.thresholds.facts())
-    facts |= {"rule": "best F1 on validation", "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
+    facts |= {"rule": RULES[task], "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
     facts["chosen_on"] = evaluation.chosen_on
     known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
-    return facts | ({"loc_rule": "best mean IoU over manipulated validation images"} if task == "B" else {})
+    return facts
 
 
 def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:

@@ -18,9 +18,11 @@ from forensics_lib.utils.progress import progress
 
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
 VALUES = 15_361  # the float16 numbers from 0 to 1, whose bit patterns are 0, 1, 2, ... in their order
+THRESHOLDS = ("threshold", "loc_threshold")
 THRESHOLD_FREE = ("pixel_auc", "pixel_ap", "best_pixel_f1")  # scores of an image's pixels that need all VALUES
 _BIN_STARTS = (np.arange(BINS) / BINS).astype(np.float16).view(np.uint16)  # where among them each of the bins begins
 FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
+FALSE_ALARMS = 0.1  # at most this share of the authentic images that decide is flagged as submitted
 
 
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
@@ -47,8 +49,12 @@ def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
     ranked = probs[order]
     f1 = 2 * labels[order].cumsum() / (np.arange(1, len(ranked) + 1) + labels.sum())
     f1[:-1][ranked[1:] == ranked[:-1]] = -1  # no threshold separates equal probabilities
-    best = int(f1.argmax())
-    units = [round(prob * 10**DECIMALS) for prob in (*ranked[best : best + 2].tolist(), 0.0)[:2]]
+    return _threshold_after(ranked, int(f1.argmax()) + 1)
+
+
+def _threshold_after(ranked: np.ndarray, count: int) -> float:
+    """The threshold that calls the first ``count`` of probabilities ``ranked`` from the highest down; as that of best F1."""
+    units = [round(prob * 10**DECIMALS) for prob in (1.0, *ranked.tolist(), 0.0)[count : count + 2]]
     return (sum(units) // 2 * 100 + 51) / 10 ** (DECIMALS + 2)
 
 
@@ -249,20 +255,39 @@ def threshold_bin(loc_threshold: float) -> int:
     return round(loc_threshold * BINS)
 
 
-def best_iou_threshold(histograms: np.ndarray) -> float:
-    """The threshold (just below a multiple of 1/256) with the highest mean IoU over manipulated images.
+def quiet_thresholds(
+    labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray, limit: float = FALSE_ALARMS
+) -> tuple[float, float]:
+    """The image and the localization threshold of Task B, with few false alarms.
 
-    Raises ``ValueError`` without a manipulated pixel.
+    Of the pairs at which at most a share ``limit`` of the authentic images is flagged as submitted, with empty masks for
+    images below the image threshold, the pair with the highest sum of F1 and of mean IoU as submitted.
+
+    Args:
+        labels: ``(N,)`` of 0 and 1.
+        probs: ``(N,)`` in [0, 1].
+        histograms: ``(N, 2, 256)`` pixel counts, from ``pixel_histogram``.
+        limit: the highest share of false alarms, in [0, 1]; 1: any.
+
+    Returns:
+        The image threshold, see ``best_f1_threshold``, and the localization threshold, see ``bin_threshold``.
+
+    Raises:
+        ValueError: no label is 1.
     """
-    manipulated = histograms[:, 1].sum(1) > 0
+    probs = round_probs(probs)
+    order = np.argsort(-probs, kind="stable")
+    ranked, manipulated = probs[order], np.asarray(labels)[order] == 1
     if not manipulated.any():
-        raise ValueError("no manipulated image: a localization threshold needs at least one")
-    return bin_threshold(_best_bin(pixel_curves(histograms[manipulated])[0]))
-
-
-def _best_bin(iou: np.ndarray) -> int:
-    """The bin from 1 on with the highest mean of N images' IoU ``(N, 256)``."""
-    return int(iou.mean(0)[1:].argmax()) + 1
+        raise ValueError("no manipulated image: thresholds need at least one")
+    iou, _, flagged = pixel_curves(histograms[order])
+    alarms = ((flagged > FLAGGED) & ~manipulated[:, None]).cumsum(0) / max(1, (~manipulated).sum())
+    f1 = 2 * manipulated.cumsum() / (np.arange(1, len(ranked) + 1) + manipulated.sum())
+    score = (iou * manipulated[:, None]).cumsum(0) / manipulated.sum() + f1[:, None]
+    score[(alarms > limit) | np.append(ranked[1:] == ranked[:-1], False)[:, None]] = 0  # or not separable: equal probabilities
+    count, column = divmod(int(score[:, 1:].argmax()), BINS - 1)
+    quiet = score[count, column + 1] > 0  # else no image is called
+    return _threshold_after(ranked, count + 1 if quiet else 0), bin_threshold(column + 1)
 
 
 def pixel_auc(histograms: np.ndarray) -> np.ndarray:
@@ -344,16 +369,16 @@ def localization_intervals(
     rounds: int = 300,
     seed: int = 0,
     groups: np.ndarray | None = None,
+    probs: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
     """95% intervals of ``localization_metrics``, by bootstrap over photographs as in ``bootstrap_intervals``.
 
-    That of ``loc_threshold`` is of the thresholds chosen on each resample.
+    With the images' ``probs`` ``(N,)`` those of both thresholds too, which ``quiet_thresholds`` chooses on each resample.
     """
-    table, iou = pixel_table(histograms, loc_threshold, called, exact), pixel_curves(histograms)[0]
-    manipulated, lines = (table["truth"] > 0).to_numpy(), []
-    iou = iou[manipulated]
+    table, lines = pixel_table(histograms, loc_threshold, called, exact), []
+    manipulated = (table["truth"] > 0).to_numpy()
     for drawn in progress(_draws(manipulated, groups, rounds, seed), "bootstrap of masks", total=rounds):
-        times = np.bincount(drawn, minlength=len(table))[manipulated]
-        best = int((times @ iou)[1:].argmax()) + 1
-        lines.append(_localization_means(table.iloc[drawn]) | {"loc_threshold": bin_threshold(best)})
+        lines.append(_localization_means(table.iloc[drawn]))
+        if probs is not None:
+            lines[-1] |= zip(THRESHOLDS, quiet_thresholds(manipulated[drawn], probs[drawn], histograms[drawn]), strict=True)
     return _intervals(lines)

@@ -8,7 +8,6 @@ from forensics_lib.evaluation.metrics import (
     THRESHOLD_FREE,
     VALUES,
     best_f1_threshold,
-    best_iou_threshold,
     bin_threshold,
     binned,
     bootstrap_interval,
@@ -22,6 +21,7 @@ from forensics_lib.evaluation.metrics import (
     pixel_curves,
     pixel_histogram,
     pixel_table,
+    quiet_thresholds,
     roc_auc,
     threshold_bin,
     threshold_free_scores,
@@ -101,10 +101,39 @@ def test_the_best_localization_threshold_flags_from_its_bin_on(rng):
     truth[:, :6] = True
     masks = written_mask(np.clip(truth * 0.3 + rng.random(truth.shape) * 0.6, 0, 1))
     histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
-    threshold = best_iou_threshold(histograms)
+    _, threshold = quiet_thresholds(np.ones(5, int), rng.random(5), histograms)
     for flagged in (masks > threshold, masks >= threshold):
         ious = [jaccard_score(true.ravel(), found.ravel()) for true, found in zip(truth, flagged, strict=True)]
         assert pixel_table(histograms, threshold)["iou"].tolist() == pytest.approx(ious)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_thresholds_with_few_false_alarms_are_the_best_of_all_pairs(seed):
+    rng = np.random.default_rng(seed)
+    labels, probs = rng.permutation([0] * 10 + [1] * 8), rng.integers(1, 10, 18) / 10  # some are equal
+    truth = np.zeros((18, 8, 8), bool)
+    truth[labels == 1, :4] = True
+    masks = (rng.random(truth.shape) + 0.3 * truth).clip(0, 1) * rng.random((18, 1, 1))
+    histograms = np.stack([pixel_histogram(mask, true) for mask, true in zip(masks, truth, strict=True)])
+
+    def scored(threshold, loc_threshold):
+        called = probs >= threshold
+        found = localization_metrics(histograms, loc_threshold, called)
+        return found["submitted_flagged_authentic"], found["submitted_iou_manipulated"] + f1_score(labels, called)
+
+    pairs = [scored(a, bin_threshold(b)) for a in np.arange(0.05, 1.1, 0.1) for b in range(1, 256)]
+    for limit in (0.0, 0.1, 0.3, 1.0):
+        alarms, score = scored(*quiet_thresholds(labels, probs, histograms, limit))
+        assert alarms <= limit
+        assert score == pytest.approx(max(value for share, value in pairs if share <= limit))
+
+
+def test_where_no_threshold_is_quiet_no_image_is_called():
+    truth = np.zeros((4, 8, 8), bool)
+    truth[2:, :4] = True
+    histograms = np.stack([pixel_histogram(np.ones((8, 8)), true) for true in truth])
+    threshold, _ = quiet_thresholds(truth.any((1, 2)), np.full(4, 0.7), histograms)
+    assert 0.7 < threshold < 1
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 3), (0, 2), (2, 0)])
@@ -128,7 +157,10 @@ def test_pixel_scores_of_a_handful_of_images(counts, rng):
     assert np.isnan(scores["iou_manipulated"]) == (counts[1] == 0)
     assert np.isnan(scores["flagged_authentic"]) == (counts[0] == 0)
     if counts[1]:
-        assert "iou_manipulated" in localization_intervals(histograms, best_iou_threshold(histograms), rounds=3)
+        probs = rng.random(len(truth))
+        _, threshold = quiet_thresholds(truth.any((1, 2)), probs, histograms)
+        found = localization_intervals(histograms, threshold, rounds=3, probs=probs)
+        assert found.keys() >= {"iou_manipulated", "threshold", "loc_threshold"}
 
 
 def test_threshold_without_positives():
@@ -200,7 +232,7 @@ def test_localization_conventions():
     truth = np.zeros((10, 10), bool)
     truth[:5] = True
     histograms = np.stack([pixel_histogram(truth.astype(float), truth), pixel_histogram(np.zeros((10, 10)), ~truth & truth)])
-    scores = localization_metrics(histograms, best_iou_threshold(histograms))
+    scores = localization_metrics(histograms, 0.5)
     assert scores["iou_manipulated"] == scores["iou_all"] == 1
     assert scores["flagged_authentic"] == 0
     histograms[1] = pixel_histogram(np.full((10, 10), 0.9), np.zeros((10, 10), bool))
@@ -289,14 +321,15 @@ def localized(rng):
 
 def test_localization_intervals_hold_the_values_and_repeat(localized):
     histograms, exact = localized
+    options = {"exact": exact, "rounds": 50, "probs": np.linspace(0, 1, len(histograms))}
     scores = localization_metrics(histograms, 0.5, exact=exact)
-    intervals = localization_intervals(histograms, 0.5, exact=exact, rounds=50)
-    assert intervals.keys() == scores.keys()
+    intervals = localization_intervals(histograms, 0.5, **options)
+    assert intervals.keys() == scores.keys() | {"threshold"}
     assert scores["pixel_auc_manipulated"] == pytest.approx(exact["pixel_auc"][:20].mean())
     for name in ("iou_manipulated", "pixel_f1_manipulated", "iou_all", "pixel_auc_manipulated"):
         assert intervals[name][0] <= scores[name] <= intervals[name][1]
         assert intervals[name][0] < intervals[name][1]
-    assert intervals == localization_intervals(histograms, 0.5, exact=exact, rounds=50)
+    assert intervals == localization_intervals(histograms, 0.5, **options)
 
 
 def test_scores_that_histograms_cannot_tell_are_not_made_up(localized):
