@@ -121,8 +121,7 @@ def _add_members(rows: Rows, file: Path, columns: _Columns, keys: Iterable[_Key]
     for (split, label, generator), numbers in sorted(groups.items(), key=lambda item: str(item[0])):
         masks = [member_path(file, columns.mask, number) for number in numbers] if columns.mask and label else None
         paths = [member_path(file, columns.image, number) for number in numbers]
-        kind = "sp" if masks else kind_of(label)
-        rows.add(paths, label, split, source, kind=kind, generator=generator if label else None, masks=masks)
+        rows.add(paths, label, split, source, generator=generator if label else None, masks=masks)
 
 
 def _hub_words(file: Path, column: str, values: list[Any]) -> list[Any]:
@@ -133,13 +132,11 @@ def _hub_words(file: Path, column: str, values: list[Any]) -> list[Any]:
 
 def _hub_splits(file: Path, column: str, values: list[Any]) -> list[str | None]:
     """The split of each row; None for an empty field.  Raises ``LayoutError`` for other words."""
-    words = _hub_words(file, column, values)
-    texts = ["" if word is None else str(word).strip() for word in words]
-    splits = [split_of(text) for text in texts]
-    for number, (text, split) in enumerate(zip(texts, splits, strict=True)):
-        if text and split is None:
+    texts = ["" if word is None else str(word).strip() for word in _hub_words(file, column, values)]
+    for number, text in enumerate(texts):
+        if text and split_of(text) is None:
             raise LayoutError(f"{file} row {number}: {column} is {text!r}; it must be train, val or test")
-    return splits
+    return [split_of(text) for text in texts]
 
 
 def _read(file: Path, names: list[str]) -> pa.Table:
@@ -150,17 +147,15 @@ def _read(file: Path, names: list[str]) -> pa.Table:
 
 
 def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
-    """The split of rows without a split of their own.  Raises ``LayoutError``."""
-    told = _split_of_shard(root, file)
+    """The split of rows without one of their own: the entry's, else that in the name of the file or of the nearest folder.
+
+    Raises ``LayoutError`` if test images were to be trained on.
+    """
+    folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
+    told = next((split for name in (file.name, *folders) if (split := split_in(name))), None)
     if entry.split == "train" and told == "test":
         raise LayoutError(f"{root}: split: train, but {file} is of a test split, which is never trained on")
     return entry.split or told
-
-
-def _split_of_shard(root: Path, file: Path) -> str | None:
-    """The split in a parquet file's name, else in the name of the nearest folder up to the root."""
-    folders = [path.name for path in file.parents if path.is_relative_to(file.parent if root == file else root)]
-    return next((split for name in (file.name, *folders) if (split := split_in(name))), None)
 
 
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
@@ -176,7 +171,3 @@ def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
 def _label(word: str) -> int | None:
     found = class_of(word)
     return LABELS.get(word.strip().lower()) if found is None else found
-
-
-def kind_of(label: int) -> str:
-    return "full" if label else "orig"

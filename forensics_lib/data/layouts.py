@@ -52,7 +52,7 @@ def read_task_a(root: Path) -> Rows:
             for folder in rows.walk(inside):
                 check_parts(inside.joinpath(*folder.parts), folder.parts, label, split)
                 source = folder.parts[0] if folder.parts else root.name
-                rows.add(folder.paths, label, split, source, kind="full" if label else "orig")
+                rows.add(folder.paths, label, split, source)
     for place, split in named_folders(root, split_of):
         if split is None:
             rows.leave_unread(place, _unnamed("split", SPLITS))
@@ -79,7 +79,7 @@ def read_tgif(root: Path) -> Rows:
         for name in TGIF_ORIGINALS:
             for folder in rows.walk(root / name / tgif_split):
                 matches = [TGIF_ORIGINAL.fullmatch(image) for image in folder.images]
-                rows.add(folder.paths, 0, split, "tgif", kind="orig", groups=[_coco(match) for match in matches])
+                rows.add(folder.paths, 0, split, "tgif", groups=[_coco(match) for match in matches])
         for method in (*TGIF_NAMES, *TGIF2_METHODS):
             for folder in rows.walk(root / method / tgif_split):
                 pair = _tgif_pairs if method in TGIF_NAMES else _tgif2_pairs
@@ -154,9 +154,9 @@ def read_task_b_validation(root: Path) -> Rows:
     for source in ("coco", "raise"):
         for folder in rows.walk(root / source / "original"):
             groups = [photo_group(source, Path(name).stem) for name in folder.images]
-            rows.add(folder.paths, 0, "val", source, kind="orig", groups=groups)
+            rows.add(folder.paths, 0, "val", source, groups=groups)
     for item in listing.itertuples(index=False):
-        image, mask = (sagid_path(root, written, ("val",)) for written in (item.img_path, item.mask_path))
+        image, mask = sagid_path(root, item.img_path, ("val",)), sagid_path(root, item.mask_path, ("val",))
         source, method = image.relative_to(root).parts[:2]
         original = item.src_path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
         group = photo_group(source, original or image.stem)
@@ -217,7 +217,7 @@ def read_test(folder: Path) -> Rows:
         if found.parts:
             deeper.append(str(folder.joinpath(*found.parts)))
         else:
-            rows.add(found.paths, None, "test", folder.name, kind=None)
+            rows.add(found.paths, None, "test", folder.name)
     if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
     _check_names(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from forensics_lib.utils.names import class_of, split_of
 
 LDM_SETS = ("class2image", "noise2image_FFHQ", "noise2image_bedrooms", "noise2image_churches")
 LDM_FOLDERS = frozenset(f"latent_diffusion_{name}" for name in (*LDM_SETS, *(f"text2img_set{i}" for i in range(3))))
-# The generators of CNNDetection's test set; its training set has ProGAN as well
-_GANS = "progan biggan crn cyclegan deepfake gaugan imle san seeingdark stargan stylegan stylegan2 whichfaceisreal"
+# The generators of CNNDetection's test set but for ProGAN, which its training set has as well
+_GANS = "biggan crn cyclegan deepfake gaugan imle san seeingdark stargan stylegan stylegan2 whichfaceisreal"
 TEST_GENERATORS = frozenset(_GANS.split())
 VALIDATION_LAYOUTS = frozenset({"itw_sm", "task_b_validation"})
 LISTED = frozenset({"table", "parquet"})  # layouts that list images instead of holding them in folders
@@ -58,13 +58,15 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     """Raise ``LayoutError`` if a set of ``task`` would train on validation data or, in a constrained run, on data that is
     not official, also through links; the message names each place, its target and the reason.
     """
-    for cached in (_real_folder, _names_in, _has_platforms, _listed_folders):
+    for cached in (_real_folder, _names_in, _has_platforms, _listed_folders, _linked_from):
         cached.cache_clear()  # files may have changed since the last call
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
     _refuse_validation(places, _never_trained_on(run, entries))
     if run.params.run_type == "constrained":
-        _refuse_unofficial(entries, run.params.edition)
+        official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if run.params.edition >= 2026 else set())
+        reasons = {entry.root: _why_unofficial(entry, official) for entry in entries}
+        _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], official)
         _refuse_foreign(run, task, entries, places)
 
 
@@ -140,11 +142,7 @@ def places_of(entry: DataSet) -> list[Place]:
     found = list(_walk(from_home(entry.root)))
     if entry.layout != "own":
         return found
-    return [place for place in found if len(place.parts) < 2 or _is_read(*place.parts[:2])]
-
-
-def _is_read(split: str, label: str) -> bool:
-    return split_of(split) is not None and class_of(label) is not None
+    return [p for p in found if len(p.parts) < 2 or (split_of(p.parts[0]) and class_of(p.parts[1]) is not None)]
 
 
 def _walk(root: Path) -> Iterator[Place]:
@@ -242,14 +240,7 @@ def _names_in(folder: Path) -> tuple[str, ...]:
     return tuple(islice((entry.name for entry in scan(folder) if _named_as_image(entry.name)), _SOME))
 
 
-def _refuse_unofficial(entries: list[DataSet], edition: int) -> None:
-    """Raise ``LayoutError`` for sets that are not official by their layout or folder names, with the reasons."""
-    official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if edition >= 2026 else set())
-    reasons = {entry.root: _why_unofficial(entry, official) for entry in entries}
-    _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], official)
-
-
-def _raise_unofficial(refused: list[str], official: frozenset[str] | set[str]) -> None:
+def _raise_unofficial(refused: list[str], official: frozenset[str]) -> None:
     if refused:
         raise LayoutError(
             f"a constrained run takes official data only; refused: {joined(refused, '; ')}. "
@@ -257,22 +248,21 @@ def _raise_unofficial(refused: list[str], official: frozenset[str] | set[str]) -
         )
 
 
-def _why_unofficial(entry: DataSet, official: frozenset[str] | set[str]) -> str | None:
+def _why_unofficial(entry: DataSet, official: frozenset[str]) -> str | None:
+    """Why a set is not official by its layout or folder names; None if it is."""
     root = from_home(entry.root)
     if entry.layout not in official:
         return str(entry.layout)
-    if entry.layout == "itw_sm" and not _is_itw_sm(root):
-        return "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
+    if entry.layout == "itw_sm":
+        named = of_itw_sm(root) or of_itw_sm(root.resolve()) or (root / ITW_SM).is_dir() or _has_platforms(root)
+        why = "itw_sm, but neither its folders nor its files are named for platforms, as those of ITW-SM are"
+        return None if named else why
     if entry.layout == "cnndetection":
         return _why_not_cnndetection(entry, root)
     if entry.layout == "corvi_ldm":
         folders = {path.name for split in ("train", "valid") for path in root.glob(f"{split}/*/")}
         return _unknown(folders, LDM_FOLDERS, "the latent diffusion set's folders")
     return None
-
-
-def _is_itw_sm(root: Path) -> bool:
-    return of_itw_sm(root) or of_itw_sm(root.resolve()) or (root / ITW_SM).is_dir() or _has_platforms(root)
 
 
 def _unknown(found: set[str], known: frozenset[str], what: str) -> str | None:
@@ -296,8 +286,7 @@ def _why_not_cnndetection(entry: DataSet, root: Path) -> str | None:
 
 def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[DataSet, list[Place]]) -> None:
     """Raise ``LayoutError`` for the places of a constrained run's sets that lead to data which is not official."""
-    opened, data = _Opened(run.data / "dataset_open"), run.data.resolve()
-    kept_apart, found = _kept_apart(places), []
+    opened, data, kept_apart, found = run.data / "dataset_open", run.data.resolve(), _kept_apart(places), []
     for entry, inside in places.items():
         claims = _claims(run, task, [other for other in entries if other != entry])
         roots = [from_home(root) for root in (entry.coco_root, entry.lsun_root) if root]
@@ -309,9 +298,11 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
             trains = _split(entry, place) == "train"
             key = place.target, _base_of(place, data), place.linked, trains
             if key not in known:
-                why = _claimed(place.target, claims) or _foreign(*key, task, run.params.edition)
-                known[key] = why or opened.why(place.target, place.target, *place.target.parents)
-            why = known[key] or (opened.why(place.target, place.file) if place.file else None)
+                above = (place.target, *place.target.parents)
+                why = next((claims[folder] for folder in above if folder in claims), None)
+                why = why or _foreign(*key, task, run.params.edition)
+                known[key] = why or _why_open(opened, place.target, *above)
+            why = known[key] or (_why_open(opened, place.target, place.file) if place.file else None)
             if not why and trains:
                 why = kept_apart.get(place.file or place.target) or kept_apart.get(place.target)
             if why:
@@ -346,25 +337,16 @@ def _claims(run: Run, task: str, others: list[DataSet]) -> dict[Path, str]:
     return {root.resolve(): what for root, what in claims.items()}
 
 
-def _claimed(target: Path, claims: dict[Path, str]) -> str | None:
-    return next((claims[folder] for folder in (target, *target.parents) if folder in claims), None)
+def _why_open(opened: Path, folder: Path, *paths: Path | str) -> str | None:
+    """Why images in a real folder are open data: a link in ``opened`` leads to one of ``paths``, and none is official."""
+    reached = not _linked_from(opened).isdisjoint(paths) and not _official(folder)
+    return f"{opened} holds it too: it is open data" if reached else None
 
 
-class _Opened:
-    """The targets of links in ``dataset_open``: they are open data, except known official folders."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    @cached_property
-    def _reached(self) -> set[Path | str]:
-        """Real folders and files."""
-        return {found.file or found.target for found in _walk(self._root) if found.linked}
-
-    def why(self, folder: Path, *paths: Path | str) -> str | None:
-        """Why images in a real folder are open data, if a link leads to one of ``paths``."""
-        reached = not self._reached.isdisjoint(paths) and not _official(folder)
-        return f"{self._root} holds it too: it is open data" if reached else None
+@lru_cache(maxsize=1)
+def _linked_from(root: Path) -> frozenset[Path | str]:
+    """The real folders and files behind links below ``root``."""
+    return frozenset(found.file or found.target for found in _walk(root) if found.linked)
 
 
 def _official(target: Path) -> bool:
@@ -381,17 +363,14 @@ def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, ed
     if any(name in ("ai", "nature") and split_of(above) for above, name in pairwise(parts)):
         return "it is laid out as GenImage"
     named = [number for number, part in enumerate(parts) if part in ("real", "fake")]
-    if any(number == len(parts) - 1 or _beside(base.joinpath(*names[: number + 1])) for number in named):
-        return "it is laid out as Community Forensics"
+    for number in named:
+        beside = base.joinpath(*names[:number], {"real": "fake", "fake": "real"}[parts[number]])
+        if number == len(parts) - 1 or beside.is_dir():
+            return "it is laid out as Community Forensics"
     if "dataset_open" in parts:
         return "it is open data"
     other = _of_other_task(target, base, task, edition) or (_test_split(base, names) if trains else None)
     return other or (_listed_in(target) if linked else None)
-
-
-def _beside(folder: Path) -> bool:
-    """Whether there is a folder ``fake`` beside a folder ``real``, or the other way round."""
-    return folder.with_name({"real": "fake", "fake": "real"}[folder.name.lower()]).is_dir()
 
 
 def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | None:
@@ -417,14 +396,10 @@ def _test_split(base: Path, parts: tuple[str, ...]) -> str | None:
             return "it is a test split"
         if split_of(name) and not (up == 0 and name == "train"):  # which is also a category
             return None
-        beside = base.joinpath(*parts[: parts.index(spelled)]) if name == "progan" else None
-        if up < 2 and (name in TEST_GENERATORS - {"progan"} or (beside and _has_generators(beside))):
+        beside = base.joinpath(*parts[: parts.index(spelled)]).glob("*") if name == "progan" else ()
+        if up < 2 and (name in TEST_GENERATORS or any(path.name.lower() in TEST_GENERATORS for path in beside)):
             return "it is of CNNDetection's test set"
     return None
-
-
-def _has_generators(folder: Path) -> bool:
-    return any(path.name.lower() in TEST_GENERATORS - {"progan"} for path in folder.glob("*"))
 
 
 def _listed_in(target: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from forensics_lib.data.hub import has_masks, is_parquet, kind_of, parquet_files, read_parquet
+from forensics_lib.data.hub import has_masks, is_parquet, parquet_files, read_parquet
 from forensics_lib.data.layouts import (
     TASK_A_LABELS,
     TGIF2_METHODS,
@@ -23,7 +23,7 @@ from forensics_lib.data.layouts import (
     read_tgif,
     sagid_path,
 )
-from forensics_lib.data.rows import LABELS, Folder, LayoutError, Rows, check_parts, contents, refuse_broken_links, scan
+from forensics_lib.data.rows import LABELS, LayoutError, Rows, check_parts, contents, refuse_broken_links, scan
 from forensics_lib.data.tables import read_listing, read_text, read_text_table
 from forensics_lib.params import DataSet
 from forensics_lib.utils.callables import load_callable
@@ -43,21 +43,16 @@ TABLE_COLUMNS = ("mask_path", "split", "source", "generator", "method", "kind", 
 
 
 def read_data_set(entry: DataSet) -> Rows:
-    """Read the images of an entry of the ``data`` parameter.
+    """The images of an entry of the ``data`` parameter, and notes on what its reader skipped.
 
-    Args:
-        entry: root of the data set, its layout (detected if null), split and task.
-
-    Returns:
-        The images, and notes on what the reader skipped.
-
-    Raises:
-        LayoutError: the data is not laid out as expected, or has no images.
-        ValueError: a reader ``module:function`` cannot be loaded.
+    Raises ``LayoutError`` if the data is not laid out as expected or has no images, ``ValueError`` if a reader
+    ``module:function`` cannot be loaded.
     """
     entry = recognised(entry)
     root, layout = from_home(entry.root), str(entry.layout)
-    rows = _reader(layout)(root, entry)
+    wanted = "its function gets the root (a Path) and the entry, and returns data.rows.Rows"
+    reader = READERS[layout] if layout in READERS else load_callable(layout, "data: layout", wanted)
+    rows = reader(root, entry)
     if layout not in READERS:
         _check_own(rows, entry)
     elif len(rows):
@@ -68,14 +63,6 @@ def read_data_set(entry: DataSet) -> Rows:
     if not len(rows):
         raise LayoutError(f"{root}: no images in the layout {entry.layout}; {contents(root)}")
     return rows
-
-
-def _reader(layout: str) -> Reader:
-    """The reader of a layout, or the user's own ``module:function``."""
-    if layout in READERS:
-        return READERS[layout]
-    wanted = "its function gets the root (a Path) and the entry, and returns data.rows.Rows"
-    return load_callable(layout, "data: layout", wanted)
 
 
 def _check_own(rows: Rows, entry: DataSet) -> None:
@@ -125,10 +112,14 @@ def own_task(entry: DataSet) -> str:
 class ClassFolder:
     """A folder of images at or below a class folder."""
 
-    folder: Folder
+    paths: list[str]
     label: int
     split: str | None  # None: no folder name tells it
     above: tuple[str, ...]  # folders above the class folder, without the split's
+
+    def add_to(self, rows: Rows, source: str, generator: str | None = None) -> None:
+        """Add the images to ``rows``; ``generator`` made the synthetic ones."""
+        rows.add(self.paths, self.label, self.split, source, generator=generator if self.label else None)
 
 
 def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[ClassFolder]:
@@ -151,7 +142,7 @@ def _by_class(rows: Rows, root: Path, category_train: bool = False) -> Iterator[
         check_parts(place, parts[number + 1 :], label, None)
         if named is not None:
             check_parts(place, parts[named + 1 :], label, split)
-        yield ClassFolder(folder, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
+        yield ClassFolder(folder.paths, label, split, tuple(part for i, part in enumerate(parts[:number]) if i != named))
 
 
 def read_cnndetection(root: Path, entry: DataSet) -> Rows:
@@ -160,18 +151,12 @@ def read_cnndetection(root: Path, entry: DataSet) -> Rows:
     The root may be the whole data set or the folder of one split.
     """
     rows = Rows()
-    for found in _by_class(rows, root, category_train=_has_categories(root)):
-        split = entry.split or found.split
-        generator = found.above[0] if split == "test" and found.above else "progan"
-        source = "cnndetection" if split != "test" else f"cnndetection/{generator}"
-        made_by = generator if found.label else None
-        rows.add(found.folder.paths, found.label, found.split, source, kind=kind_of(found.label), generator=made_by)
+    above = {tree[-2] for tree in class_trees(root) if len(tree) > 1}
+    for found in _by_class(rows, root, category_train=not above.isdisjoint(CNNDETECTION_CATEGORIES - {"train"})):
+        tested = (entry.split or found.split) == "test"
+        generator = found.above[0] if tested and found.above else "progan"
+        found.add_to(rows, f"cnndetection/{generator}" if tested else "cnndetection", generator)
     return rows
-
-
-def _has_categories(root: Path) -> bool:
-    """Whether class folders are in folders of CNNDetection's categories (of which one is named ``train``)."""
-    return not (CNNDETECTION_CATEGORIES - {"train"}).isdisjoint(tree[-2] for tree in class_trees(root) if len(tree) > 1)
 
 
 def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
@@ -185,7 +170,7 @@ def read_corvi_ldm(root: Path, entry: DataSet) -> Rows:
         for folder in rows.walk(root / name):
             if folder.parts and folder.parts[0].startswith("latent_diffusion_"):
                 method = folder.parts[0].removeprefix("latent_diffusion_")
-                rows.add(folder.paths, 1, split, "corvi_ldm", kind="full", generator="latent_diffusion", method=method)
+                rows.add(folder.paths, 1, split, "corvi_ldm", generator="latent_diffusion", method=method)
             else:
                 rows.leave_unread((root / name).joinpath(*folder.parts), "its images are in no folder latent_diffusion_*")
         for source in ("coco", "lsun"):
@@ -207,7 +192,7 @@ def _add_listed(rows: Rows, listing: Path, source: str, split: str, entry: DataS
     if source == "lsun":
         names = [f"{category}/0_real/{file}" for category, _, file in (name.partition("_") for name in names)]
     groups = [photo_group("coco", Path(name).stem) for name in names] if source == "coco" else None
-    rows.add([f"{from_home(place)}/{name}" for name in names], 0, split, source, kind="orig", groups=groups)
+    rows.add([f"{from_home(place)}/{name}" for name in names], 0, split, source, groups=groups)
 
 
 def of_itw_sm(path: Path) -> bool:
@@ -247,34 +232,30 @@ def read_itw_sm(root: Path, _: DataSet) -> Rows:
             rows.leave_unread(root.joinpath(*folder.parts), "it is in neither 0_real nor 1_fake")
             continue
         check_parts(root.joinpath(*folder.parts), folder.parts[1:], label, "val")
-        inside = len(folder.parts) > 1
         platforms: dict[str, list[str]] = {}
         for name, path in zip(folder.images, folder.paths, strict=True):
-            platform = (folder.parts[1] if inside else name.split("_")[0]).lower()
-            platforms.setdefault(platform, []).append(path)
+            platform = folder.parts[1] if len(folder.parts) > 1 else name.split("_")[0]
+            platforms.setdefault(platform.lower(), []).append(path)
         for platform, paths in sorted(platforms.items()):
-            rows.add(paths, label, "val", f"itw_sm/{platform}", kind=kind_of(label))
+            rows.add(paths, label, "val", f"itw_sm/{platform}")
     return rows
 
 
 def read_genimage(root: Path, _: DataSet) -> Rows:
     """GenImage: ``{generator}/[...]/{train,val}/{ai,nature}/*``."""
-    return _read_generators(root, "genimage")
+    rows = Rows()
+    for found in _by_class(rows, root):
+        generator = found.above[0] if found.above else root.name
+        found.add_to(rows, f"genimage/{generator}", generator)
+    return rows
 
 
 def read_community_forensics(root: Path, _: DataSet) -> Rows:
-    """Community Forensics in its local form: ``{generator}/{real,fake}/*``."""
-    return _read_generators(root, "community_forensics", whole_path=True)
-
-
-def _read_generators(root: Path, name: str, whole_path: bool = False) -> Rows:
+    """Community Forensics in its local form: ``{generator}/{real,fake}/*``, generators in nested folders too."""
     rows = Rows()
     for found in _by_class(rows, root):
-        generator = ("/".join(found.above) if whole_path else found.above[0]) if found.above else root.name
-        made_by = generator if found.label else None
-        rows.add(
-            found.folder.paths, found.label, found.split, f"{name}/{generator}", kind=kind_of(found.label), generator=made_by
-        )
+        generator = "/".join(found.above) or root.name
+        found.add_to(rows, f"community_forensics/{generator}", generator)
     return rows
 
 
@@ -285,8 +266,7 @@ def read_folders(root: Path, _: DataSet) -> Rows:
     """
     rows = Rows()
     for found in _by_class(rows, root):
-        source = "/".join((root.name, *found.above))
-        rows.add(found.folder.paths, found.label, found.split, source, kind=kind_of(found.label))
+        found.add_to(rows, "/".join((root.name, *found.above)))
     return rows
 
 
@@ -313,11 +293,9 @@ def read_sagi_d(root: Path, _: DataSet) -> Rows:
             group = photo_group(photos, original.stem)
             if original not in originals:
                 originals.add(original)
-                rows.add([str(original)], 0, split, source, kind="orig", groups=[group])
-        generator, method, masks = item.diffusion_model or None, item.inpainting_model, [str(mask)]
-        rows.add(
-            [str(image)], 1, split, source, kind=item.type, generator=generator, method=method, groups=[group], masks=masks
-        )
+                rows.add([str(original)], 0, split, source, groups=[group])
+        made = {"kind": item.type, "generator": item.diffusion_model or None, "method": item.inpainting_model}
+        rows.add([str(image)], 1, split, source, groups=[group], masks=[str(mask)], **made)
     return rows
 
 
@@ -357,12 +335,11 @@ def _add_table_row(rows: Rows, table: Path, number: int, item: dict[str, str], d
     if split == "train" and of_itw_sm(Path(image)):
         raise LayoutError(f"{table} row {number}: {image} is of ITW-SM, the validation set, and must not be trained on")
     mask = str(table.parent / values["mask_path"].replace("\\", "/")) if values["mask_path"] and label else None
-    kind = (values["kind"] or ("sp" if mask else kind_of(label))).lower()
-    if kind not in KINDS:
+    kind = values["kind"] and values["kind"].lower()
+    if kind not in (None, *KINDS):
         raise LayoutError(f"{table} row {number}: kind {values['kind']!r} must be one of {', '.join(KINDS)}")
-    generator, method, groups = values["generator"], values["method"], [values["group"]]
-    source = values["source"] or table.stem
-    rows.add([image], label, split, source, kind=kind, generator=generator, method=method, groups=groups, masks=[mask])
+    made = {"kind": kind, "generator": values["generator"], "method": values["method"]}
+    rows.add([image], label, split, values["source"] or table.stem, groups=[values["group"]], masks=[mask], **made)
 
 
 READERS: dict[str, Reader] = {

@@ -90,7 +90,7 @@ class Rows:
         split: str | None,
         source: str,
         *,
-        kind: str | None,
+        kind: str | None = None,
         generator: str | None = None,
         method: str | None = None,
         groups: Sequence[str | None] | None = None,
@@ -103,7 +103,7 @@ class Rows:
             label: 0 authentic, 1 synthetic or manipulated, None for test images.
             split: train, val or test; None: ``state_split`` sets it later.
             source: the data set, or a part of it.
-            kind: orig, sp (spliced), fr (fully regenerated), full (fully synthetic), or None for test images.
+            kind: orig, sp (spliced), fr (fully regenerated) or full (fully synthetic); None: orig, or sp with masks, else full.
             generator: the model that made the images.
             method: the method of manipulation.
             groups: the photograph that each image derives from; None: each image is a photograph of its own.
@@ -113,6 +113,8 @@ class Rows:
         self.paths += paths
         self._groups += [shown(group or path) for group, path in zip(groups, paths, strict=True)] if groups else paths
         self._masks += [mask and shown(mask) for mask in masks] if masks else [None] * len(paths)
+        if kind is None and label is not None:
+            kind = "orig" if not label else "sp" if masks and any(masks) else "full"
         self._runs.append(_Run(len(paths), label, split, source, generator, method, kind))
 
     def walk(self, root: Path, *, by_content: bool = False) -> Iterator[Folder]:
