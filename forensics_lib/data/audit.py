@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,8 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     """Audit whether size, format and compression of files alone separate the classes.
 
     Detectors learn such differences instead of the traces of generation (Grommelt et al., arXiv 2403.17608).  Random forests
-    are cross-validated without common groups, on at most ``AUDIT_ROWS`` images.
-
-    Args:
-        manifest: of ``build_manifest``; rows with errors are ignored.
-        split: of the images.
-        seed: of the sample, the folds and the forests.
-
-    Returns:
-        The AUCs, of all facts together and of each; NaN if a class has too few images or groups.
+    are cross-validated without common groups, on at most ``AUDIT_ROWS`` images of a split without errors; the AUCs are NaN
+    if a class has too few images or groups.
     """
     rows = manifest[(manifest["split"] == split) & manifest["error"].isna()]
     rows = rows.iloc[_drawn(rows, AUDIT_ROWS, seed)]
@@ -100,7 +93,9 @@ def shortcut_audit(manifest: pd.DataFrame, split: str = "train", seed: int = 0) 
     folds = _folds(facts, labels, groups, seed)
     if not folds:
         return ShortcutAudit(float("nan"), pd.Series(dtype=float))
-    each = progress(_by_fact(facts).items(), "auditing file facts")
+    formats = [name for name in facts if name.startswith("format ")]
+    columns_of = {name: [name] for name in facts if name not in formats} | {"format": formats}
+    each = progress(columns_of.items(), "auditing file facts")
     alone = {name: _held_out_auc(facts[columns], labels, folds, seed) for name, columns in each}
     everything = _held_out_auc(facts, labels, folds, seed)
     return ShortcutAudit(everything, pd.Series(alone).sort_values(ascending=False, kind="stable"))
@@ -121,34 +116,24 @@ def equalized_audit(rows: pd.DataFrame, crops: TrainingCrops, seed: int = 0) -> 
 def _drawn(rows: pd.DataFrame, limit: int, seed: int) -> np.ndarray:
     """The positions of at most ``limit`` rows: both classes equally often if possible, of as many photographs as possible."""
     labels = rows["label"].to_numpy(int)
-    smaller = min(limit // 2, int(np.bincount(labels, minlength=2).min()))
-    places = [np.flatnonzero(labels == label) for label in np.argsort(np.bincount(labels, minlength=2), kind="stable")]
-    counts = (smaller, limit - smaller)
-    chosen = [
-        part[sampled_places(rows.iloc[part], count, seed, by="group")] for part, count in zip(places, counts, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen))
+    few, many = sorted((np.flatnonzero(labels == label) for label in (0, 1)), key=len)
+    smaller = min(limit // 2, len(few))
+    parts = ((few, smaller), (many, limit - smaller))
+    return np.sort(np.concatenate([part[sampled_places(rows.iloc[part], count, seed, by="group")] for part, count in parts]))
 
 
 def shortcut_features(rows: pd.DataFrame) -> pd.DataFrame:
     """The file facts as numbers: a column per fact, and one per format."""
     width, height = rows["width"].astype(float), rows["height"].astype(float)
-    numbers = pd.DataFrame(
-        {
-            "long side": np.maximum(width, height),
-            "short side": np.minimum(width, height),
-            "aspect ratio": width / height,
-            "bytes per pixel": rows["bytes"].astype(float) / (width * height),
-            "JPEG quality": rows["jpeg_quality"].astype(float).fillna(-1),
-            "camera EXIF": rows["camera"].astype(float),
-        }
-    )
-    return numbers.join(pd.get_dummies(rows["format"], prefix="format", prefix_sep=" ").astype(float))
-
-
-def _by_fact(facts: pd.DataFrame) -> dict[str, list[str]]:
-    formats = [name for name in facts if name.startswith("format ")]
-    return {name: [name] for name in facts if name not in formats} | {"format": formats}
+    numbers = {
+        "long side": np.maximum(width, height),
+        "short side": np.minimum(width, height),
+        "aspect ratio": width / height,
+        "bytes per pixel": rows["bytes"].astype(float) / (width * height),
+        "JPEG quality": rows["jpeg_quality"].astype(float).fillna(-1),
+        "camera EXIF": rows["camera"].astype(float),
+    }
+    return pd.DataFrame(numbers).join(pd.get_dummies(rows["format"], prefix="format", prefix_sep=" ").astype(float))
 
 
 def _folds(facts: pd.DataFrame, labels: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -197,20 +182,14 @@ def mask_findings(manifest: pd.DataFrame, masks: pd.DataFrame) -> list[tuple[str
     if manifest["mask_path"].isna().all():  # a manifest of Task A
         unmasked &= manifest["kind"].isin(["sp", "fr"])
     looked = f"of {len(masks)} masks that were measured"
+    inverted = f"inverted? white is what was manipulated: {_by_set(full.map('median {:.0%}'.format))}"
+    soft = f"{looked}; soft edges are fine, ids of objects or classes are not: {_by_set(several)}"
     return [
         ("manipulated images without a mask", int(unmasked.sum()), "name it in mask_path, or take the image out"),
         ("masks that mark nothing", int(empty.sum()), f"{looked}; authentic images belong in label 0: {_first(masks[empty])}"),
         ("masks that cannot be used", len(unusable), f"{looked}; the first: {_first(unusable)}"),
-        (
-            f"sets whose regions fill over {MOST:.0%} of an image",
-            len(full),
-            f"inverted? white is what was manipulated: {_by_set(full.map('median {:.0%}'.format))}",
-        ),
-        (
-            "masks with more than two values",
-            int(several.sum()),
-            f"{looked}; soft edges are fine, ids of objects or classes are not: {_by_set(several)}",
-        ),
+        (f"sets whose regions fill over {MOST:.0%} of an image", len(full), inverted),
+        ("masks with more than two values", int(several.sum()), soft),
     ]
 
 
@@ -239,7 +218,7 @@ class Audit:
     groups: pd.DataFrame
     shared: pd.DataFrame
     masks: pd.DataFrame  # of mask_areas; empty for Task A
-    findings: pd.DataFrame  # what to fix or to know: finding, count, remedy
+    findings: pd.DataFrame = field(init=False)  # what to fix or to know: finding, count, remedy
 
     def duplicates(self) -> str:
         """The number of duplicates, as text."""
@@ -253,21 +232,20 @@ class Audit:
 def audit(run: Run, task: str, manifest: pd.DataFrame) -> Audit:
     """Run all audits of a task's data: shortcuts, duplicates, photographs in several splits, and masks.
 
-    Args:
-        run: its ``run.json`` keeps the findings.
-        task: ``A`` or ``B``.
-        manifest: of ``build_manifest``.
-
-    Returns:
-        The results of each audit, and the findings that follow.
+    The findings that follow are kept in ``run.json``.
     """
-    shortcut, exact, near = shortcut_audit(manifest), exact_duplicates(manifest), near_duplicates(manifest)
-    groups, shared = groups_across_splits(manifest), shared_photographs(manifest)
-    masks = mask_areas(manifest)
-    findings = _findings(manifest, shortcut, exact, near, groups, masks)
-    kept = {"data_fingerprint": data_fingerprint(manifest), "rows": findings.astype(object).to_dict("records")}
+    result = Audit(
+        shortcut=shortcut_audit(manifest),
+        exact=exact_duplicates(manifest),
+        near=near_duplicates(manifest),
+        groups=groups_across_splits(manifest),
+        shared=shared_photographs(manifest),
+        masks=mask_areas(manifest),
+    )
+    result.findings = _findings(manifest, result)
+    kept = {"data_fingerprint": data_fingerprint(manifest), "rows": result.findings.astype(object).to_dict("records")}
     run.record(**{f"task{task}_findings": kept})
-    return Audit(shortcut, exact, near, groups, shared, masks, findings)
+    return result
 
 
 def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
@@ -275,47 +253,34 @@ def findings_of(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, A
 
     Of several processes the main one audits, and the others read its findings.
     """
-    return main_process_first(lambda: _kept_or_new(run, task, manifest))
+
+    def kept_or_new() -> list[dict[str, Any]]:
+        kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
+        if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
+            return audit(run, task, manifest).findings.to_dict("records")
+        return kept["rows"]
+
+    return main_process_first(kept_or_new)
 
 
-def _kept_or_new(run: Run, task: str, manifest: pd.DataFrame) -> list[dict[str, Any]]:
-    kept = read_json(run.folder / "run.json").get(f"task{task}_findings")
-    if not kept or kept["data_fingerprint"] != data_fingerprint(manifest):
-        return audit(run, task, manifest).findings.to_dict("records")
-    return kept["rows"]
-
-
-def _findings(
-    manifest: pd.DataFrame,
-    shortcut: ShortcutAudit,
-    exact: pd.DataFrame,
-    near: NearDuplicates,
-    groups: pd.DataFrame,
-    masks: pd.DataFrame,
-) -> pd.DataFrame:
+def _findings(manifest: pd.DataFrame, audits: Audit) -> pd.DataFrame:
     """What to fix or to know before training, with remedies; no rows if there is nothing."""
-    equal = exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
+    shortcut, near = audits.shortcut, audits.near
+    equal = audits.exact.groupby("set")[["label", "split"]].nunique().gt(1).sum()
     counts = pd.crosstab(manifest["split"], manifest["label"]).reindex(index=["train", "val"], columns=[0, 1], fill_value=0)
     uneven = int(counts.max(axis=1).gt(5 * counts.min(axis=1)).sum())
+    optimistic = "validation scores will be optimistic: remove these from training"
     found = [
         ("files left out", len(problems(manifest, repeats=False)), "see the list; restore them, or train without"),
         ("notes on folders and names", len(manifest.attrs.get("notes", [])), "see the notes printed above"),
         ("file facts that reveal the class", int(shortcut.found), "; ".join(shortcut.remedies()) or "see the table of facts"),
         ("equal files in both classes", equal["label"], "remove them from one class"),
         ("equal files in several splits", equal["split"], "remove them from training"),
-        (
-            "look-alikes in both classes",
-            near.across("label"),
-            "expected for aligned twins; otherwise remove one of each pair",
-        ),
-        (
-            "look-alikes in several splits",
-            near.across("split"),
-            "validation scores will be optimistic: remove these from training",
-        ),
-        ("photographs in several splits", len(groups), "scores with and without them are reported"),
+        ("look-alikes in both classes", near.across("label"), "expected for aligned twins; otherwise remove one of each pair"),
+        ("look-alikes in several splits", near.across("split"), optimistic),
+        ("photographs in several splits", len(audits.groups), "scores with and without them are reported"),
         ("splits with a class over 5 times the other", uneven, "epochs draw both classes equally often"),
-        *mask_findings(manifest, masks),
+        *mask_findings(manifest, audits.masks),
     ]
     return pd.DataFrame([item for item in found if item[1]], columns=["finding", "count", "remedy"])
 
@@ -338,14 +303,7 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
 def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
     """The training crops of a task."""
     if task == "A":
-        return TrainingCrops(rows, params.crop_size, masks=False, degradations=params.degrade, equalize=equalize)
+        return TrainingCrops(rows, params.crop_size, params.degrade, masks=False, equalize=equalize)
     generator = load_autoencode("own") if params.run_type == "open" else None  # it was trained on other than official data
-    return TrainingCrops(
-        rows,
-        params.crop_size,
-        masks=True,
-        degradations=params.degrade_b,
-        equalize=equalize,
-        paste=params.paste,
-        generator=generator,
-    )
+    options = {"masks": True, "equalize": equalize, "paste": params.paste, "generator": generator}
+    return TrainingCrops(rows, params.crop_size, params.degrade_b, **options)

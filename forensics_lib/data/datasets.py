@@ -35,7 +35,9 @@ class Columns:
     """Columns of a table in Arrow buffers, which loader processes share; Python objects would be copied into each."""
 
     def __init__(self, table: pd.DataFrame, names: list[str]) -> None:
-        self._columns = {name: _shared(table[name]) for name in names}
+        columns = [pa.array(table[name], from_pandas=True) for name in names]
+        columns = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
+        self._columns = dict(zip(names, columns, strict=True))
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
@@ -43,11 +45,6 @@ class Columns:
     def row(self, index: int) -> dict[str, Any]:
         """One row as a dictionary, missing values as None."""
         return {name: column[index].as_py() for name, column in self._columns.items()}
-
-
-def _shared(values: pd.Series) -> pa.Array:
-    array = pa.array(values, from_pandas=True)
-    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 Key = tuple[int, int, int]  # seed, index of an image, number of its draw in the epoch
@@ -62,8 +59,8 @@ class TrainingCrops(Dataset):
     Args:
         manifest: rows of usable images.
         crop_size: side of the crops, pixels.
-        masks: whether samples have the mask's crop; a spliced image's crop without a manipulated pixel is then authentic.
         degradations: what happens to crops; see ``degrade``.
+        masks: whether samples have the mask's crop; a spliced image's crop without a manipulated pixel is then authentic.
         equalize: whether all images get one compression history: other formats are first compressed as one of the JPEG
             files was, and the last compression has one distribution, with randomly placed blocks.
         paste: share of authentic crops that get a region with new content, see ``forgeries.pasted``, and count as spliced.
@@ -74,9 +71,9 @@ class TrainingCrops(Dataset):
         self,
         manifest: pd.DataFrame,
         crop_size: int,
+        degradations: Degradations,
         *,
         masks: bool,
-        degradations: Degradations,
         equalize: bool = False,
         paste: float = 0.0,
         generator: Autoencode | None = None,
@@ -122,15 +119,14 @@ class TrainingCrops(Dataset):
         except ImageError:
             return {}
         height, width = (min(side, self.crop_size) for side in image.shape[:2])  # a tensor shows at most this size
-        facts: dict[str, Any] = {"width": width, "height": height}
         if encoding is None:
-            share = width * height / (file["width"] * file["height"])
-            return (
-                facts | {name: file[name] for name in ("format", "jpeg_quality", "camera")} | {"bytes": file["bytes"] * share}
-            )
-        share = width * height / (image.shape[0] * image.shape[1])
-        quality = float(encoding.quality) if encoding.format == "JPEG" else np.nan
-        return facts | {"format": encoding.format, "jpeg_quality": quality, "camera": False, "bytes": encoding.bytes * share}
+            facts = file[["format", "jpeg_quality", "camera"]].to_dict()
+            size, pixels = file["bytes"], file["width"] * file["height"]
+        else:
+            quality = float(encoding.quality) if encoding.format == "JPEG" else np.nan
+            facts = {"format": encoding.format, "jpeg_quality": quality, "camera": False}
+            size, pixels = encoding.bytes, image.shape[0] * image.shape[1]
+        return facts | {"width": width, "height": height, "bytes": size * (width * height / pixels)}
 
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
         """A native square of an image, degraded."""
@@ -147,9 +143,11 @@ class TrainingCrops(Dataset):
     def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """A random square of an image, and of its mask if samples have masks."""
         with open_image(row["path"]) as opened:
-            rgb = decoded(opened)
-            mask = self._mask(row, (rgb.height, rgb.width))
-            place = _place((rgb.height, rgb.width), mask, self.window, rng)
+            rgb, mask = decoded(opened), None
+            size = (rgb.height, rgb.width)
+            if self.masks:
+                mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
+            place = _place(size, mask, self.window, rng)
             return pixels_in(rgb, *place), None if mask is None else mask[place]
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -157,11 +155,6 @@ class TrainingCrops(Dataset):
         with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
             donor = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
         return pasted(image, donor, rng, self.generator)
-
-    def _mask(self, row: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
-        if not self.masks:
-            return None
-        return read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
 
 
 def _window(manifest: pd.DataFrame, crop_size: int) -> int:
@@ -266,35 +259,18 @@ def numbered_draws(order: np.ndarray) -> np.ndarray:
     return np.column_stack([order, pd.Series(order).groupby(order).cumcount()])
 
 
-class EpochBatches:
-    """Batch sampler of ``TrainingCrops``: set an epoch, then iterate, as with torch's ``DistributedSampler``."""
-
-    def __init__(self) -> None:
-        self.set_epoch(0, [])
-
-    def set_epoch(self, seed: int, draws: list[np.ndarray]) -> None:
-        """Set the seed, and for each batch its rows of ``numbered_draws``."""
-        self._seed, self._draws = seed, draws
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for batch in self._draws:
-            yield [(self._seed, index, draw) for index, draw in batch.tolist()]
-
-    def __len__(self) -> int:
-        return len(self._draws)
-
-
 class TrainingBatches:
     """Batches of crops, epoch after epoch, from loader processes that live until ``close``.
 
-    Starting them anew would cost a second per epoch: memory that the model updates after a fork has to be copied.
+    Starting them anew would cost a second per epoch: memory that the model updates after a fork has to be copied.  This is
+    also the loader's batch sampler: iterating gives the keys of each batch's crops.
     """
 
     def __init__(self, crops: TrainingCrops, workers: int, pinned: bool = False) -> None:
-        self.batches = EpochBatches()
+        self._seed, self._draws = 0, list[np.ndarray]()
         self.loader = DataLoader(
             crops,
-            batch_sampler=self.batches,
+            batch_sampler=self,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
@@ -305,8 +281,15 @@ class TrainingBatches:
 
     def epoch(self, seed: int, draws: list[np.ndarray]) -> DataLoader:
         """The batches of the next epoch, given as rows of ``numbered_draws``; they may be empty.  Ends the previous epoch."""
-        self.batches.set_epoch(seed, draws)
+        self._seed, self._draws = seed, draws
         return self.loader
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self._draws:
+            yield [(self._seed, index, draw) for index, draw in batch.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._draws)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -323,6 +306,9 @@ def leave_process_group(_: int) -> None:
         os.setpgrp()
 
 
+Change = Callable[[np.ndarray], np.ndarray]  # of an image, to an image
+
+
 class InferenceImages(Dataset):
     """Images for inference: samples have the index, and an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
 
@@ -331,12 +317,7 @@ class InferenceImages(Dataset):
     """
 
     def __init__(
-        self,
-        manifest: pd.DataFrame,
-        *,
-        crop_size: int | None = None,
-        crops: int = 1,
-        change: Callable[[np.ndarray], np.ndarray] | None = None,
+        self, manifest: pd.DataFrame, crop_size: int | None = None, crops: int = 1, change: Change | None = None
     ) -> None:
         self.rows = Columns(manifest, ["path", "content"] if "content" in manifest else ["path"])
         self.crop_size, self.crops, self.change = crop_size, crops, change

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -29,30 +29,25 @@ def exact_duplicates(manifest: pd.DataFrame, jobs: int = 16) -> pd.DataFrame:
     """
     good = manifest[manifest["error"].isna()]
     equal = good[good.duplicated("bytes", keep=False)]
-    for read, title in ((_end, "comparing the ends of files"), (_all, "comparing whole files")):
+    for last, title in ((END, "comparing the ends of files"), (None, "comparing whole files")):
         with ThreadPoolExecutor(jobs) as pool:
-            digests = pool.map(lambda path, read=read: _digest(path, read), equal["path"])
+            digests = pool.map(partial(_digest, last=last), equal["path"])
             equal = equal.assign(digest=list(progress(digests, title, total=len(equal))))
         equal = equal[equal.duplicated(["bytes", "digest"], keep=False)]
     return equal.assign(set=equal.groupby("digest").ngroup())[["set", "split", "label", "path"]].sort_values(["set", "path"])
 
 
-def _digest(path: str, read: Callable[[str], bytes]) -> str:
-    """The hash of what ``read`` returns; for an unreadable file its path, which equals no other."""
+def _digest(path: str, last: int | None) -> str:
+    """The hash of a file's ``last`` bytes, or of all; for an unreadable file its path, which equals no other."""
     try:
-        return hashlib.sha256(member_bytes(path) or read(path)).hexdigest()
+        content = member_bytes(path)
+        if content is None:
+            with Path(path).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last) if last else 0)
+                content = file.read()
+        return hashlib.sha256(content).hexdigest()
     except OSError:
         return path
-
-
-def _end(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - END))
-        return file.read()
-
-
-def _all(path: str) -> bytes:
-    return Path(path).read_bytes()
 
 
 @dataclass
@@ -81,10 +76,10 @@ def near_duplicates(manifest: pd.DataFrame, limit: int = 20_000, distance: int =
     from validation, or more if the other splits have fewer, of as many photographs as possible.  Flat pictures are skipped.
     """
     good = manifest[manifest["error"].isna()]
-    parts = [np.flatnonzero(good["split"].eq("val") == val) for val in (True, False)]
-    of_val = min(len(parts[0]), max(limit // 2, limit - len(parts[1])))
-    counts = (of_val, limit - of_val)
-    places = [part[sampled_places(good.iloc[part], count, 0, by="group")] for part, count in zip(parts, counts, strict=True)]
+    val, others = (np.flatnonzero(good["split"].eq("val") == is_val) for is_val in (True, False))
+    of_val = min(len(val), max(limit // 2, limit - len(others)))
+    parts = ((val, of_val), (others, limit - of_val))
+    places = [part[sampled_places(good.iloc[part], count, 0, by="group")] for part, count in parts]
     drawn = good.iloc[np.sort(np.concatenate(places))]
     name = hashlib.sha256(" ".join(sorted(manifest["data_set"].unique())).encode()).hexdigest()[:12]
     cache = home() / "outputs" / ".cache" / f"hashes-{name}.parquet"

@@ -43,21 +43,12 @@ SUFFIXES = {"JPEG": ".jpg", "WEBP": ".webp"}  # by a photograph's format; twins 
 
 
 def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode | None = None) -> pd.DataFrame:
-    """Make synthetic twins of authentic images.
+    """Make synthetic twins of ``photos``: rows of authentic images with ``COLUMNS``, ``format`` and ``bytes``.
 
     Twins are cached in ``outputs/.cache/aligned`` and made again only if the photograph, the settings or the autoencoder's
-    code changed; the same photographs give the same twins.  Unreadable photographs are skipped with a message.
-
-    Args:
-        photos: rows of authentic images with ``COLUMNS``, ``format`` and ``bytes``.
-        settings: the autoencoder, and the number of photographs to draw at most.
-        autoencode: the autoencoder itself; None: it is loaded if a twin has to be made.
-
-    Returns:
-        A row with ``COLUMNS`` per twin, with label 1 and the split and group of its photograph.
-
-    Raises:
-        ValueError: the autoencoder cannot be loaded, or changes the shape or type of an image.
+    code changed; the same photographs give the same twins.  Unreadable photographs are skipped with a message.  Returns a row
+    with ``COLUMNS`` per twin, with label 1 and the split and group of its photograph.  Raises ``ValueError`` if the
+    autoencoder (None: that of ``settings``, if needed) cannot be loaded, or changes the shape or type of an image.
     """
     folder, planned = cache_folder("aligned", settings, TWIN_VERSION), []
     for photo in _drawn(photos, settings):
@@ -69,21 +60,9 @@ def make_twins(photos: pd.DataFrame, settings: Aligned, autoencode: Autoencode |
 
 
 def make_forgeries(photos: pd.DataFrame, settings: Forgeries, autoencode: Autoencode | None = None) -> pd.DataFrame:
-    """Make forgeries of authentic images, by all ``METHODS`` in turn; the next photograph drawn is the donor.
+    """Make forgeries of ``photos`` by all ``METHODS`` in turn; the next photograph drawn is the donor.
 
-    Images and masks are PNG files, cached in ``outputs/.cache/forgeries`` and made again only if photographs, settings or
-    the autoencoder's code changed; the same photographs give the same forgeries.  Unreadable ones are skipped with a message.
-
-    Args:
-        photos: rows of authentic images with ``COLUMNS`` and ``bytes``.
-        settings: the autoencoder, and the number of photographs to draw at most.
-        autoencode: the autoencoder itself; None: it is loaded if a forgery has to be made.
-
-    Returns:
-        A row with ``COLUMNS`` per forgery, with label 1 and the split and group of its photograph.
-
-    Raises:
-        ValueError: the autoencoder cannot be loaded.
+    Images and masks are PNG files, cached in ``outputs/.cache/forgeries``; for the rest see ``make_twins``.
     """
     drawn, folder, planned = _drawn(photos, settings), cache_folder("forgeries", settings, FORGERY_VERSION), []
     for number, photo in enumerate(drawn):

@@ -161,13 +161,9 @@ def _default_split(root: Path, file: Path, entry: DataSet) -> str | None:
 def _hub_labels(file: Path, column: str, values: list[Any]) -> list[int]:
     labels = []
     for number, word in enumerate(_hub_words(file, column, values)):
-        label = _label(word) if isinstance(word, str) else {0: 0, 1: 1}.get(word)
+        named, written = class_of(str(word)), LABELS.get(str(word).strip().lower())
+        label = written if named is None else named
         if label is None:
             raise LayoutError(f"{file} row {number}: {column} is {word!r}; known are 0, 1 and the words {', '.join(CLASSES)}")
         labels.append(label)
     return labels
-
-
-def _label(word: str) -> int | None:
-    found = class_of(word)
-    return LABELS.get(word.strip().lower()) if found is None else found

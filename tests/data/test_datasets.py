@@ -215,7 +215,7 @@ def test_keys_of_an_epoch_differ_within_each_batch_and_over_all(rows, batches_of
     draws = numbered_draws(epoch_order(labels, 3, 1))
     source = batches_of(0)
     source.epoch(10**15, [draws[:20], draws[20:]])
-    keys = [key for batch in source.batches for key in batch]
+    keys = [key for batch in source for key in batch]
     assert len(keys) == len(set(keys)) == 32
     assert {seed for seed, _, _ in keys} == {10**15}
 
