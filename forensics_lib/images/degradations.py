@@ -38,17 +38,10 @@ class Encoding:
 def recompress(
     image: np.ndarray, codec: str, quality: int, subsampling: int = 2, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Encode an image and decode it again.
+    """Encode an image as ``JPEG`` or ``WEBP`` of a quality from 1 to 100, and decode it again.
 
-    Args:
-        image: ``(H, W, 3)`` uint8.
-        codec: ``JPEG`` or ``WEBP``.
-        quality: 1 to 100.
-        subsampling: of JPEG's colours, as Pillow numbers it: 0 for 4:4:4, 1 for 4:2:2, 2 for 4:2:0.
-        rng: draws the offset of the codec's blocks, as in a crop of a larger picture; None: blocks begin in the corner.
-
-    Returns:
-        ``(H, W, 3)`` uint8.
+    ``subsampling`` is of JPEG's colours, as Pillow numbers it: 0 for 4:4:4, 1 for 4:2:2, 2 for 4:2:0.  ``rng`` draws the offset
+    of the codec's blocks, as in a crop of a larger picture; None: blocks begin in the corner.
     """
     return _recompressed(image, codec, quality, subsampling, rng)[0]
 
@@ -110,25 +103,13 @@ def upload(
 
 
 def degrade(
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    settings: Degradations,
-    rng: np.random.Generator,
-    *,
-    equalize: bool = False,
+    image: np.ndarray, mask: np.ndarray | None, settings: Degradations, rng: np.random.Generator, *, equalize: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
     """Apply random scaling, blur, noise, compression and upload, in the order of an image's life.
 
-    Args:
-        image: ``(H, W, 3)`` uint8.
-        mask: ``(H, W)`` bool, transformed with the image, or None.
-        settings: probability and range of each operation.
-        rng: draws the operations, their strengths and the offset of compression blocks.
-        equalize: whether an image that no operation compressed is compressed in the end, so that all images have one
-            distribution of codecs and qualities, whatever their files were.
-
-    Returns:
-        The image ``(H', W', 3)`` uint8, its mask ``(H', W')`` bool or None, and the last compression or None.
+    ``rng`` draws the operations, their strengths and the offset of compression blocks.  With ``equalize`` an image that no
+    operation compressed is compressed in the end, so that all images have one distribution of codecs and qualities, whatever
+    their files were.  Returns the image ``(H', W', 3)``, its mask ``(H', W')`` or None, and the last compression or None.
     """
     encoding = None
     if settings.own:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from forensics_lib.utils.files import LFS_POINTER, NOT_UTF8, broken_link, is_lfs_pointer, shown
 
@@ -52,8 +54,6 @@ def member_bytes(path: str) -> bytes | None:
 @lru_cache(maxsize=32)
 def _opened(file: str) -> tuple[Any, np.ndarray]:
     """An open parquet file and the first row of each of its row groups."""
-    import pyarrow.parquet as pq
-
     opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
     counts = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
     return opened, np.concatenate([[0], np.cumsum(counts)])[:-1].astype(int)
@@ -66,9 +66,6 @@ def _column(file: str, column: str, group: int) -> Any:
 
 def damage(file: Path) -> str | None:
     """Why a parquet file cannot be read, by its name and footer; None if it can."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if shown(file) != str(file):
         return NOT_UTF8
     if is_lfs_pointer(file):
@@ -87,9 +84,6 @@ def damaged_by(error: Exception) -> str:
 
 def image_columns(file: Path) -> list[str]:
     """The columns of encoded images: structs with ``bytes``, as the hub writes them, or plain binary."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     found = []
     for field in pq.read_schema(file):
         kind = field.type
@@ -101,8 +95,6 @@ def image_columns(file: Path) -> list[str]:
 
 def class_names(file: Path, column: str) -> list[str] | None:
     """The class names of a column in the hub's metadata; None if there are none."""
-    import pyarrow.parquet as pq
-
     stored = (pq.read_schema(file).metadata or {}).get(b"huggingface")
     features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
     return features.get(column, {}).get("names")

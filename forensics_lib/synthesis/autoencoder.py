@@ -92,18 +92,11 @@ def regenerate(model: Autoencoder, image: np.ndarray) -> np.ndarray:
 
 
 def load_autoencode(name: str) -> Autoencode:
-    """Load the autoencoder that a parameter names.
+    """Load the autoencoder that a parameter names: ``own``, the project's small one, or ``module:function``.
 
-    Args:
-        name: ``own``, the project's small autoencoder, or ``module:function``, a function without arguments that returns
-            a callable from image to image.  For a diffusers VAE that callable wraps
-            ``vae.decode(vae.encode(x).latent_dist.mode())``.
-
-    Returns:
-        A callable from an ``(H, W, 3)`` uint8 image of any size to one of the same shape and type.
-
-    Raises:
-        ValueError: ``module:function`` cannot be loaded.
+    That function, called without arguments, returns a callable from an ``(H, W, 3)`` uint8 image of any size to one of the
+    same shape and type; for a diffusers VAE it wraps ``vae.decode(vae.encode(x).latent_dist.mode())``.  Raises ``ValueError``
+    if it cannot be loaded.
     """
     if name == "own":
         return partial(regenerate, load_autoencoder())

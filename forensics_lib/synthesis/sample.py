@@ -92,19 +92,10 @@ def load_photo(name: str) -> np.ndarray:
 
 
 def build_sample(root: Path) -> Path:
-    """Make the sample unless a finished one of this version exists, and say so when it is made.
+    """Make the sample in ``root`` unless a finished one of this version is there, and say so; returns ``root``.
 
     It is made in a temporary folder and then renamed, so that an interrupted build leaves no half sample.  Of several
-    processes at once, one makes it and the others wait.
-
-    Args:
-        root: folder of the sample.
-
-    Returns:
-        ``root``.
-
-    Raises:
-        FileExistsError: ``root`` holds other files.
+    processes at once, one makes it and the others wait.  Raises ``FileExistsError`` if ``root`` holds other files.
     """
     if _finished(root):
         return root
@@ -126,18 +117,14 @@ def _build_beside(root: Path) -> None:
     building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         _build(building)
-        _move_into_place(building, root)
+        building.chmod(0o755)  # mkdtemp gives access to the owner alone
+        if root.exists():
+            if any(root.iterdir()) and not (root / MARKER).is_file():
+                raise FileExistsError(f"{root} holds files that are not a sample; move them away, then run 'make sample'")
+            shutil.rmtree(root)
+        building.replace(root)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _move_into_place(building: Path, root: Path) -> None:
-    building.chmod(0o755)  # mkdtemp gives access to the owner alone
-    if root.exists():
-        if any(root.iterdir()) and not (root / MARKER).is_file():
-            raise FileExistsError(f"{root} holds files that are not a sample; move them away, then run 'make sample'")
-        shutil.rmtree(root)
-    building.replace(root)
 
 
 def _build(root: Path) -> None:
@@ -160,10 +147,9 @@ def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: A
     for index in range(TASK_A_COUNTS[split]):
         real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
         fake = enlarged(autoencode)(real) if split.startswith("open") else autoencode(real)
-        quality, subsampling = int(rng.integers(82, 97)), int(rng.choice([0, 2]))
+        jpeg = {"quality": int(rng.integers(82, 97)), "subsampling": int(rng.choice([0, 2]))}
         for label, image in enumerate((real, fake)):
-            path = _task_a_path(root, split, name, label, index, rng)
-            _save(path, image, quality=quality, subsampling=subsampling)
+            _save(_task_a_path(root, split, name, label, index, rng), image, **jpeg)
 
 
 def _task_a_path(root: Path, split: str, name: str, label: int, index: int, rng: np.random.Generator) -> Path:

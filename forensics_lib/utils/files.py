@@ -70,7 +70,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         handle, temporary = _held_temporary(path)
-        temporary.chmod(0o666 & ~_umask())
+        umask = os.umask(0)  # the only way to read it
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -171,12 +173,6 @@ def _why_not_written(path: Path, temporary: Path | None, error: Exception) -> st
         if full or free < 1 << 20:
             return f"the disk is full ({free:,} bytes are free, and more than {written:,} are needed for it); make room"
     return "the disk is full; make room" if full else None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -118,9 +118,8 @@ def replicated(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
-    return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
-    )
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def launch(processes: int, *arguments: str) -> None:
@@ -129,14 +128,13 @@ def launch(processes: int, *arguments: str) -> None:
     Raises ``WorkerError`` if one of them fails; the message of ``KeyboardInterrupt`` tells what was saved.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*command, "-m", "forensics_lib", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment,
+        env=os.environ | {LAUNCHED: "1", "FORENSICS_HEADLESS": "1", "PYTHONUNBUFFERED": "1"},
         process_group=0,  # Ctrl-C reaches only this process, which then signals torchrun once
     )
     said: deque[str] = deque(maxlen=30)  # last lines of the processes, without torchrun's long report of ending them
