@@ -8,6 +8,7 @@ opens a run by its parameter file, and scores any images with a trained model.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,12 +20,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what 
 
 def __getattr__(name: str) -> Any:
     """Import the two names when asked for them: ``python -m forensics_lib --help`` must not wait for torch."""
-    if name == "open_run":
-        from forensics_lib.run import open_run
-
-        return open_run
-    if name == "predict":
-        from forensics_lib.inference.predictor import predict
-
-        return predict
+    places = {"open_run": "forensics_lib.run", "predict": "forensics_lib.inference.predictor"}
+    if name in places:
+        return getattr(import_module(places[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has open_run and predict")

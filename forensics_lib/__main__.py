@@ -15,7 +15,6 @@ from forensics_lib.utils.files import home, write_traceback
 if TYPE_CHECKING:
     from forensics_lib.run import Run
 
-
 DEFAULT = "params/constrained.yaml"  # as of make run-constrained and of the notebooks
 
 
@@ -38,12 +37,11 @@ def _told(error: Exception) -> str:
     raised_here = Path(__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
     if own or isinstance(error, OSError) or (raised_here and isinstance(error, (ValueError, RuntimeError))):
         return str(error)
-    said = f"{type(error).__name__}: {error}"
     try:
         path = write_traceback(home() / "outputs", error)
     except (OSError, ValueError):  # nowhere to write it
-        return f"{''.join(traceback.format_exception(error))}"
-    return f"{said}\nThis was not foreseen; the traceback is in {path}"
+        return "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {error}\nThis was not foreseen; the traceback is in {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,21 +77,14 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """The parameters that the command line changes.  Raises ``SettingError`` where it sets one of them twice."""
-    from forensics_lib.params import parse_settings
+    from forensics_lib.params import SettingError, parse_settings
 
     overrides = parse_settings(options.set)
-    if options.data:
-        _set_once(overrides, "data_root", str(Path(options.data).expanduser().resolve()), "--data")
-    if getattr(options, "tasks", None):
-        _set_once(overrides, "tasks", options.tasks, "--tasks")
+    data = options.data and str(Path(options.data).expanduser().resolve())
+    for option, key, value in (("--data", "data_root", data), ("--tasks", "tasks", getattr(options, "tasks", None))):
+        if value and overrides.setdefault(key, value) != value:
+            raise SettingError(f"{key} is set twice: {option} says {value}, --set says {overrides[key]}; leave one of them out")
     return overrides
-
-
-def _set_once(overrides: dict[str, Any], key: str, value: Any, option: str) -> None:
-    from forensics_lib.params import SettingError
-
-    if overrides.setdefault(key, value) != value:
-        raise SettingError(f"{key} is set twice: {option} says {value}, --set says {overrides[key]}; leave one of them out")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -58,11 +58,7 @@ class Machine:
 def choose_machine(params: Params) -> Machine:
     """Choose device, precision and number of loader processes, and limit threads to the usable cores.
 
-    Args:
-        params: ``device``, ``precision`` and ``workers``, of which each may be ``auto``, and ``deterministic``.
-
-    Raises:
-        ValueError: a device that PyTorch does not see here.
+    Raises ``ValueError`` for a device that PyTorch does not see here.
     """
     device = _device(params.device)
     if device.type == "cuda":

@@ -348,15 +348,9 @@ def without_removed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_params(path: str | Path, overrides: dict[str, Any] | None = None) -> Params:
-    """Load and validate the parameters of a run.
+    """Load a YAML file, found as by ``find_params``, and validate its parameters, of which ``overrides`` replaces some.
 
-    Args:
-        path: a YAML file, absolute or relative to the project's folder or the working directory.
-        overrides: values that replace those of the file.
-
-    Raises:
-        ParamsError: some parameters are not valid; the message lists every problem.
-        FileNotFoundError: there is no such file.
+    Raises ``ParamsError``, which lists every problem, and ``FileNotFoundError``.
     """
     file = find_params(path)
     try:

@@ -55,23 +55,15 @@ def expected_files(run: Run, notebook: str) -> list[Path]:
 
 
 def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEBOOKS[0]) -> Run:
-    """Execute the notebooks; executed copies go to ``outputs/<run_name>/notebooks/``.
+    """Execute the notebooks from ``start`` on; executed copies go to ``outputs/<run_name>/notebooks/``.
 
-    Args:
-        params_file: a parameter file, relative to the project or the working directory.
-        overrides: values of single parameters.
-        start: the first notebook to execute, one of ``NOTEBOOKS``.
-
-    Returns:
-        The run.
-
-    Raises:
-        PipelineError: a notebook failed or did not write a file, or anything else ended the run; the message has the command
-            that goes on.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the same.
-        MissingDataError: data are missing before the first notebook.
+    ``params_file`` is relative to the project or the working directory; ``overrides`` replaces single parameters.  Raises
+    ``PipelineError`` where a notebook failed or did not write a file, or anything else ended the run, and ``KeyboardInterrupt``
+    after Ctrl-C or SIGTERM; their messages have the command that goes on.  Raises ``MissingDataError`` before the first
+    notebook.
     """
-    params_file = _from_anywhere(params_file)
+    found, project = find_params(params_file), project_root()
+    params_file = str(found.relative_to(project) if found.is_relative_to(project) else found)  # notebooks run elsewhere
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # interrupts the notebook, as Ctrl-C does
     try:
         run = open_run(params_file, overrides)
@@ -80,12 +72,6 @@ def run_pipeline(params_file: str, overrides: dict[str, Any], start: str = NOTEB
         return run
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _from_anywhere(params_file: str) -> str:
-    """The path of a parameter file from the project, or absolute: notebooks run in a folder of their own."""
-    found, project = find_params(params_file), project_root()
-    return str(found.relative_to(project) if found.is_relative_to(project) else found)
 
 
 @contextmanager
@@ -155,14 +141,10 @@ def _stopped(run: Run, notebook: str, error: BaseException, resume: str) -> Base
     elif isinstance(error, PipelineError):
         cause = str(error)
     else:
-        cause = f"{type(error).__name__}: {error}{_traceback_kept(run, error)}"
+        cause = f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            cause += f"\n(traceback in {write_traceback(run.folder, error)})"
     return PipelineError(_block(run, notebook, "-", cause, resume))
-
-
-def _traceback_kept(run: Run, error: BaseException) -> str:
-    with suppress(OSError):
-        return f"\n(traceback in {write_traceback(run.folder, error)})"
-    return ""
 
 
 def resume_command(params_file: str, overrides: dict[str, Any], notebook: str) -> str:
@@ -198,18 +180,9 @@ COMPARED = ("python", "machine", "versions", "git")  # may explain a difference
 def reproduce(name: str) -> pd.DataFrame:
     """Repeat a run as ``<name>_again``: train, evaluate and infer with the recorded parameters and data of each task.
 
-    Prints the differences in versions, machine, code and data.
-
-    Args:
-        name: the run's name, a folder in ``outputs``.
-
-    Returns:
-        One row per result: file, equal (byte by byte), and largest_difference of a number in it (NaN where they cannot be
-        compared).
-
-    Raises:
-        FileNotFoundError: there is no such trained run.
-        FileExistsError: another run has the name of the repetition.
+    Prints the differences in versions, machine, code and data.  Returns a row per result: file, equal (byte by byte), and
+    largest_difference of a number in it (NaN where they cannot be compared).  Raises ``FileNotFoundError`` if there is no such
+    trained run in ``outputs``, ``FileExistsError`` if another run has the name of the repetition.
     """
     record = home() / "outputs" / name / "run.json"
     facts = read_json(record)
@@ -242,9 +215,8 @@ def _make_room(name: str) -> None:
 def _opened(name: str, task: str, facts: dict[str, Any]) -> tuple[Run, Run]:
     """The run as it was when a task was trained, and its repetition."""
     trained = trained_by(Run(Params(run_name=name), home()), task)
-    first = Run(
-        make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}"), Path(trained["data"])
-    )
+    params = make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}")
+    first = Run(params, Path(trained["data"]))
     values: dict[str, Any] = {"run_name": name + ENDING, "tasks": [task]}
     if f"task{task}_inferred" in facts:
         values[f"test_folder_{task.lower()}"] = facts[f"task{task}_inferred"]["test_folder"]
@@ -259,10 +231,10 @@ def _repeated(first: Run, again: Run, task: str, facts: dict[str, Any]) -> list[
     train(again, task, manifest)
     evaluate(again, task, manifest)
     infer(again, task)
-    rows = [_compared(first.val_probs(task), again.val_probs(task)), _compared(first.test_probs(task), again.test_probs(task))]
+    pairs = [(first.val_probs(task), again.val_probs(task)), (first.test_probs(task), again.test_probs(task))]
     if task == "B":
-        rows += [_compared(mask, again.masks / mask.name) for mask in sorted(first.masks.glob("*.npz"))]
-    return rows
+        pairs += [(mask, again.masks / mask.name) for mask in sorted(first.masks.glob("*.npz"))]
+    return [_compared(*pair) for pair in pairs]
 
 
 def _differences(first: dict[str, Any], again: dict[str, Any]) -> list[str]:

@@ -27,15 +27,10 @@ class Header:
 
 
 def read_header(source: str | Path | bytes, *, complete: bool = False) -> Header:
-    """Read an image's header without decoding its pixels.
+    """Read the header of an image (as ``read_image`` takes it) without decoding its pixels.  Raises ``ImageError``.
 
-    Args:
-        source: a file's path, the path of a member of a parquet file, or an encoded image.
-        complete: whether a truncated file is an error as well.  It is recognised by its format's end marker, and by
-            decoding where the marker is missing or the format has none.
-
-    Raises:
-        ImageError: the file cannot be read; the message names it and the cause.
+    With ``complete`` a truncated file is an error as well.  It is recognised by its format's end marker, and by decoding where
+    the marker is missing or the format has none.
     """
     with open_image(source) as image:
         tables = getattr(image, "quantization", None)
@@ -67,15 +62,14 @@ def _length_and_end(image: ImageFile) -> tuple[int, bool]:
 
 def facts_of(paths: list[str]) -> list[tuple]:
     """Width, height, format, JPEG quality, camera, bytes and error of each file; with an error the others are None."""
-    return [_facts_of(path) for path in paths]
-
-
-def _facts_of(path: str) -> tuple:
-    try:
-        header = read_header(path, complete=True)
-        return header.width, header.height, header.format, header.jpeg_quality, header.camera, header.bytes, None
-    except ImageError as error:
-        return None, None, None, None, None, None, str(error)
+    facts: list[tuple] = []
+    for path in paths:
+        try:
+            header = read_header(path, complete=True)
+            facts.append((header.width, header.height, header.format, header.jpeg_quality, header.camera, header.bytes, None))
+        except ImageError as error:
+            facts.append((None, None, None, None, None, None, str(error)))
+    return facts
 
 
 def hashes_of(paths: list[str]) -> list[tuple[int | None]]:

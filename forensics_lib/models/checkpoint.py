@@ -44,18 +44,10 @@ def derive_checkpoint(source: Path, target: Path, **facts: Any) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing code in it.
+    """Read a ``.pth`` file that ``save_checkpoint`` wrote, without executing code in it.
 
-    Args:
-        path: a ``.pth`` file that ``save_checkpoint`` wrote.
-
-    Returns:
-        Its content: "format", "config" (arguments of ``CombinedModel``), "model" (state dict on the CPU), and further
-        values such as "thresholds" and "inference".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, or of another format.
+    Returns "format", "config" (arguments of ``CombinedModel``), "model" (state dict on the CPU), and further values such as
+    "thresholds" and "inference".  Raises ``FileNotFoundError``, or ``CheckpointError`` if it is damaged or of another format.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; run the training notebook of this run first")
@@ -71,18 +63,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict[str, Any]]:
-    """Rebuild the model of a checkpoint.
+    """The model of a checkpoint, on the CPU and in evaluation mode, and the checkpoint's content.
 
-    Args:
-        path: a ``.pth`` file of a run.
-        task: "A" or "B" where the checkpoint must be of this task.
-
-    Returns:
-        The model on the CPU, in evaluation mode, and the content of the checkpoint (see ``read_checkpoint``).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read, is of another task, or its weights do not fit the model.
+    Raises as ``read_checkpoint`` does, and ``CheckpointError`` if it is of another ``task`` or its weights do not fit.
     """
     content = read_checkpoint(path)
     config = content["config"]
@@ -95,7 +78,6 @@ def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: the weights do not fit {config['backbone']} of timm {timm.__version__}: {error}"
-        ) from None
+        fitted = f"{config['backbone']} of timm {timm.__version__}"
+        raise CheckpointError(f"{path}: the weights do not fit {fitted}: {error}") from None
     return model.eval(), content

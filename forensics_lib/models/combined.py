@@ -38,11 +38,8 @@ class _GroupNorm(nn.GroupNorm):
 
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, group normalisation (independent of the batch size), GELU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
-        _GroupNorm(8, channels_out),
-        nn.GELU(),
-    )
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, _GroupNorm(8, channels_out), nn.GELU())
 
 
 class Pyramid(nn.Module):
@@ -55,14 +52,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.project = nn.ModuleList(_conv(block, channels, 1) for block in block_channels)
         double = [nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(3)]
-        self.rescale = nn.ModuleList(
-            [
-                nn.Sequential(double[0], _GroupNorm(8, channels), nn.GELU(), double[1]),
-                double[2],
-                nn.Identity(),
-                nn.MaxPool2d(2, ceil_mode=True),
-            ]
-        )
+        four_times = nn.Sequential(double[0], _GroupNorm(8, channels), nn.GELU(), double[1])
+        self.rescale = nn.ModuleList([four_times, double[2], nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
 
     def forward(self, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
         projected = [project(block) for project, block in zip(self.project, blocks, strict=True)]
@@ -303,14 +294,8 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
 def build_model(params: Params, task: str) -> CombinedModel:
     """The model that a run trains for a task, with initial weights.
 
-    Args:
-        params: the parameters of the run.
-        task: "A" or "B".
-
-    Raises:
-        ValueError: a constrained run would start from another run's checkpoint, whose training data are not known;
-            or as ``CombinedModel``.
-        OSError: pretrained weights cannot be loaded.
+    Raises as ``CombinedModel`` does, and ``ValueError`` if a constrained run would start from another run's checkpoint, whose
+    training data are not known.
     """
     if params.run_type == "constrained" and params.pretrained_file and run_checkpoint(params.pretrained_file):
         raise ValueError(

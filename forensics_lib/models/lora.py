@@ -29,14 +29,10 @@ class LowRankUpdate(nn.Module):
 
 
 def add_adapters(backbone: nn.Module, rank: int) -> int:
-    """Give every linear layer of a backbone an adapter; returns how many got one.
+    """Give every linear layer of a backbone an adapter, in place; returns how many got one.
 
-    Args:
-        backbone: changed in place.  Its layers' ``weight`` becomes the adapted one wherever the backbone reads it.
-        rank: rank of the updates, at least 1.
-
-    Raises:
-        ValueError: the backbone has no linear layer, as many convolutional networks.
+    A layer's ``weight`` becomes the adapted one wherever the backbone reads it.  Raises ``ValueError`` if there is no linear
+    layer, as in many convolutional networks.
     """
     layers = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
     if not layers:

@@ -20,10 +20,7 @@ from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import ImageError
 from forensics_lib.utils.progress import progress
 
-HEADERS = {
-    "A": ["image_id", "prob", "label", "threshold"],
-    "B": ["image_id", "prob", "label", "threshold", "loc_threshold"],
-}
+HEADERS = {"A": ["image_id", "prob", "label", "threshold"], "B": ["image_id", "prob", "label", "threshold", "loc_threshold"]}
 SCORES = "scores.csv"
 SHOWN_FAULTS = 20
 MAX_MEMBER_BYTES = 4 << 30  # of one file inside an archive, unpacked
@@ -72,17 +69,10 @@ class Validation:
 
 
 def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
-    """Validate an archive, or a plain CSV, against the folder of test images.
+    """Validate an archive, a plain CSV or any other file, also a damaged one, against the folder of test images.
 
-    A lone ``scores.csv`` is not a Task B submission: its rows are checked, and the missing masks are a fault.
-
-    Args:
-        path: the archive or CSV; any file, also a damaged one.
-        task: "A" or "B".
-        test_folder: the folder of the test images.
-
-    Returns:
-        Every fault, named by row or file; no fault raises.
+    Returns every fault, named by row or file; no fault raises.  A lone ``scores.csv`` is not a Task B submission: its rows are
+    checked, and the missing masks are a fault.
     """
     result = Validation(path)
     images = {Path(path).name: Path(path) for path in read_test(test_folder).paths}
@@ -121,8 +111,7 @@ def _check_archive(archive: zipfile.ZipFile, task: str, images: dict[str, Path],
         found = ", ".join(sorted(name for name, _ in tables)) or "none"
         result.faults.append(f"expected {'one CSV' if task == 'A' else f'one CSV named {SCORES}'}, found {found}")
     for name, info in tables[:1]:
-        content = _read(archive, info, result)
-        if content is not None:
+        if (content := _read(archive, info, result)) is not None:
             _check_csv(content, name, task, images, result)
     others = [entry for entry in entries if entry not in tables]
     if task == "A":
@@ -142,15 +131,13 @@ def _check_archive(archive: zipfile.ZipFile, task: str, images: dict[str, Path],
 def _check_members(archive: zipfile.ZipFile, result: Validation) -> Entries:
     """The files of an archive by their names without folders; those that file managers add are faults and left out."""
     members = [info for info in archive.infolist() if not info.filename.endswith("/")]  # is_dir() fails on an empty name
-    added = [info.filename for info in members if ADDED.search(info.filename)]
-    if added:
+    if added := [info.filename for info in members if ADDED.search(info.filename)]:
         result.faults.append(
             f"{len(added)} hidden or system file(s), such as {added[0]}, that a file manager added: take them out, for "
             f"example by  zip -d {result.path.name} '__MACOSX/*' '*.DS_Store' '*Thumbs.db'"
         )
     entries = [(SEPARATOR.split(info.filename)[-1], info) for info in members if not ADDED.search(info.filename)]
-    deeper = [info.filename for name, info in entries if name != info.filename]
-    if deeper:
+    if deeper := [info.filename for name, info in entries if name != info.filename]:
         result.faults.append(
             f"{deeper[0]}: lies in a folder{f', as do {len(deeper) - 1} more' if len(deeper) > 1 else ''}; files belong at "
             "the top of the archive: zip the files, not the folder that holds them"
@@ -201,8 +188,7 @@ def _check_csv(content: bytes, name: str, task: str, images: dict[str, Path], re
     except (UnicodeDecodeError, csv.Error) as error:
         result.faults.append(f"{name}: not a UTF-8 CSV: {error}")
         return
-    header = HEADERS[task]
-    found = rows[0] if rows else []
+    header, found = HEADERS[task], rows[0] if rows else []
     if found != header:
         result.faults.append(
             f"{name}: header is {','.join(found) or 'missing'}; expected {','.join(header)}{_remedy(found, header, images)}"
@@ -286,11 +272,11 @@ def _check_columns(rows: list[list[str]], name: str, header: list[str], result: 
             f"{name}: the probability of {len(level)} image(s), such as {level[0]}, equals the threshold: a scorer that takes "
             "prob > threshold reads label 0 from them, one that takes prob >= threshold label 1"
         )
-    for column in range(3, len(header)):
-        values = {_number(row[column]): row[column] for row in rows}
+    for number, column in enumerate(header[3:], start=3):
+        values = {_number(row[number]): row[number] for row in rows}
         if len(values) > 1:
             found = ", ".join(sorted(values.values())[:3])
-            result.faults.append(f"{name}: {len(values)} different values of {header[column]} ({found}); one is allowed")
+            result.faults.append(f"{name}: {len(values)} different values of {column} ({found}); one is allowed")
     result.notes += _turned_around(rows, name)
 
 
@@ -317,14 +303,13 @@ def _dropped_endings(missing: list[str], images: list[str], name: str) -> list[s
 
 def _turned_around(rows: list[list[str]], name: str) -> list[str]:
     """Notes on probabilities that seem to be of label 0, or confidences; from two contradictions on."""
-    facts = [(row[2], _number(row[1]), _number(row[3])) for row in rows if row[2] in ("0", "1")]
-    wrong = [(label, prob >= threshold) for label, prob, threshold in facts if (prob >= threshold) != (label == "1")]
-    authentic = sum(label == "0" for label, _, _ in facts)
-    if len(wrong) < 2 or not authentic:
+    labels = [row[2] for row in rows if row[2] in ("0", "1")]
+    wrong = [row[2] for row in rows if row[2] in ("0", "1") and (_number(row[1]) >= _number(row[3])) != (row[2] == "1")]
+    if len(wrong) < 2 or "0" not in labels:
         return []
-    if len(wrong) == len(facts):
+    if len(wrong) == len(labels):
         return [f"{name}: every label contradicts its prob; is prob the probability of label 0? It must be that of label 1"]
-    if [label for label, _ in wrong] == ["0"] * authentic:
+    if wrong == ["0"] * labels.count("0"):
         return [f"{name}: every prob of label 0 is above the threshold; is prob the confidence in the label? It must be "
                 "the probability of label 1 (synthetic or manipulated) in all rows"]  # fmt: skip
     return []
@@ -366,8 +351,7 @@ def _check_masks(archive: zipfile.ZipFile, entries: Entries, images: dict[str, P
         if mask != name:
             result.faults.append(f"{name}: must be called {mask}, as its image without the ending, and .npz")
         result.masks += 1
-        content = _read(archive, info, result)
-        if content is not None:
+        if (content := _read(archive, info, result)) is not None:
             result.faults += [f"{name}: {fault}" for fault in _mask_faults(content, expected[mask], result)]
 
 

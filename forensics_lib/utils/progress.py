@@ -35,7 +35,8 @@ class progress(Generic[T]):
             self.bar.set_postfix_str(text, refresh=False)
 
     def __iter__(self) -> Iterator[T]:
-        if _interactive():
+        watched = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
+        if watched and not headless():
             self.bar = tqdm(self.items, self.title, self.total, leave=False, file=sys.stdout)
             yield from self.bar
         else:
@@ -56,10 +57,3 @@ class progress(Generic[T]):
 def headless() -> bool:
     """Whether ``FORENSICS_HEADLESS`` is set: nobody watches, and widgets cannot work."""
     return bool(os.environ.get("FORENSICS_HEADLESS"))
-
-
-def _interactive() -> bool:
-    """Whether output goes to a terminal, or to a notebook that is not executed headlessly."""
-    if headless():
-        return False
-    return sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
