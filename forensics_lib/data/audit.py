@@ -305,5 +305,6 @@ def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: b
     if task == "A":
         return TrainingCrops(rows, params.crop_size, params.degrade, masks=False, equalize=equalize)
     generator = load_autoencode("own") if params.run_type == "open" else None  # it was trained on other than official data
-    options = {"masks": True, "equalize": equalize, "paste": params.paste, "generator": generator}
-    return TrainingCrops(rows, params.crop_size, params.degrade_b, **options)
+    return TrainingCrops(
+        rows, params.crop_size, params.degrade_b, masks=True, equalize=equalize, paste=params.paste, generator=generator
+    )

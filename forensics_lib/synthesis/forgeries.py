@@ -33,7 +33,6 @@ class Forgery:
 
     image: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) bool, True for manipulated pixels
-    method: str
     kind: str  # sp or fr
 
 
@@ -50,11 +49,11 @@ def forge(photo: np.ndarray, donor: np.ndarray, method: str, autoencode: Autoenc
     mask = random_region(photo, rng)
     if method in ("copy_move", "splice"):
         content = CONTENTS["donor" if method == "splice" else "moved"][0](photo, mask, donor, rng)
-        return Forgery(_finished(photo, content, mask, rng), mask, method, "sp")
+        return Forgery(_finished(photo, content, mask, rng), mask, "sp")
     make = enlarged(autoencode) if rng.random() < 0.5 else autoencode
     content = CONTENTS["donor" if rng.random() < 0.5 else "moved"][0](photo, mask, donor, rng)
     image = composed(photo, mask, content, make)
-    return Forgery(make(image) if method == "whole" else image, mask, method, "fr" if method == "whole" else "sp")
+    return Forgery(make(image) if method == "whole" else image, mask, "fr" if method == "whole" else "sp")
 
 
 def pasted(
