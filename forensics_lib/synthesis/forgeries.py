@@ -22,7 +22,7 @@ from forensics_lib.synthesis.autoencoder import Autoencode
 from forensics_lib.synthesis.regions import random_region
 
 FORGERY_VERSION = 3  # of the method: a new number invalidates the cache
-METHODS = ("region", "whole", "copy_move", "splice")
+METHODS = ("region", "whole")  # of those that are made before training, since generators can be slow
 REGENERATED = 0.3  # share of contents that pass through the generator, where there is one
 MARGIN = 8  # pixels around a region that a generator sees as well
 
@@ -37,19 +37,16 @@ class Forgery:
 
 
 def forge(photo: np.ndarray, donor: np.ndarray, method: str, autoencode: Autoencode, rng: np.random.Generator) -> Forgery:
-    """Manipulate a photograph.
+    """Manipulate a photograph by a generator: a region with content from elsewhere, and for ``whole`` then the image.
 
     Args:
         photo: ``(H, W, 3)`` uint8.
         donor: another photograph, of any size.
         method: one of ``METHODS``.
-        autoencode: the generator of ``region`` and ``whole``.
-        rng: draws the region, its content and its edges.
+        autoencode: the generator.
+        rng: draws the region and its content.
     """
     mask = random_region(photo, rng)
-    if method in ("copy_move", "splice"):
-        content = CONTENTS["donor" if method == "splice" else "moved"][0](photo, mask, donor, rng)
-        return Forgery(_finished(photo, content, mask, rng), mask, "sp")
     make = enlarged(autoencode) if rng.random() < 0.5 else autoencode
     content = CONTENTS["donor" if rng.random() < 0.5 else "moved"][0](photo, mask, donor, rng)
     image = composed(photo, mask, content, make)
@@ -57,7 +54,11 @@ def forge(photo: np.ndarray, donor: np.ndarray, method: str, autoencode: Autoenc
 
 
 def pasted(
-    base: np.ndarray, donor: np.ndarray | None, rng: np.random.Generator, make: Autoencode | None = None
+    base: np.ndarray,
+    donor: np.ndarray | None,
+    rng: np.random.Generator,
+    make: Autoencode | None = None,
+    name: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``base`` with new contents in a random region, and the region's mask ``(H, W)`` bool.
 
@@ -66,11 +67,12 @@ def pasted(
         donor: another image, of any size; None: there is none, and other contents take its share.
         rng: draws region, content and edge.
         make: a generator; None: no content is generated.
+        name: one of ``CONTENTS``; None: it is drawn by their shares.
     """
     mask = random_region(base, rng)
-    names = [name for name in CONTENTS if donor is not None or name != "donor"]
-    shares = np.array([CONTENTS[name][1] for name in names])
-    name = names[rng.choice(len(names), p=shares / shares.sum())]
+    names = [each for each in CONTENTS if donor is not None or each != "donor"]
+    shares = np.array([CONTENTS[each][1] for each in names])
+    name = name or names[rng.choice(len(names), p=shares / shares.sum())]
     content = CONTENTS[name][0](base, mask, base if donor is None else donor, rng)
     if make and rng.random() < REGENERATED:
         box = _box(mask)
