@@ -25,7 +25,7 @@ from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.submission.build import SubmissionError, build_submission
-from forensics_lib.utils.files import read_json, update_json
+from forensics_lib.utils.files import WriteError, read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
     "A": {"crop_size": 64, "crops_per_image": 1},
@@ -250,6 +250,22 @@ def test_answers_that_are_no_numbers_in_shards_of_an_earlier_version_are_refused
     table.assign(prob=np.nan).to_parquet(path)
     with pytest.raises(InferenceError, match=r"2 of 4 images, such as .*2\.jpg.*remove it and infer again"):
         infer(run, task)
+
+
+@pytest.mark.parametrize("trained_run", ["B"], indirect=True)
+def test_a_mask_that_cannot_be_written_ends_the_inference_before_its_shard_counts(trained_run, monkeypatch):
+    run, task = trained_run
+
+    def fails(path, mask):
+        raise WriteError(f"no room for {path.name}")
+
+    infer(run, task)
+    first = sorted(run.masks.glob("*.npz"))[0]
+    first.unlink()
+    with monkeypatch.context() as patched, pytest.raises(WriteError, match=f"no room for {first.name}"):
+        patched.setattr("forensics_lib.inference.shards.save_mask", fails)
+        infer(run, task)
+    assert infer(run, task)["error"].isna().all() and first.is_file()
 
 
 def test_weights_that_are_not_finite_are_refused_and_unreadable_images_are_not_their_fault(tiny_run, tmp_path):
