@@ -117,6 +117,7 @@ def replicated(model: nn.Module) -> nn.Module:
     """Wrap ``model`` so that gradients are averaged over the processes; the model itself if there is only one."""
     if not dist.is_initialized():
         return model
+    model = model.to(memory_format=torch.channels_last)  # before: gradient buckets take the layout of the weights
     device = next(model.parameters()).device
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
