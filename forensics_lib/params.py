@@ -243,8 +243,8 @@ class InferenceKeys(Keys):
     )
     robustness_images: int = Field(300, ge=2, **NOT_PREDICTING, description="validation images of the robustness sweep")
     tile_size: int = Field(512, ge=32, **ONLY_B, description="Task B: side of the tiles, pixels")
-    mask_scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(
-        [1.0], min_length=1, **ONLY_B, description="Task B: scales at which an image is looked at; masks are averaged"
+    mask_scales: Literal["pyramid"] | list[float] = Field(
+        "pyramid", **ONLY_B, description="Task B: scales at which an image is looked at, a list, or pyramid: 1, 1/2, ..."
     )
     mask_flips: bool = Field(False, **ONLY_B, description="Task B: whether the mirrored image is looked at too")
 
@@ -269,6 +269,14 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
     def _file_name(cls, value: str) -> str:
         if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith((".", "-")):
             raise ValueError("must be a file name part: letters, digits, '-', '_' and '.', not starting with '.' or '-'")
+        return value
+
+    @field_validator("mask_scales", mode="before")
+    @classmethod
+    def _scales(cls, value: Any) -> Any:
+        scales = value if isinstance(value, list | tuple) and value else [None]
+        if value != "pyramid" and not all(isinstance(scale, int | float) and 0.25 <= scale <= 4 for scale in scales):
+            raise ValueError("must be pyramid, or a list of numbers from 0.25 to 4")
         return value
 
     @field_validator("tasks")
@@ -320,8 +328,7 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
 
     def of_prediction(self, task: str) -> dict[str, Any]:
         """The parameters that affect the predictions of a trained model of a task, as plain values."""
-        keys = {*keys_of(InferenceKeys, task), *(["crop_size"] if task == "A" else [])}  # Task B uses tiles
-        return self.model_dump(mode="json", include=keys)
+        return self.model_dump(mode="json", include={*keys_of(InferenceKeys, task), "crop_size"})
 
 
 TEXT = {name for name, field in Params.model_fields.items() if field.annotation in (str, str | None)}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from forensics_lib.images.crops import chosen_crops, pad_to, to_tensor
-from forensics_lib.images.degradations import Encoding, degrade, recompress
+from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
@@ -28,6 +28,7 @@ from forensics_lib.synthesis.forgeries import pasted, retouched
 SMALL = 0.05  # share of images that may be smaller than the squares from which crops are cut
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
+OVERVIEW, WIDEST = 0.5, 2.5  # Task B: share of squares that are larger and shrunk to a crop, and their largest side in crops
 RETOUCHED = 0.25  # Task B: share of squares retouched as a whole, so that only differences within an image tell a region
 
 
@@ -129,25 +130,29 @@ class TrainingCrops(Dataset):
         return facts | {"width": width, "height": height, "bytes": size * (width * height / pixels)}
 
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-        """A native square of an image, degraded."""
-        image, mask = self._square(row, rng)
+        """A native square of an image, or a larger one that is shrunk in the end; degraded."""
+        overview = self.masks and rng.random() < OVERVIEW
+        side = round(self.crop_size * WIDEST ** rng.random()) if overview else self.window
+        image, mask = self._square(row, side, rng)
         if self.masks and rng.random() < RETOUCHED:
             image = retouched(image, rng)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
+        if overview and (scale := self.crop_size / max(image.shape[:2])) < 1:
+            image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
-    def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """A random square of an image, and of its mask if samples have masks."""
+    def _square(self, row: dict[str, Any], side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """A random square of an image, of at most ``side`` pixels, and of its mask if samples have masks."""
         with open_image(row["path"]) as opened:
             rgb, mask = decoded(opened), None
             size = (rgb.height, rgb.width)
             if self.masks:
                 mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
-            place = _place(size, mask, self.window, rng)
+            place = _place(size, mask, side, rng)
             return pixels_in(rgb, *place), None if mask is None else mask[place]
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -170,17 +170,25 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     Returns:
         The probability of being manipulated (not calibrated), and the mask ``(H, W)`` float16 in [0, 1].
     """
-    total, features = _mask_at_scale(model, image, params.mask_scales[0], params, machine)
-    for scale in params.mask_scales[1:]:
+    scales = _scales(params, image.shape[:2])
+    total, features = _mask_at_scale(model, image, scales[0], params, machine)
+    for scale in scales[1:]:
         mask, more_features = _mask_at_scale(model, image, scale, params, machine)
         total += mask
         features += more_features
-    total /= len(params.mask_scales)
+    total /= len(scales)
     np.clip(total, 0, 1, out=total)
     with machine.autocast():
         whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
         logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
     return logits.softmax(1)[0, 1].item(), written_mask(total)
+
+
+def _scales(params: Params, shape: tuple[int, int]) -> list[float]:
+    """The scales at which an image is looked at: of a pyramid, halves as long as the longer side has ``crop_size`` pixels."""
+    if params.mask_scales != "pyramid":
+        return params.mask_scales
+    return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
 
 
 def _mask_at_scale(

@@ -15,7 +15,7 @@ from forensics_lib.inference.predict import output_in_parts, predict_mask, predi
 from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 
-PARAMS = Params(**TINY)
+PARAMS = Params(**TINY | {"mask_scales": [1.0]})
 MACHINE = choose_machine(PARAMS)
 
 
@@ -70,6 +70,21 @@ def test_flips_and_scales_put_every_pixel_in_its_place(shape, scales):
     mask = predict_mask(Brightness(), smooth, params, MACHINE)[1]
     assert mask.shape == shape
     assert np.abs(mask - smooth[..., 0] / 255).max() < 0.05
+
+
+@pytest.mark.parametrize(("shape", "count"), [((20, 30), 1), ((40, 63), 1), ((64, 10), 2), ((200, 150), 3), ((513, 20), 5)])
+def test_a_pyramid_halves_an_image_until_it_is_smaller_than_a_crop(shape, count, rng):
+    seen = []
+
+    class Watching(Brightness):
+        def forward(self, x):
+            seen.append(tuple(x.shape[2:]))
+            return super().forward(x)
+
+    params = PARAMS.model_copy(update={"mask_scales": "pyramid", "crop_size": 32, "tile_size": 1024})
+    mask = predict_mask(Watching(), picture(rng, *shape), params, MACHINE)[1]
+    assert mask.shape == shape
+    assert seen == [tuple(max(1, round(side / 2**level)) for side in shape) for level in range(count)]
 
 
 def test_tiled_and_whole_masks_agree(rng):
