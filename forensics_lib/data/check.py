@@ -62,19 +62,14 @@ class Check:
 
 def check_data(run: Run) -> Check:
     """Count the data of a run against the published sizes; missing sets count as empty."""
-    rows: list[dict[str, object]] = []
-    unusable: list[str] = []
+    checked: list[tuple[list[dict[str, object]], list[str]]] = []
     for note in unused(run):
         print(note)
     for task in run.params.tasks:
-        for entry in data_sets(run, task):
-            lines, reasons = _check_set(entry, _published(run, entry))
-            rows += lines
-            unusable += reasons
-        line, reasons = _check_test(run, task)
-        rows.append(line)
-        unusable += reasons
-    return Check(pd.DataFrame(rows).astype({"expected": "Int64"}), unusable)
+        checked += [_check_set(entry, _published(run, entry)) for entry in data_sets(run, task)]
+        checked.append(_check_test(run, task))
+    table = pd.DataFrame([line for lines, _ in checked for line in lines])
+    return Check(table.astype({"expected": "Int64"}), [reason for _, reasons in checked for reason in reasons])
 
 
 def _published(run: Run, entry: DataSet) -> dict[tuple[str, int], int]:
@@ -112,17 +107,16 @@ def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[li
     return lines, [] if all(excused) else reasons
 
 
-def _check_test(run: Run, task: str) -> tuple[dict[str, object], list[str]]:
+def _check_test(run: Run, task: str) -> tuple[list[dict[str, object]], list[str]]:
     """The line of the test images, and in Task B those that would share a mask."""
-    folder = run.test_folder(task)
-    found, bad, clashes = 0, 0, []
+    folder, found, bad, clashes = run.test_folder(task), 0, 0, []
     try:
         table = test_images(folder)
         found, bad = len(table), int(table["error"].notna().sum())
         clashes = mask_clashes(table["path"]) if task == "B" else []
     except LayoutError as error:
         print(error)
-    return _line(str(folder), "test images", "test", None, found, bad, TEST_IMAGES[task]), clashes
+    return [_line(str(folder), "test images", "test", None, found, bad, TEST_IMAGES[task])], clashes
 
 
 def _line(

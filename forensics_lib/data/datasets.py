@@ -36,16 +36,14 @@ class Columns:
     """Columns of a table in Arrow buffers, which loader processes share; Python objects would be copied into each."""
 
     def __init__(self, table: pd.DataFrame, names: list[str]) -> None:
-        columns = [pa.array(table[name], from_pandas=True) for name in names]
-        columns = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
-        self._columns = dict(zip(names, columns, strict=True))
+        self._columns = pa.Table.from_pandas(table[names], preserve_index=False).combine_chunks()
 
     def __len__(self) -> int:
-        return len(next(iter(self._columns.values())))
+        return len(self._columns)
 
     def row(self, index: int) -> dict[str, Any]:
         """One row as a dictionary, missing values as None."""
-        return {name: column[index].as_py() for name, column in self._columns.items()}
+        return self._columns.slice(index, 1).to_pylist()[0]
 
 
 Key = tuple[int, int, int]  # seed, index of an image, number of its draw in the epoch

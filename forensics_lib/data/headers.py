@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -79,15 +80,8 @@ def _close(place: int | None) -> None:
         os.close(place)
 
 
-FACT_TYPES = {
-    "width": pa.float64(),
-    "height": pa.float64(),
-    "format": pa.large_string(),
-    "jpeg_quality": pa.float64(),
-    "camera": pa.bool_(),
-    "bytes": pa.float64(),
-    "error": pa.large_string(),
-}
+FACT_TYPES = dict.fromkeys(("width", "height", "format", "jpeg_quality", "camera", "bytes", "error"), pa.float64())
+FACT_TYPES |= {"format": pa.large_string(), "camera": pa.bool_(), "error": pa.large_string()}
 FILE_COLUMNS = list(FACT_TYPES)
 # Files per chunk of a process; fewer are read before other processes could start
 _HEADERS, _PIXELS = 4_000, 200
@@ -112,19 +106,21 @@ def _cached(
     paths: list[str], cache: Path, looks: Looks, types: dict[str, pa.DataType], read: Reading, chunk: int, title: str
 ) -> pd.DataFrame:
     """The columns of ``types`` for each path, from ``cache`` if size and mtime are unchanged, else read and cached."""
-    keys = _keys(paths, looks)
-    known = _load(cache, [*keys.column_names, *types])
+    size, time, identity = looks.at([file_of(path) if "#" in path else path for path in paths]).T
+    keys = pa.table({"path": pa.array(paths, pa.large_string()), "size": size, "time": time, "identity": identity})
+    known = _load(cache, pa.schema([*keys.schema, *(pa.field(name, kind) for name, kind in types.items())]))
     rows = _rows_of(keys, known)
-    if known is not None and len(rows) == len(known) and (rows == np.arange(len(rows))).all():
+    if len(rows) == len(known) and (rows == np.arange(len(rows))).all():
         return _as_pandas(known.select(list(types)), keys)
     new = np.flatnonzero(rows < 0)
     unread = keys.column("path").take(pa.array(new)).to_pylist()
-    values = list(chain.from_iterable(_in_parallel(read, unread, chunk, title)))
+    chunks = [unread[i : i + chunk] for i in range(0, len(unread), chunk)]
+    results = processes().map(read, chunks) if len(chunks) > 1 else map(read, chunks)
+    values = list(chain.from_iterable(progress(results, title, total=len(chunks))))
     columns = zip(*values, strict=True) if values else [()] * len(types)
     fresh = pa.table({name: pa.array(list(column), kind) for (name, kind), column in zip(types.items(), columns, strict=True)})
-    both = fresh if known is None else pa.concat_tables([known.select(list(types)), fresh])
-    rows[new] = np.arange(len(new)) + (0 if known is None else len(known))
-    facts = both.take(pa.array(rows))
+    rows[new] = np.arange(len(new)) + len(known)
+    facts = pa.concat_tables([known.select(list(types)), fresh]).take(pa.array(rows))
     table = pa.table({name: part.column(name) for part in (keys, facts) for name in part.column_names})
     with atomic_write(cache) as temporary:
         pq.write_table(table, temporary)
@@ -135,25 +131,17 @@ def _as_pandas(facts: pa.Table, keys: pa.Table) -> pd.DataFrame:
     return facts.append_column("identity", keys.column("identity")).to_pandas(types_mapper=pandas_type)
 
 
-def _keys(paths: list[str], looks: Looks) -> pa.Table:
-    """Path, size, mtime and identity of each file."""
-    size, time, identity = looks.at([file_of(path) if "#" in path else path for path in paths]).T
-    return pa.table({"path": pa.array(paths, pa.large_string()), "size": size, "time": time, "identity": identity})
-
-
-def _load(cache: Path, columns: list[str]) -> pa.Table | None:
-    """The cached facts; None if there are none, or those of another version."""
-    try:
+def _load(cache: Path, schema: pa.Schema) -> pa.Table:
+    """The cached facts; an empty table if there are none, or those of another version."""
+    with suppress(OSError, pa.ArrowException):
         table = pq.read_table(cache)
-    except (OSError, pa.ArrowException):
-        return None
-    return table if table.column_names == columns else None
+        if table.column_names == schema.names:
+            return table
+    return schema.empty_table()
 
 
-def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
+def _rows_of(keys: pa.Table, known: pa.Table) -> np.ndarray:
     """For each key the row of ``known`` with the same path, size and mtime, else -1; files with errors are read again."""
-    if known is None:
-        return np.full(len(keys), -1)
     if keys.column("path").equals(known.column("path")):
         rows = np.arange(len(keys))
     else:
@@ -168,13 +156,6 @@ def _rows_of(keys: pa.Table, known: pa.Table | None) -> np.ndarray:
     for name in ("size", "time"):
         same &= keys.column(name).to_numpy() == np.append(known.column(name).to_numpy(), -2)[rows]
     return np.where(same, rows, -1)
-
-
-def _in_parallel(function: Callable, items: list[str], chunk: int, title: str) -> Iterator:
-    """``function`` of chunks of ``items``, in order, with a process per core."""
-    parts = [items[i : i + chunk] for i in range(0, len(items), chunk)]
-    results = processes().map(function, parts) if len(parts) > 1 else map(function, parts)
-    yield from progress(results, title, total=len(parts))
 
 
 def pandas_type(kind: pa.DataType) -> pd.StringDtype | pd.UInt64Dtype | None:

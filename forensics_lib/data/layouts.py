@@ -84,20 +84,16 @@ def read_tgif(root: Path) -> Rows:
             for folder in rows.walk(root / method / tgif_split):
                 pair = _tgif_pairs if method in TGIF_NAMES else _tgif2_pairs
                 groups, masks = pair(root, folder, method, tgif_split)
-                names = {"generator": method[:-3], "method": method, "kind": method[-2:]}
-                rows.add(folder.paths, 1, split, "tgif", groups=groups, masks=masks, **names)
-    _note_strangers(rows, root, ("masks", "masks-flux", *TGIF_ORIGINALS, *TGIF_NAMES, *TGIF2_METHODS))
-    for method in (*TGIF_ORIGINALS, *TGIF_NAMES, *TGIF2_METHODS):
-        _note_strangers(rows, root / method, tuple(TGIF_SPLITS))
+                made = {"generator": method[:-3], "method": method, "kind": method[-2:]}
+                rows.add(folder.paths, 1, split, "tgif", groups=groups, masks=masks, **made)
+    folders = (*TGIF_ORIGINALS, *TGIF_NAMES, *TGIF2_METHODS)
+    known = {root: ("masks", "masks-flux", *folders)} | {root / name: tuple(TGIF_SPLITS) for name in folders}
+    for above, names in known.items():
+        for place in (place for place, name in named_folders(above, str) if name not in names):
+            rows.leave_unread(place, f"none of {', '.join(names)}")
     if not len(rows):
         raise LayoutError(f"no images in {root}/{{orig,sd2-sp,...}}/{{training,validation,testing}}; {contents(root)}")
     return rows
-
-
-def _note_strangers(rows: Rows, root: Path, known: tuple[str, ...]) -> None:
-    for place, name in named_folders(root, str):
-        if name not in known:
-            rows.leave_unread(place, f"none of {', '.join(known)}")
 
 
 Pairs = tuple[list[str | None], list[str | None]]  # group and mask of each image; None: its name tells none
@@ -220,20 +216,14 @@ def read_test(folder: Path) -> Rows:
             rows.add(found.paths, None, "test", folder.name)
     if not len(rows):
         raise LayoutError(f"no images in the test folder; {contents(folder)}")
-    _check_names(folder)
+    odd = sorted(shown(name) for name in os.listdir(folder) if shown(name) != name)  # noqa: PTH208 (speed)
+    if odd := [name for name in odd if name[name.rfind(".") :].lower() in SUFFIXES]:
+        raise LayoutError(
+            f"{folder}: {len(odd)} test image(s) cannot be named in a submission, which is UTF-8. They are "
+            f"{joined(odd)}; of each: {NOT_UTF8}"
+        )
     if deeper:
         print(f"{folder}: the images in {joined(deeper)} are ignored: test images must be in the folder itself")
     for note in rows.notes():
         print(note)
     return rows
-
-
-def _check_names(folder: Path) -> None:
-    """Raise ``LayoutError`` for test images whose names are not UTF-8, as a submission's must be."""
-    odd = sorted(shown(name) for name in os.listdir(folder) if shown(name) != name)  # noqa: PTH208 (speed)
-    odd = [name for name in odd if name[name.rfind(".") :].lower() in SUFFIXES]
-    if odd:
-        raise LayoutError(
-            f"{folder}: {len(odd)} test image(s) cannot be named in a submission, which is UTF-8. They are "
-            f"{joined(odd)}; of each: {NOT_UTF8}"
-        )

@@ -22,6 +22,7 @@ from forensics_lib.run import Run, task_b_training_folders
 from forensics_lib.utils.files import from_home, home
 
 FEWEST = 10  # images of each class that validation images need to decide, if others have as many
+_CLASSES = {0: "authentic", 1: "synthetic or manipulated"}
 
 
 def build_manifest(run: Run, task: str) -> pd.DataFrame:
@@ -30,17 +31,10 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     Headers are read in parallel and cached.  Twins and forgeries are made if they are not in the cache, with a message;
     for large data sets and generators that takes long.
 
-    Args:
-        run: its parameters name the data sets.
-        task: ``A`` or ``B``.
-
-    Returns:
-        A row per image with ``rows.COLUMNS``, ``headers.FILE_COLUMNS``, ``data_set`` and ``layout``.  Unreadable files,
-        and manipulated images whose mask is missing or of another size, have the reason in ``error``; ``usable`` leaves
-        them out.  ``attrs["notes"]`` lists what the readers skipped.
-
-    Raises:
-        LayoutError: data is not laid out as expected or must not be trained on, or a split lacks a class.
+    Returns a row per image with ``rows.COLUMNS``, ``headers.FILE_COLUMNS``, ``data_set`` and ``layout``.  Unreadable files, and
+    manipulated images whose mask is missing or of another size, have the reason in ``error``; ``usable`` leaves them out.
+    ``attrs["notes"]`` lists what the readers skipped.  Raises ``LayoutError`` if data is not laid out as expected or must not
+    be trained on, or a split lacks a class.
     """
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
@@ -100,9 +94,21 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
     """
     entries = _named(run) or _of_data_root(run, task)
     refuse_misuse(run, task, entries)
-    if run.params.run_type == "constrained":
-        _refuse_other_task(entries)
-    return _serving(task, entries)
+    for entry in entries if run.params.run_type == "constrained" else ():
+        if entry.task and entry.task != own_task(entry):
+            raise LayoutError(
+                f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
+                "Take task out of its entry, or set run_type: open"
+            )
+    tasks = [task_of(entry) for entry in entries]
+    if task not in tasks:
+        listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
+        ways = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set's authentic images)"
+        raise LayoutError(
+            f"Task {task}: no data set of data: serves it. {listed}. Add one{ways if task == 'B' else ''}, or take the "
+            f"task out: tasks: [{'A' if task == 'B' else 'B'}]"
+        )
+    return [entry for entry, of in zip(entries, tasks, strict=True) if of == task]
 
 
 def _named(run: Run) -> list[DataSet]:
@@ -110,40 +116,15 @@ def _named(run: Run) -> list[DataSet]:
     return [] if run.sample else [recognised(entry) for entry in run.params.data or []]
 
 
-def _serving(task: str, entries: list[DataSet]) -> list[DataSet]:
-    tasks = [task_of(entry) for entry in entries]
-    if task not in tasks:
-        listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
-        raise LayoutError(
-            f"Task {task}: no data set of data: serves it. {listed}. Add one{_SERVES_B if task == 'B' else ''}, or take the "
-            f"task out: tasks: [{'BA'['AB'.index(task)]}]"
-        )
-    return [entry for entry, of in zip(entries, tasks, strict=True) if of == task]
-
-
-_SERVES_B = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set's authentic images)"
-
-
-def _refuse_other_task(entries: list[DataSet]) -> None:
-    """Raise ``LayoutError`` for official data of another task."""
-    for entry in entries:
-        if entry.task and entry.task != own_task(entry):
-            raise LayoutError(
-                f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
-                "Take task out of its entry, or set run_type: open"
-            )
-
-
 def unused(run: Run) -> list[str]:
     """The data sets of the ``data`` parameter that no task of the run uses, each with the remedy."""
-    if run.sample or len(run.params.tasks) > 1:
+    if len(run.params.tasks) > 1:
         return []
     (task,) = run.params.tasks
-    entries = [recognised(entry) for entry in run.params.data or []]
     return [
         f"data: {entry.root} ({entry.layout}) serves Task {task_of(entry)} and is not used, since tasks is [{task}]: take it "
         f"out{', or set task: B in its entry to use its authentic images' if task == 'B' else ''}"
-        for entry in entries
+        for entry in _named(run)
         if task_of(entry) != task
     ]
 
@@ -182,11 +163,11 @@ def build_test_manifest(run: Run, task: str) -> pd.DataFrame:
     """
     table = test_images(run.test_folder(task)).drop(columns="identity")
     if task == "B":
-        check_mask_names(table["path"])
+        _check_mask_names(table["path"])
     return table
 
 
-def check_mask_names(paths: Sequence[str]) -> None:
+def _check_mask_names(paths: Sequence[str]) -> None:
     """Raise ``LayoutError`` if two test images would share a mask; print names of masks that differ only in case."""
     mask_names(paths)
     if pairs := masks_alike(paths):
@@ -197,7 +178,7 @@ def check_test_names(run: Run, task: str) -> None:
     """Check before a training of Task B: raises ``LayoutError`` if two of its test images would share a mask."""
     if task == "B":
         flat = (found for found in Rows().walk(run.test_folder(task), by_content=True) if not found.parts)
-        check_mask_names([path for found in flat for path in found.paths])
+        _check_mask_names([path for found in flat for path in found.paths])
 
 
 def test_images(folder: Path) -> pd.DataFrame:
@@ -207,29 +188,12 @@ def test_images(folder: Path) -> pd.DataFrame:
 
 
 def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split that have no error.
-
-    Args:
-        manifest: of ``build_manifest``.
-        split: train, val or test.
-
-    Returns:
-        The rows, with a new index from 0.
-    """
+    """The rows of a split (train, val or test) that have no error, with a new index from 0."""
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
 def sampled(rows: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """A stratified sample of rows: classes, and the sources of each class, keep their shares.
-
-    Args:
-        rows: with ``label`` and ``source``.
-        limit: number of rows to draw; all are returned if there are no more.
-        seed: from 0 on; the same rows and seed give the same sample.
-
-    Returns:
-        The rows in their order, with a new index from 0.
-    """
+    """The rows at ``sampled_places``, stratified by source, with a new index from 0."""
     return rows.iloc[sampled_places(rows, limit, seed)].reset_index(drop=True)
 
 
@@ -258,7 +222,6 @@ def apportioned(counts: np.ndarray, limit: int, rng: np.random.Generator) -> np.
 
     If ``limit`` allows, each stratum gets at least one; none gets more than it has.
     """
-    counts = np.asarray(counts)
     limit = min(limit, int(counts.sum()))
     shares = counts * (limit / max(1, counts.sum()))
     if len(counts) <= limit:
@@ -321,25 +284,21 @@ def data_fingerprint(manifest: pd.DataFrame) -> str:
 
 def problems(manifest: pd.DataFrame, repeats: bool = True) -> pd.DataFrame:
     """The rows that are left out, with the reasons; without ``repeats`` only those that are not used in another place."""
-    repeated = _repeated(manifest)
-    wrong = manifest[manifest["error"].notna() & ~repeated]
-    parts = [wrong, manifest[repeated]] if repeats else [wrong]
+    wrong, repeated = manifest["error"].notna(), _repeated(manifest)
+    parts = [manifest[wrong & ~repeated], manifest[repeated & repeats]]
     return pd.concat(parts)[["split", "path", "error"]].reset_index(drop=True)
 
 
 def taken_for(manifest: pd.DataFrame) -> pd.DataFrame:
     """How each data set was read: set, layout, split, class, images, and the number of images left out."""
-    names = manifest["label"].map({0: "authentic", 1: "synthetic or manipulated"})
-    rows = manifest.assign(**{"class": names, "left out": manifest["error"].notna()})
+    rows = manifest.assign(**{"class": manifest["label"].map(_CLASSES), "left out": manifest["error"].notna()})
     counted = rows.groupby(["data_set", "layout", "split", "class"], sort=False)["left out"].agg(["size", "sum"]).reset_index()
     return counted.rename(columns={"data_set": "set", "size": "images", "sum": "left out"})
 
 
 def overview(manifest: pd.DataFrame) -> pd.DataFrame:
     """Image counts by split, source, method and class."""
-    names = manifest.assign(
-        label=manifest["label"].map({0: "authentic", 1: "synthetic or manipulated"}), method=manifest["method"].fillna("-")
-    )
+    names = manifest.assign(label=manifest["label"].map(_CLASSES), method=manifest["method"].fillna("-"))
     return names.groupby(["split", "source", "method", "label"]).size().rename("images").reset_index()
 
 
@@ -398,7 +357,7 @@ def _image_keys(table: pd.DataFrame) -> pd.Series:
 
 
 REPEATED = ": the same image as "  # in the error of an image that is listed several times
-_ORDER = {"train": 0, "val": 1, "test": 2}
+_ROLES = {"train": "trained on", "val": "in validation", "test": "held out"}  # the first of an image's splits counts
 
 
 def _repeats(table: pd.DataFrame) -> pd.Series:
@@ -409,15 +368,12 @@ def _repeats(table: pd.DataFrame) -> pd.Series:
     problems = pd.Series(np.nan, table.index, dtype="str")
     keys = _image_keys(table[table["error"].isna()])
     keys = keys[keys.duplicated(keep=False)]
-    keys = keys[table["split"][keys.index].map(_ORDER).sort_values(kind="stable").index]
+    keys = keys[table["split"][keys.index].map(list(_ROLES).index).sort_values(kind="stable").index]
     again = keys.index[keys.duplicated()]
     first = pd.Series(keys.index, index=keys.to_numpy()).groupby(level=0).first()[keys[again]].to_numpy()
     where = table["path"].take(first) + ", which is " + table["split"].take(first).map(_ROLES)
     problems[again] = table["path"][again] + REPEATED + where.set_axis(again)
     return problems
-
-
-_ROLES = {"train": "trained on", "val": "in validation", "test": "held out"}
 
 
 def _repeat_notes(table: pd.DataFrame) -> list[str]:
@@ -438,11 +394,12 @@ def _repeated(table: pd.DataFrame) -> pd.Series:
 def _check_classes(table: pd.DataFrame, task: str) -> None:
     good, lacking = table["error"].isna(), []
     for split in ("train", "val"):
-        for label, name in enumerate(("authentic (0)", "synthetic or manipulated (1)")):
+        for label, name in _CLASSES.items():
             listed = table["split"].eq(split) & table["label"].eq(label)
             if not (listed & good).any():
                 reasons = "".join(f"\n  {reason}" for reason in _reasons(table[listed]))
-                lacking.append(f"no usable {name} images in {split} ({listed.sum()} found that cannot be used){reasons}")
+                found = f"{listed.sum()} found that cannot be used"
+                lacking.append(f"no usable {name} ({label}) images in {split} ({found}){reasons}")
     if lacking:
         names = table["label"].map({0: "authentic", 1: "positive"})
         found = ", ".join(f"{split} {name} {count}" for (split, name), count in table.groupby(["split", names]).size().items())

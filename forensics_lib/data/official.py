@@ -202,17 +202,16 @@ def _refuse_validation(places: dict[DataSet, list[Place]], roots: dict[Path, str
     found, known = [], dict[Path, str | None]()
     for entry, inside in places.items():
         for place in (place for place in inside if _split(entry, place) == "train"):
-            if place.target not in known:
-                known[place.target] = _validates(place.target, _names_in(place.target) if place.file else place.names, roots)
-            if known[place.target]:
-                found.append(f"{place.path} leads into {place.target}: {known[place.target]}")
+            target = place.target
+            if target not in known:
+                names = _names_in(target) if place.file else place.names
+                if of_itw_sm(target) or named_as_itw_sm(names) or _by_platforms(target):
+                    known[target] = "ITW-SM, by its name, its folders' or its files' names"
+                else:
+                    known[target] = next((what for root, what in roots.items() if target.is_relative_to(root)), None)
+            if known[target]:
+                found.append(f"{place.path} leads into {target}: {known[target]}")
     _raise_validation(found)
-
-
-def _validates(target: Path, names: tuple[str, ...], roots: dict[Path, str]) -> str | None:
-    if of_itw_sm(target) or named_as_itw_sm(names) or _by_platforms(target):
-        return "ITW-SM, by its name, its folders' or its files' names"
-    return next((what for root, what in roots.items() if target.is_relative_to(root)), None)
 
 
 def _by_platforms(target: Path) -> bool:

@@ -151,8 +151,8 @@ def read_cnndetection(root: Path, entry: DataSet) -> Rows:
     The root may be the whole data set or the folder of one split.
     """
     rows = Rows()
-    above = {tree[-2] for tree in class_trees(root) if len(tree) > 1}
-    for found in _by_class(rows, root, category_train=not above.isdisjoint(CNNDETECTION_CATEGORIES - {"train"})):
+    parents = {tree[-2] for tree in class_trees(root) if len(tree) > 1}
+    for found in _by_class(rows, root, category_train=not parents.isdisjoint(CNNDETECTION_CATEGORIES - {"train"})):
         tested = (entry.split or found.split) == "test"
         generator = found.above[0] if tested and found.above else "progan"
         found.add_to(rows, f"cnndetection/{generator}" if tested else "cnndetection", generator)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -42,8 +42,6 @@ SUFFIXES = frozenset({
 _WEAK_MAGIC = {"BMP", "PPM"}  # their signature is two ordinary letters, which may begin a text file too
 
 Image.MAX_IMAGE_PIXELS = None  # the check below replaces Pillow's, which only warns between one and two times its limit
-
-Region = Callable[[int, int], tuple[slice, slice]]  # (height, width) to slices of rows and columns, with start and stop
 
 
 class ImageError(ValueError):
@@ -170,28 +168,19 @@ def has_image_ending(name: str) -> bool:
     return ending in SUFFIXES or re.split(r"[^a-z0-9.]", ending, maxsplit=1)[0] in SUFFIXES
 
 
-def read_image(source: str | Path | bytes, region: Region | None = None) -> np.ndarray:
-    """Read an image, or a region of it, by this module's policy.
+def read_image(source: str | Path | bytes) -> np.ndarray:
+    """Read an image by this module's policy: RGB pixels, ``(H, W, 3)`` uint8.
 
-    Args:
-        source: a file's path, the path of a member of a parquet file, or an encoded image.
-        region: function of the image's height and width that returns slices of the wanted rows and columns; None: all.
-            All pixels are decoded, so that any damage is an error, but only the region is copied.
-
-    Returns:
-        RGB pixels, ``(H, W, 3)`` uint8.
-
-    Raises:
-        ImageError: the file cannot be read; the message names it and the cause.
+    ``source`` is a file's path, the path of a member of a parquet file, or an encoded image.  Raises ``ImageError``, which
+    names the file and the cause.
     """
     with open_image(source) as image:
         rgb = decoded(image)
-        place = region(rgb.height, rgb.width) if region else (slice(0, rgb.height), slice(0, rgb.width))
-        return pixels_in(rgb, *place)
+        return pixels_in(rgb, slice(0, rgb.height), slice(0, rgb.width))
 
 
 def decoded(image: ImageFile) -> Image.Image:
-    """Decode all of an open image, to RGB."""
+    """Decode all of an open image, to RGB, so that any damage is an error."""
     image.load()
     return to_rgb(image)
 
@@ -226,7 +215,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_bytes(*grey_values(image))).convert("RGB")
+        values, white = grey_values(image)
+        floats = values.dtype.kind == "f"
+        grey = (values * 255).round() if floats else (values.astype(np.uint32) * 255 + white // 2) // white  # rounded too
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
@@ -244,10 +236,3 @@ def grey_values(image: Image.Image) -> tuple[np.ndarray, int]:
         return values, 1
     twelve = isinstance(image, TiffImageFile) and max(image.tag_v2.get(258, (16,))) == 12
     return values, 4095 if twelve else 65535
-
-
-def _to_bytes(values: np.ndarray, white: int) -> np.ndarray:
-    """Scale values in [0, ``white``] to the nearest of 256 grey levels, uint8."""
-    if values.dtype.kind == "f":
-        return (values * 255).round().astype(np.uint8)
-    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
