@@ -251,18 +251,13 @@ def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dic
                 "without folders"
             )
         result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in faults]
-    _check_completeness(seen, name, list(images), result)
-    _check_columns([row for row in rows if len(row) == len(header)], name, header, result)
-
-
-def _check_completeness(seen: Counter[str], name: str, images: list[str], result: Validation) -> None:
-    """Every test image has one row, ``seen`` counts them; unsorted rows get a note."""
     result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
     missing = [image for image in images if image not in seen]
-    result.faults += _dropped_endings(missing, images, name)
+    result.faults += _dropped_endings(missing, list(images), name)
     result.faults += [f"{name}: {image} is missing" for image in missing]
     if list(seen) != sorted(seen):
         result.notes.append(f"{name}: rows are not sorted by image_id")
+    _check_columns([row for row in rows if len(row) == len(header)], name, header, result)
 
 
 def _check_columns(rows: list[list[str]], name: str, header: list[str], result: Validation) -> None:

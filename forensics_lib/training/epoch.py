@@ -145,11 +145,9 @@ def _batches(state: TrainingState, epoch: int, seed: int, first: int) -> DataLoa
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
     labels, strata = state.train["label"].to_numpy(int), drawing_strata(state.train, state.task, state.params)
     authentic = 0.5 if state.task == "A" else 1 / (1 + state.params.paste)  # then as many are pasted as manipulated ones drawn
-    order = epoch_order(labels, seed, epoch, *strata, authentic)
-    draws = numbered_draws(order)
-    batches = [draws[start : start + state.params.batch_size] for start in range(0, len(draws), state.params.batch_size)]
-    mine = [batch[rank() :: world()] for batch in batches[first:]]
-    return state.batches.epoch(seed, mine)
+    draws, size = numbered_draws(epoch_order(labels, seed, epoch, *strata, authentic)), state.params.batch_size
+    batches = [draws[start : start + size] for start in range(first * size, len(draws), size)]
+    return state.batches.epoch(seed, [batch[rank() :: world()] for batch in batches])
 
 
 def _mean_loss(state: TrainingState, losses: list[float]) -> float:
@@ -170,7 +168,9 @@ def _merge_errors(state: TrainingState) -> None:
 def _partial_epoch(state: TrainingState, batches: int, losses: list[float], seen: int, seconds: float) -> PartialEpoch:
     """What all processes have done of an epoch; the first one's file holds it for all of them."""
     _merge_errors(state)
-    return PartialEpoch(batches, all_gather(losses), all_gather(_random_state(state.machine.device)), seen, seconds)
+    device = state.machine.device
+    random = [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
+    return PartialEpoch(batches, all_gather(losses), all_gather(random), seen, seconds)
 
 
 def _losses_of(partial: PartialEpoch) -> list[float]:
@@ -178,11 +178,6 @@ def _losses_of(partial: PartialEpoch) -> list[float]:
     if len(partial.losses) == world():
         return list(partial.losses[rank()])
     return [loss for losses in partial.losses for loss in losses] if is_main() else []
-
-
-def _random_state(device: torch.device) -> list[Any]:
-    """The states of this process's generators on the CPU and, where it is used, the GPU."""
-    return [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
 
 
 def _set_random_state(states: list[list[Any]], device: torch.device) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from forensics_lib.data.audit import close_shortcut, findings_of
 from forensics_lib.data.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
@@ -24,20 +23,8 @@ from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.models.lora import add_adapters
 from forensics_lib.run import Run, record_trained
+from forensics_lib.training import resume
 from forensics_lib.training.epoch import make_optimizer, make_schedule, train_epoch, validate
-from forensics_lib.training.resume import (
-    GO_ON,
-    append_history,
-    discard_begun,
-    epoch_line,
-    epoch_lines,
-    find_resumable,
-    move_replaced_aside,
-    only_trainer,
-    publish,
-    read_history,
-    training_inputs,
-)
 from forensics_lib.training.state import STEPS, PartialEpoch, SavedState, Step, Stopped, TrainingState
 from forensics_lib.utils.files import is_main
 from forensics_lib.utils.locks import stop_requests
@@ -60,13 +47,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     A training with the same parameters and data is resumed, or taken as it is where it is finished.  While another process
     trains the same task of the run, this one prints its epochs and waits.  ``processes`` above 1 starts that many processes.
 
-    Args:
-        run: the run, from ``open_run``.
-        task: "A" or "B".
-        manifest: one row per image, from ``build_manifest``.
-
-    Returns:
-        One row per epoch: step, epoch, train_loss, val_auc, score, lr, seconds, ...; for Task B also val_iou.
+    Returns a row per epoch, as ``read_history`` does.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the files of the batch.
@@ -78,9 +59,9 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     if should_launch(run.params.processes):
         launch(run.params.processes, "train", "--params", str(run.write_params()), "--tasks", task)
     else:
-        with only_trainer(run, task, partial(epoch_lines, run, task)):
+        with resume.only_trainer(run, task, partial(resume.epoch_lines, run, task)):
             _train(run, task, manifest)
-    return read_history(run, task)
+    return resume.read_history(run, task)
 
 
 def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
@@ -92,7 +73,7 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
         for name, epochs in zip(STEPS, (run.params.epochs_head, run.params.epochs_finetune), strict=True):
             _run_step(state, name, epochs, saved)
         if state.stopping():
-            raise KeyboardInterrupt(f"stopped when Task {task} was trained: {GO_ON}")
+            raise KeyboardInterrupt(f"stopped when Task {task} was trained: {resume.GO_ON}")
     record_trained(run, task, state.trained_with, taken_up=saved is not None)
     _record(state, manifest)
 
@@ -106,8 +87,8 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     for found in findings_of(run, task, manifest):
         print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
     equalize = all_gather(close_shortcut(run, task, train_rows) if is_main() else None)[0]
-    trained_with = training_inputs(run.params, task, pd.concat([train_rows, val_rows]))
-    saved, begun = find_resumable(run, task, trained_with)
+    trained_with = resume.training_inputs(run.params, task, pd.concat([train_rows, val_rows]))
+    saved, begun = resume.find_resumable(run, task, trained_with)
     without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
     params = run.params.model_copy(update=without_weights) if saved else run.params
     model = build_model(params, task).to(machine.device)
@@ -118,7 +99,7 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     state.started = time.monotonic() - state.seconds
     wait_for_all()  # all processes have read the files before the first one changes any
     if is_main() and not (saved and begun):
-        discard_begun(run, task)
+        resume.discard_begun(run, task)
     wait_for_all()
     return state, saved
 
@@ -145,7 +126,7 @@ def _run_step(state: TrainingState, name: str, epochs: int, saved: SavedState | 
             _run_epoch(state, step, epoch, mine if mine and mine.epoch == epoch else None)
     target = state.run.classifier_model(state.task) if name == "head" else state.run.finetuned_model(state.task)
     if is_main() and not state.begun and not (finished and target.is_file()):
-        publish(state, name, target)
+        resume.publish(state, name, target)
     wait_for_all()
 
 
@@ -168,17 +149,11 @@ def _begin_step(state: TrainingState, name: str, epochs: int, saved: SavedState 
     average = ModelEmaV3(state.model, decay=params.ema, use_warmup=True) if params.ema else None
     if average and saved and saved.average:
         average.module.load_state_dict(saved.average)
-    state.trained = _trained_view(state, epochs)
+    pixels, share = epochs * len(state.train) * params.crop_size**2, len(range(rank(), params.batch_size, world()))
+    state.trained = replicated(compiled_for_training(state.model, state.task, share, pixels))
     best = saved.best if saved else _first_best(state, name)
     schedule = make_schedule(optimizer, epochs * state.updates, params.warmup)
     return Step(name, epochs, optimizer, schedule, scaler, average, best)
-
-
-def _trained_view(state: TrainingState, epochs: int) -> nn.Module:
-    """The model as it is trained in a step: compiled where that pays, its gradients averaged over processes."""
-    pixels = epochs * len(state.train) * state.params.crop_size**2
-    share = len(range(rank(), state.params.batch_size, world()))
-    return replicated(compiled_for_training(state.model, state.task, share, pixels))
 
 
 def _first_best(state: TrainingState, step: str) -> float:
@@ -198,13 +173,13 @@ def _run_epoch(state: TrainingState, step: Step, epoch: int, saved: SavedState |
     better, step.best = line["score"] > step.best, max(line["score"], step.best)
     if is_main():
         if state.begun:
-            move_replaced_aside(state, step.name)
-        append_history(state.run, line)
+            resume.move_replaced_aside(state, step.name)
+        resume.append_history(state.run, line)
         if better:
             save_checkpoint(state.best_file(step.name), judged, score=step.best, epoch=epoch + 1, step=step.name)
         _save(state, step, epoch + 1)
     state.begun = False
-    print(epoch_line(line, state.params), flush=True)
+    print(resume.epoch_line(line, state.params), flush=True)
 
 
 def _train_or_stop(state: TrainingState, step: Step, epoch: int, unfinished: PartialEpoch | None) -> dict[str, Any]:
@@ -215,7 +190,7 @@ def _train_or_stop(state: TrainingState, step: Step, epoch: int, unfinished: Par
         if is_main():
             _save(state, step, epoch, unfinished=stopped.partial)
         where = f"stopped in {step.name} epoch {epoch + 1} after {stopped.partial.batches} batches"
-        raise KeyboardInterrupt(f"{where}, which are saved: {GO_ON}") from None
+        raise KeyboardInterrupt(f"{where}, which are saved: {resume.GO_ON}") from None
 
 
 def _validate_or_stop(
@@ -225,7 +200,7 @@ def _validate_or_stop(
     try:
         if all_reduce_sum(int(state.stopping()))[0]:
             where = f"stopped in {step.name} epoch {epoch + 1} before its validation"
-            raise KeyboardInterrupt(f"{where}, with all batches saved: {GO_ON}")
+            raise KeyboardInterrupt(f"{where}, with all batches saved: {resume.GO_ON}")
         return validate(state, judged)
     except BaseException:  # save first, so that an interrupted validation does not cost the epoch
         if is_main():
@@ -234,11 +209,7 @@ def _validate_or_stop(
 
 
 def _save(
-    state: TrainingState,
-    step: Step,
-    epoch: int,
-    unfinished: PartialEpoch | None = None,
-    line: dict[str, Any] | None = None,
+    state: TrainingState, step: Step, epoch: int, unfinished: PartialEpoch | None = None, line: dict[str, Any] | None = None
 ) -> None:
     """Write the state file: ``epoch`` epochs of the step are done, and of the next one either batches or its line."""
     state.seconds, state.machine_then = time.monotonic() - state.started, str(state.machine)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,10 @@ OF_DATA = ("findings", *OF_TRAINING)  # facts in run.json that depend on a task'
 
 
 def read_history(run: Run, task: str) -> pd.DataFrame:
-    """The training history of a task, from ``metrics.jsonl``.
+    """The training history of a task, from ``metrics.jsonl``: a row per epoch (none before the first).
 
-    Args:
-        run: the run, trained or not.
-        task: "A" or "B".
-
-    Returns:
-        One row per epoch (none before the first): step ("head" or "finetune"), epoch (from 1), train_loss, val_auc, score
-        (which selects the best epoch), lr, seconds, images_per_second; for Task B also val_iou.
+    Columns are step ("head" or "finetune"), epoch (from 1), train_loss, val_auc, score (which selects the best epoch), lr,
+    seconds, images_per_second; for Task B also val_iou.
     """
     return pd.DataFrame(_history(run, task))
 
@@ -70,8 +65,7 @@ def find_resumable(run: Run, task: str, wanted: dict[str, Any]) -> tuple[SavedSt
             return SavedState.from_dict(content), is_begun
     kept = _has_results(run, task)
     if kept:
-        why = differs or "it has no state to go on from"
-        print(f"starting anew and not from the last training of this name: {why}.")
+        print(f"starting anew and not from the last training of this name: {differs or 'it has no state to go on from'}.")
         print("Its model and results stay until the new training has an epoch, and are then moved aside.")
     return None, kept
 
@@ -117,9 +111,8 @@ def _finished_by_version_1(run: Run, task: str, state: dict[str, Any], data: str
 
 def _files(run: Run, task: str) -> list[Path]:
     """All files of a task's training; its state last, so that an interrupted move can be completed."""
-    checkpoints = [
-        run.folder / "checkpoints" / f"task{task}_{name}" for name in ("head_best.pth", "finetune_best.pth", "state.pt")
-    ]
+    names = ("head_best.pth", "finetune_best.pth", "state.pt")
+    checkpoints = [run.folder / "checkpoints" / f"task{task}_{name}" for name in names]
     return [run.classifier_model(task), run.finetuned_model(task), run.val_probs(task), run.test_probs(task), *checkpoints]
 
 
@@ -205,8 +198,6 @@ def only_trainer(run: Run, task: str, epochs: Callable[[], list[str]]) -> Iterat
     ``epochs`` returns a line for each epoch in ``metrics.jsonl``.
     """
     held = f"Task {task} of run {run.name} is being trained by another process: its epochs follow"
-    with ExitStack() as stack:
-        if is_main():
-            stack.enter_context(exclusive(run.folder / "checkpoints" / f"task{task}.lock", held, epochs))
+    with exclusive(run.folder / "checkpoints" / f"task{task}.lock", held, epochs) if is_main() else nullcontext():
         wait_for_all()
         yield
