@@ -30,6 +30,7 @@ from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Degradations, Params, make_params
 from forensics_lib.reports import compare as comparison
 from forensics_lib.run import Run
+from forensics_lib.synthesis import sample
 from forensics_lib.training import loop
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import project_root, update_json, write_csv
@@ -268,6 +269,13 @@ def tiny_data(tmp_path: Path) -> Path:
 def tiny_run(tiny_data: Path) -> Run:
     """A run on tiny data whose outputs go to a scratch folder."""
     return Run(Params(**TINY, data_root=str(tiny_data)), tiny_data)
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """The built-in sample has one crop a photograph: enough to see everything that it is made of."""
+    for name in ("TASK_A_COUNTS", "TASK_B_COUNTS", "TASK_B_OFFICIAL"):
+        monkeypatch.setattr(sample, name, dict.fromkeys(getattr(sample, name), 1))
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ FARTHEST = 0.01  # between a GPU's and a CPU's probabilities
 
 def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
     """A run on the sample that takes about ``--steps`` updates in step 2."""
-    batch = 4 if options.small else 16
+    batch = 2 if options.small else 16
     updates = 336 // batch  # images of the sample's training split
     values = {
         "backbone": options.backbone,
@@ -57,11 +57,11 @@ def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
         "device": options.device,
         "batch_size": batch,
         "epochs_head": 1,
-        "epochs_finetune": max(2, round(options.steps / updates)),
-        "lr_finetune": 1e-4,
+        "epochs_finetune": 5 if options.small else max(2, round(options.steps / updates)),
+        "lr_finetune": 1e-3 if options.small else 1e-4,
         "val_limit": 32,
-        "crop_size": 64 if options.small else 224,
-        "workers": "auto",
+        "crop_size": 32 if options.small else 224,
+        "workers": 0 if options.small else "auto",
     }
     params = load_params("params/sample.yaml", values | changes)
     return Run(params, data)

@@ -15,7 +15,7 @@ def restored_environment(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_check_of_a_gpu_passes_on_a_cpu(tmp_path, monkeypatch, capsys):
+def test_the_check_of_a_gpu_passes_on_a_cpu(small_sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "check_training", trains := counted(gpu_check.check_training))
     status = gpu_check.main(["--device", "cpu", "--small", "--out", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())

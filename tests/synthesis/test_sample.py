@@ -14,21 +14,13 @@ from forensics_lib.synthesis import sample
 from forensics_lib.synthesis.sample import PHOTOS, build_sample, load_photo
 
 
-def small(monkeypatch) -> None:
-    """One crop a photograph: enough to see everything that the sample is made of."""
-    monkeypatch.setattr(sample, "TASK_A_COUNTS", dict.fromkeys(sample.TASK_A_COUNTS, 1))
-    monkeypatch.setattr(sample, "TASK_B_COUNTS", dict.fromkeys(sample.TASK_B_COUNTS, 1))
-    monkeypatch.setattr(sample, "TASK_B_OFFICIAL", dict.fromkeys(sample.TASK_B_OFFICIAL, 1))
-
-
 def digest(root: Path) -> str:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 @pytest.mark.slow
-def test_the_sample_is_in_the_official_layout_and_the_same_every_time(tmp_path, monkeypatch):
-    small(monkeypatch)
+def test_the_sample_is_in_the_official_layout_and_the_same_every_time(small_sample, tmp_path):
     one, two = build_sample(tmp_path / "one"), build_sample(tmp_path / "two")
     assert digest(one) == digest(two)
     folder = one / "dataset_taskB"
