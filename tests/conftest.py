@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,8 @@ from forensics_lib.training.loop import train
 from forensics_lib.utils.files import project_root, update_json, write_csv
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
+WARM = multiprocessing.get_context("forkserver")  # its processes are forked from one that has imported the library
+WARM.set_forkserver_preload(["conftest"])
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 TINY = {
     "run_name": "tiny",
@@ -88,10 +94,10 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 
 def touch(root: Path, *names: str) -> None:
     """Empty files."""
+    for folder in {(root / name).parent for name in names}:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        (root / name).touch()
 
 
 def records(rows) -> list[dict]:
@@ -189,17 +195,39 @@ def with_data(run: Run, *entries: dict, **values) -> Run:
     return Run(params, run.data)
 
 
-def stopping(function: Callable[..., Any], when: Callable[[int], bool]) -> tuple[Callable[..., Any], list[None]]:
-    """The function with SIGTERM to this process before the calls, counted from 1, for which ``when`` holds; and its calls."""
+def stopping(
+    function: Callable[..., Any], when: Callable[[int], bool], number: int = signal.SIGTERM
+) -> tuple[Callable[..., Any], list[None]]:
+    """The function with a signal to this process before the calls, counted from 1, for which ``when`` holds; and its calls."""
     calls: list[None] = []
 
     def call(*arguments: Any) -> Any:
         calls.append(None)
         if when(len(calls)):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return function(*arguments)
 
     return call, calls
+
+
+def beside(function: Callable[..., Any], *arguments: Any, said: Path) -> BaseProcess:
+    """Start a module's function in a process of its own, which begins with this module imported; ``said`` is its output."""
+    process = WARM.Process(target=_telling, args=(function, arguments, said, dict(os.environ)))
+    process.start()
+    return process
+
+
+def _telling(function: Callable[..., Any], arguments: tuple[Any, ...], said: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    with said.open("w", buffering=1) as sys.stdout:
+        function(*arguments)
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
 
 
 def changed(run: Run, **values) -> Run:
@@ -212,6 +240,13 @@ def train_and_evaluate(run: Run, task: str) -> pd.DataFrame:
     train(run, task, manifest)
     evaluate(run, task, manifest)
     return manifest
+
+
+def draw_few(patch: pytest.MonkeyPatch) -> None:
+    """Intervals of fewer draws than the library's, but where they are tested themselves."""
+    for name in ("bootstrap_intervals", "localization_intervals"):
+        patch.setattr(evaluation, name, partial(getattr(metrics, name), rounds=20))
+    patch.setattr(comparison, "ROUNDS", 200)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -242,10 +277,7 @@ def own_home(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    """Intervals of fewer draws than the library's, but where they are tested themselves."""
-    for name in ("bootstrap_intervals", "localization_intervals"):
-        monkeypatch.setattr(evaluation, name, partial(getattr(metrics, name), rounds=20))
-    monkeypatch.setattr(comparison, "ROUNDS", 200)
+    draw_few(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

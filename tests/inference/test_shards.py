@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import changed, picture, save
+from conftest import beside, changed, picture, save, wait_until
 from filelock import FileLock
 from scipy.special import logit
 
@@ -23,7 +21,7 @@ from forensics_lib.inference.probabilities import BrokenModelError
 from forensics_lib.inference.shards import InferenceError, Shards, infer
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
-from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.run import Run, open_run, stored_thresholds
 from forensics_lib.submission.build import SubmissionError, build_submission
 from forensics_lib.utils.files import WriteError, read_json, update_json
 
@@ -156,13 +154,9 @@ def test_untrained_runs_name_those_that_are_trained(trained_run):
         infer(run, task)
 
 
-AT_ONCE = """
-import sys
-from forensics_lib.inference import shards as infer
-from forensics_lib.run import open_run
-infer.SHARDS = 2
-print(len(infer.infer(open_run(sys.argv[1]), sys.argv[2])))
-"""
+def infer_in_two_shards(file: Path, task: str) -> None:
+    module.SHARDS = 2
+    print(len(infer(open_run(str(file)), task)))
 
 
 @pytest.mark.slow
@@ -177,12 +171,13 @@ def test_two_inferences_at_once_take_turns(trained_run, tmp_path):
     files = [run.write_params().rename(tmp_path / "first.yaml")]
     values = {f"test_folder_{task.lower()}": str(other)}
     files.append(changed(run, **values).write_params().rename(tmp_path / "second.yaml"))
+    said = [file.with_suffix(".txt") for file in files]
     with lock:
-        command = [sys.executable, "-c", AT_ONCE]
-        both = [subprocess.Popen([*command, str(file), task], stdout=subprocess.PIPE, text=True) for file in files]
-        said = [next(line for line in process.stdout if "is being predicted by another process" in line) for process in both]
-    answers = [process.communicate(timeout=300)[0].splitlines()[-1] for process in both]
-    assert len(said) == 2 and answers == ["4", "5"]
+        both = [beside(infer_in_two_shards, file, task, said=out) for file, out in zip(files, said, strict=True)]
+        wait_until(lambda: all(out.exists() and "is being predicted by another process" in out.read_text() for out in said))
+    for process in both:
+        process.join(300)
+    assert [out.read_text().splitlines()[-1] for out in said] == ["4", "5"]
     assert len({path.parent for path in shards(run)}) == 1
     assert len(pd.read_csv(run.test_probs(task))) == sum(len(pd.read_parquet(path)) for path in shards(run))
 

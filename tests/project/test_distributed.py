@@ -1,21 +1,26 @@
 """Several processes on one machine, by torchrun's own engine, compared with one process."""
 
 import os
+import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, train_and_evaluate
+from conftest import TINY, WARM, draw_few, stopping, train_and_evaluate
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from forensics_lib.__main__ import main
+from forensics_lib.data import audit as audits
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.evaluation import evaluate as evaluation
-from forensics_lib.evaluation import metrics
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
@@ -23,30 +28,53 @@ from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
 from forensics_lib.training.resume import read_history
-from forensics_lib.utils.files import project_root, read_json
+from forensics_lib.utils.files import read_json
 from forensics_lib.utils.processes import WorkerError, launch
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 pytestmark = pytest.mark.slow
 
 
-def torchrun(home: Path, run: Run, *arguments: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")):
-    """Start ``python -m forensics_lib`` in several processes, with the parameters of ``run``."""
-    command = [*TORCHRUN, *options, "-m", "forensics_lib", *arguments, "--params", str(run.write_params())]
-    environment = os.environ | {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1", "PYTHONPATH": str(project_root())}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def begin(home: Path, change: Callable[[], None] | None, arguments: list[str]) -> int:
+    os.environ |= {"FORENSICS_HOME": str(home), "FORENSICS_HEADLESS": "1"}
+    draw_few(pytest.MonkeyPatch())
+    if change:
+        change()
+    return main(arguments)
 
 
-def succeeded(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+@pytest.fixture
+def together(tmp_path):
+    """Does a command of the library in two processes, by torchrun's engine, on one node or two; gives what they say.
+
+    They begin with the library imported, and with ``change()``.
+    """
+
+    def call(run: Run, *arguments: str, change: Callable[[], None] | None = None, status: int = 0, nodes: int = 1) -> str:
+        logs = tmp_path / f"logs{len(list(tmp_path.glob('logs*')))}"
+        words = [*arguments, "--params", str(run.write_params())]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+
+        def agent(_: int) -> dict[int, int]:
+            config = LaunchConfig(nodes, nodes, 2 // nodes, rdzv_backend="c10d", rdzv_endpoint=endpoint, run_id="tests")
+            config.max_restarts, config.start_method = 0, WARM.get_start_method()
+            config.logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+            return elastic_launch(config, begin)(run.folder.parents[1], change, words)
+
+        with ThreadPoolExecutor(nodes) as agents:  # outside of the main thread they leave this process's signals alone
+            statuses = [found for of_node in agents.map(agent, range(nodes)) for found in of_node.values()]
+        said = sorted(path.read_text() for path in logs.rglob("stdout.log"))
+        assert (statuses, said[:-1]) == ([status, status], [""]), said
+        return said[-1]
+
+    return call
 
 
-def run_in(home: Path, data: Path, **values) -> Run:
-    return Run(Params(**TINY | {"data_root": str(data)} | values), data)
+def signalled(place: str, call: int, number: int, ranks: str) -> None:
+    """In the processes of these ranks the function at ``place`` begins its call of this number with a signal to itself."""
+    if os.environ["RANK"] in ranks:
+        pytest.MonkeyPatch().setattr(place, stopping(resolve_name(place), lambda calls: calls == call, number)[0])
 
 
 @pytest.fixture
@@ -55,19 +83,19 @@ def homes(tmp_path, tiny_data, monkeypatch):
 
     def enter(name: str, **values) -> Run:
         monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
-        return run_in(tmp_path / name, tiny_data, **values)
+        return Run(Params(**TINY | {"data_root": str(tiny_data)} | values), tiny_data)
 
     return enter
 
 
-def test_two_processes_learn_what_one_does(homes, tmp_path):
+def test_two_processes_learn_what_one_does(homes, together):
     values = {"ema": 0.0, "dropout": 0.0}  # every process draws its own dropout
     one = homes("one", **values)
     for task in "AB":
         train_and_evaluate(one, task)
 
     two = homes("two", **values)
-    assert "2 processes" in succeeded(torchrun(tmp_path / "two", two, "train", "--tasks", "A", "B"))
+    assert "2 processes" in together(two, "train", "--tasks", "A", "B")
     for task in "AB":
         alone, together = (read_history(run, task) for run in (one, two))
         columns = ["train_loss", "val_auc"] if task == "A" else ["val_auc", "val_iou"]
@@ -82,10 +110,8 @@ def test_two_processes_learn_what_one_does(homes, tmp_path):
         assert scores[0].keys() == scores[1].keys()
 
 
-def test_scores_and_predictions_of_two_processes_are_those_of_one(homes, tmp_path, monkeypatch):
+def test_scores_and_predictions_of_two_processes_are_those_of_one(homes, together):
     """The same weights: validation scores, thresholds, probabilities and masks are equal to the last bit."""
-    for name in ("bootstrap_intervals", "localization_intervals"):  # of as many draws as in the processes
-        monkeypatch.setattr(evaluation, name, getattr(metrics, name))
     run = homes("one", precision="bf16")
     for task in "AB":
         train_and_evaluate(run, task)
@@ -95,8 +121,8 @@ def test_scores_and_predictions_of_two_processes_are_those_of_one(homes, tmp_pat
     assert len(kept) == 1 + 2 * 2 + 4, "thresholds; probabilities; masks"
     for path in [*kept, *(run.folder / "shards").rglob("*.parquet")]:
         path.unlink()
-    succeeded(torchrun(tmp_path / "one", run, "train", "--tasks", "A", "B"))  # finished: nothing is trained anew
-    succeeded(torchrun(tmp_path / "one", run, "infer", "--tasks", "A", "B"))
+    together(run, "train", "--tasks", "A", "B")  # finished: nothing is trained anew
+    together(run, "infer", "--tasks", "A", "B")
     again = read_json(run.folder / "run.json")
     assert all(again[f"task{task}_validation"] == facts[f"task{task}_validation"] for task in "AB")
     assert {path: path.read_bytes() for path in result_files(run)} == kept
@@ -107,64 +133,34 @@ def result_files(run: Run) -> list[Path]:
     return [run.thresholds, *tables, *sorted(run.masks.glob("*.npz"))]
 
 
-def test_training_goes_on_with_another_number_of_processes(homes, tmp_path):
+LOSS = "forensics_lib.training.epoch.batch_loss"
+
+
+def test_training_goes_on_with_another_number_of_processes(homes, together):
     run = homes("home", epochs_finetune=2)
-    first = torchrun(tmp_path / "home", run, "train", "--tasks", "A")
-    wait_until(lambda: len(read_history(run, "A")) >= 1 and list(run.folder.rglob("*state.pt")))
-    stop(first)
+    with pytest.raises(ChildFailedError):  # as on a machine that goes down
+        together(run, "train", "--tasks", "A", change=partial(signalled, LOSS, 5, signal.SIGKILL, "01"))
     before = read_history(run, "A")
+    assert len(before) == 1 and list(run.folder.rglob("*state.pt"))
     assert len(train(run, "A", build_manifest(run, "A"))) == 3
     pd.testing.assert_frame_equal(read_history(run, "A").iloc[: len(before)], before)
 
 
-def wait_until(true, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.02)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Kill torchrun with all its workers, as a machine that goes down does."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-STOPS_ONCE = """
-import os, signal, sys
-from forensics_lib.training import epoch as epochs
-from forensics_lib.__main__ import main
-real, calls = epochs.batch_loss, []
-def loss(*arguments):
-    calls.append(1)
-    if len(calls) == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*arguments)
-epochs.batch_loss = loss
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize(("task", "settings"), [("A", {"batch_size": 4}), ("B", {"batch_size": 2})])
-def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, settings, homes, tmp_path, tiny_data):
+def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, settings, homes, together, tiny_data):
     """Each has its own generators, losses and unreadable images."""
     spoiled = tiny_data / "dataset" / "train" / "1_fake" / "src" / "1_fake0.png"
     data = spoiled.read_bytes()
     spoiled.write_bytes(data[:1000] + bytes(200) + data[1200:])
     values = settings | {"dropout": 0.5, "epochs_head": 1, "epochs_finetune": 1}
     undisturbed = homes("one", **values)
-    succeeded(torchrun(tmp_path / "one", undisturbed, "train", "--tasks", task))
+    together(undisturbed, "train", "--tasks", task)
     expected = read_history(undisturbed, task)
 
     run = homes("two", **values)
-    script = tmp_path / "stops.py"
-    script.write_text(STOPS_ONCE)
-    words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), "train", "--tasks", task]
-    environment = os.environ | {"FORENSICS_HOME": str(tmp_path / "two"), "PYTHONPATH": str(project_root())}
-    stopped = subprocess.run([*words, "--params", str(run.write_params())], env=environment, capture_output=True, text=True)
-    state = read_checkpoint(run.folder / "checkpoints" / f"task{task}_state.pt")
-    assert state["part"]["batches"] == 2, stopped.stdout + stopped.stderr
-    succeeded(torchrun(tmp_path / "two", run, "train", "--tasks", task))
+    together(run, "train", "--tasks", task, change=partial(signalled, LOSS, 2, signal.SIGTERM, "1"), status=130)
+    assert read_checkpoint(run.folder / "checkpoints" / f"task{task}_state.pt")["part"]["batches"] == 2
+    together(run, "train", "--tasks", task)
     columns = ["train_loss", "val_auc", "lr"]
     pd.testing.assert_frame_equal(read_history(run, task)[columns], expected[columns], rtol=1e-9)
     weights = [read_checkpoint(r.finetuned_model(task))["model"] for r in (undisturbed, run)]
@@ -173,52 +169,34 @@ def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, sett
     assert facts[0] == facts[1] and len(facts[0]) == (task == "A")
 
 
-def test_a_worker_killed_during_inference_loses_and_doubles_nothing(homes, tmp_path, tiny_data, rng):
-    for number in range(120):
-        (tiny_data / "test" / "taskA" / f"c{number:03d}.jpg").write_bytes(
-            (tiny_data / "test" / "taskA" / "a0.jpg").read_bytes()
-        )
+def test_a_worker_killed_during_inference_loses_and_doubles_nothing(homes, together, tiny_data):
+    images = tiny_data / "test" / "taskA"
+    for number in range(60):
+        shutil.copy(images / "a0.jpg", images / f"c{number:03d}.jpg")
     run = homes("home")
-    manifest = build_manifest(run, "A")
-    train(run, "A", manifest)
-    evaluate(run, "A", manifest)
+    train_and_evaluate(run, "A")
     expected = infer(run, "A")
     shards = next((run.folder / "shards").glob("taskA-*"))
-    run.test_probs("A").unlink()
-    for shard in shards.iterdir():
-        shard.unlink()
+    for path in [run.test_probs("A"), *shards.iterdir()]:
+        path.unlink()
 
-    first = torchrun(tmp_path / "home", run, "infer", "--tasks", "A")
-    wait_until(lambda: list(shards.glob("0*.parquet")))
-    worker = next(pid for pid in children(first.pid) if b"forensics_lib" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(worker, signal.SIGKILL)
-    output, _ = first.communicate(timeout=120)
+    write = "forensics_lib.inference.shards.atomic_write"
+    with pytest.raises(ChildFailedError):
+        together(run, "infer", "--tasks", "A", change=partial(signalled, write, 3, signal.SIGKILL, "1"))
     done = {path: path.stat().st_mtime_ns for path in shards.glob("0*.parquet")}
-    if first.returncode == 0:
-        pytest.skip("the inference ended before its worker was killed")
-    assert not run.test_probs("A").exists(), output
+    assert 2 <= len(done) < 32 and not run.test_probs("A").exists()
 
-    succeeded(torchrun(tmp_path / "home", run, "infer", "--tasks", "A"))
+    together(run, "infer", "--tasks", "A")
     assert {path: path.stat().st_mtime_ns for path in done} == done
     written = pd.read_csv(run.test_probs("A"))
     assert written["image_id"].tolist() == expected["image_id"].tolist()
     assert (written["prob"].round(6) == expected["prob"].round(6)).all()
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def test_two_nodes_meet(homes, tmp_path):
+def test_two_nodes_meet(homes, together):
     """Two agents with one process each, as on two machines that see the same files."""
     run = homes("home")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=meeting")
-    nodes = [torchrun(tmp_path / "home", run, "train", "--tasks", "A", options=options) for _ in range(2)]
-    outputs = [succeeded(node) for node in nodes]
-    assert sum("2 processes" in output for output in outputs) == 1
+    assert "2 processes" in together(run, "train", "--tasks", "A", nodes=2)
     assert run.val_probs("A").is_file()
 
 
@@ -239,37 +217,19 @@ def test_a_failed_process_says_why(homes):
         launch(2, "train", "--params", "nowhere.yaml")
 
 
-AUDITED = """
-import os, sys
-from pathlib import Path
-from forensics_lib.data import audit as audits
-from forensics_lib.training import loop as training
-from forensics_lib.utils.processes import main_process_first, join_group, leave_group
-from forensics_lib.data.manifest import build_manifest
-from forensics_lib.run import open_run
+def note_audits() -> None:
+    def told(function: Callable) -> Callable:
+        def call(*arguments, **options):
+            with Path(os.environ["FORENSICS_HOME"], "audited.txt").open("a") as file:
+                file.write(f"{os.environ['RANK']} {function.__name__}\n")
+            return function(*arguments, **options)
 
-def told(function):
-    def call(*arguments, **options):
-        with Path(os.environ["FORENSICS_HOME"], "audited.txt").open("a") as file:
-            file.write(f"{os.environ['RANK']} {function.__name__}\\n")
-        return function(*arguments, **options)
-    return call
+        return call
 
-audits.audit, audits.shortcut_audit = told(audits.audit), told(audits.shortcut_audit)
-join_group()
-run = main_process_first(lambda: open_run(sys.argv[1]))
-training.train(run, "A", main_process_first(lambda: build_manifest(run, "A")))
-leave_group()
-"""
+    audits.audit, audits.shortcut_audit = told(audits.audit), told(audits.shortcut_audit)
 
 
-def test_only_the_first_process_audits(homes, tmp_path):
-    run = homes("home")
-    script = tmp_path / "audited.py"
-    script.write_text(AUDITED)
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), str(run.write_params())]
-    environment = os.environ | {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ended.returncode == 0, ended.stderr
+def test_only_the_first_process_audits(homes, together, tmp_path):
+    together(homes("home"), "train", "--tasks", "A", change=note_audits)
     audited = (tmp_path / "home" / "audited.txt").read_text().splitlines()
     assert set(audited) == {"0 audit", "0 shortcut_audit"}

@@ -1,12 +1,10 @@
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import records
+from conftest import beside, records, wait_until
 from PIL import Image
 
 from forensics_lib.data.layouts import read_task_a, read_task_b_validation, read_test, read_tgif
@@ -62,32 +60,28 @@ def test_a_stopped_build_leaves_nothing(tmp_path, monkeypatch):
     assert [path for path in tmp_path.iterdir() if path.name != ".s-lock"] == []
 
 
-AT_ONCE = """
-import json, sys, time
-from pathlib import Path
-from forensics_lib.synthesis import sample
+def build_slowly(root: Path, name: str) -> None:
+    def slowly(building: Path) -> None:  # until the other one waits
+        wait_until(lambda: any("another process makes the sample" in out.read_text() for out in root.parent.glob("*.txt")))
+        (building / "by").write_text(name)
+        (building / sample.MARKER).write_text(json.dumps({"version": sample.VERSION}))
 
-def slowly(root):
-    time.sleep(3)
-    (root / "by").write_text(sys.argv[2])
-    (root / sample.MARKER).write_text(json.dumps({"version": sample.VERSION}))
-
-sample._build = slowly
-root = Path(sys.argv[1])
-print(sample.build_sample(root).stat().st_ino, (root / "by").read_text(), flush=True)
-"""
+    sample._build = slowly
+    print(build_sample(root).stat().st_ino, (root / "by").read_text())
 
 
 @pytest.mark.slow
 def test_two_first_runs_at_once_share_one_sample(tmp_path):
     """The folder that the first one reads is the one that the second one finds, not a second one in its place."""
-    command = [sys.executable, "-c", AT_ONCE, str(tmp_path / "s")]
-    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
-    said = [process.communicate(timeout=120)[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    outputs = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    both = [beside(build_slowly, tmp_path / "s", out.stem, said=out) for out in outputs]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    said = [out.read_text().splitlines() for out in outputs]
     assert said[0][-1] == said[1][-1], "one folder, made by one of them"
     assert sum("another process makes the sample data" in line for lines in said for line in lines) == 1
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".s-lock"] == ["s"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["s"]
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path, monkeypatch):
