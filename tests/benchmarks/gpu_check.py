@@ -50,14 +50,14 @@ FARTHEST = 0.01  # between a GPU's and a CPU's probabilities
 def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
     """A run on the sample that takes about ``--steps`` updates in step 2."""
     batch = 2 if options.small else 16
-    updates = 336 // batch  # images of the sample's training split
+    updates = len(list((data / "dataset" / "train").rglob("*.jpg"))) // batch
     values = {
         "backbone": options.backbone,
         "frontend": "rgb",
         "device": options.device,
         "batch_size": batch,
         "epochs_head": 1,
-        "epochs_finetune": 5 if options.small else max(2, round(options.steps / updates)),
+        "epochs_finetune": max(2, round(options.steps / updates)),
         "lr_finetune": 1e-3 if options.small else 1e-4,
         "val_limit": 32,
         "crop_size": 32 if options.small else 224,
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=project_root() / "build" / "gpu_check.json")
     options = parser.parse_args(arguments)
     if options.small:
-        options.backbone, options.steps = "test_convnext", min(options.steps, 20)
+        options.backbone, options.steps = "test_convnext", min(options.steps, 35)
     os.environ["FORENSICS_HEADLESS"] = "1"
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
