@@ -223,7 +223,7 @@ def _telling(function: Callable[..., Any], arguments: tuple[Any, ...], said: Pat
         function(*arguments)
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], Any], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "nothing happened in time"

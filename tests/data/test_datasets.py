@@ -249,7 +249,7 @@ def test_a_loader_process_copies_no_rows():
     found = context.Queue()
     process = context.Process(target=_memory_copied_by_reading, args=(columns, found))
     process.start()
-    copied = found.get(timeout=60)
+    copied = found.get(timeout=600)
     process.join()
     assert copied < 8e6, "as Python's strings they would be 25 MB"
 

@@ -123,7 +123,7 @@ def command(tiny_run):
 def test_a_stopped_run_keeps_what_it_trained(number, processes, command):
     run, process = command("run", "--from", "02", workers=2, processes=processes)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 130, output + errors
     assert "Ctrl-C or SIGTERM" in errors
     assert "FROM=02_train_taskA" in errors
@@ -135,6 +135,6 @@ def test_a_stopped_run_keeps_what_it_trained(number, processes, command):
 def test_processes_that_train_together_say_what_they_kept(command):
     _, process = command("train", processes=2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 130, output + errors
     assert errors.startswith("stopped in finetune epoch"), output + errors

@@ -28,7 +28,7 @@ def at_once(imports: str, code: str, *arguments) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
     for process in processes:
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == 0
 
 
@@ -112,7 +112,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next_one(name, tmp_
     assert len(list(tmp_path.iterdir())) == 2
     write_text(tmp_path / "other", "text")
     assert len(list(tmp_path.iterdir())) == 2, "what lives keeps its file"
-    lives.communicate("\n", timeout=60)
+    lives.communicate("\n", timeout=600)
     assert {path.name for path in tmp_path.iterdir()} == {name, "other"}
     assert (tmp_path / name).read_text() == "half"
 
