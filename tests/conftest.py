@@ -41,7 +41,8 @@ from forensics_lib.utils.files import project_root, update_json, write_csv
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in a shell's background would ignore
 WARM = multiprocessing.get_context("forkserver")  # its processes are forked from one that has imported the library
-WARM.set_forkserver_preload(["conftest"])
+LIBRARY = [f"forensics_lib.{name}" for name in ("training.loop", "inference.shards", "reports.compare", "synthesis.sample")]
+WARM.set_forkserver_preload([*LIBRARY, "torch.distributed.launcher.api"])
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 TINY = {
     "run_name": "tiny",
