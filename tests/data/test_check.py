@@ -1,6 +1,7 @@
 """What complete official data holds, and what is missing."""
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,7 @@ def official_tree(tmp_path_factory) -> Path:
     if not OFFICIAL.is_dir():
         pytest.skip(f"the official tables are not at {OFFICIAL} (FORENSICS_CORPUS)")
     root = tmp_path_factory.mktemp("official")
-    for split in ("training", "validation", "testing"):
-        _lay_out_tgif(root / "TGIF", split)
+    touch(root / "TGIF", *(name for split in ("training", "validation", "testing") for name in _names_in_tgif(split)))
     table = (OFFICIAL / "taskB_val.csv").read_bytes()
     touch(root / "val", "taskB_val.csv")
     (root / "val" / "taskB_val.csv").write_bytes(table)
@@ -97,18 +97,18 @@ def official_tree(tmp_path_factory) -> Path:
     return root
 
 
-def _lay_out_tgif(root: Path, split: str) -> None:
+def _names_in_tgif(split: str) -> Iterator[str]:
     def lines(table: str) -> list[dict[str, str]]:
         with (OFFICIAL / "tgif" / f"{table}_{split}.csv").open() as file:
             return list(csv.DictReader(file))
 
     for item in lines("orig"):
-        touch(root, *(f"orig/{split}/{item['category']}/{item['image_id']}_orig{size}.png" for size in ("", "_512", "_1024")))
+        yield from (f"orig/{split}/{item['category']}/{item['image_id']}_orig{size}.png" for size in ("", "_512", "_1024"))
     for table, (folder, image, mask) in TGIF_OFFICIAL.items():
         for item in lines(table.removesuffix("-fr")):
             values = {"i": item["image_id"], "m": item["mask_variation"], "v": item["gen_variation_id"]}
-            touch(root, f"{folder}/{split}/{item['category']}/{image.format(**values)}")
-            touch(root, f"masks/{split}/{item['category']}/{mask.format(**values)}")
+            yield f"{folder}/{split}/{item['category']}/{image.format(**values)}"
+            yield f"masks/{split}/{item['category']}/{mask.format(**values)}"
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_an_unfinished_training_of_an_earlier_version_is_kept_aside(applied, cap
     assert len(list((run.folder / "replaced").iterdir())) == 1
 
 
-@pytest.mark.parametrize("seed", [4_294_968, 20251126, 2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seed", [4_294_968, 2**32, 2**64 - 1])
 def test_any_seed_trains(seed, tiny_run):
     run = changed(tiny_run, seed=seed, val_limit=6, robustness_images=6)
     manifest = build_manifest(run, "A")
@@ -260,30 +260,31 @@ def test_a_finished_training_is_not_done_again_unless_something_changed(trained,
         stored_thresholds(run, "A")
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch, stop_after):
+def test_a_stopped_training_goes_on_and_ends_the_same(tiny_run, monkeypatch):
     run = changed(tiny_run, epochs_head=2, epochs_finetune=2)
     manifest = build_manifest(run, "A")
     train(run, "A", manifest)
     expected = read_checkpoint(run.finetuned_model("A"))["model"], read_history(run, "A")["train_loss"].tolist()
-    again = changed(run, run_name="again")
-    calls, original = [], training.train_epoch
+    original = training.train_epoch
+    for stop_after in (1, 2, 3):
+        again = changed(run, run_name=f"again{stop_after}")
+        calls = []
 
-    def stops(*arguments):
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return original(*arguments)
+        def stops(*arguments, stop_after=stop_after, calls=calls):
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return original(*arguments)
 
-    monkeypatch.setattr(training, "train_epoch", stops)
-    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(training, "train_epoch", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train(again, "A", manifest)
+        assert not again.finetuned_model("A").exists(), "an unfinished step has no public file"
+        monkeypatch.setattr(training, "train_epoch", original)
         train(again, "A", manifest)
-    assert not again.finetuned_model("A").exists(), "an unfinished step has no public file"
-    monkeypatch.setattr(training, "train_epoch", original)
-    train(again, "A", manifest)
-    resumed = read_checkpoint(again.finetuned_model("A"))["model"]
-    assert all(torch.equal(value, resumed[name]) for name, value in expected[0].items())
-    assert read_history(again, "A")["train_loss"].tolist() == expected[1]
+        resumed = read_checkpoint(again.finetuned_model("A"))["model"]
+        assert all(torch.equal(value, resumed[name]) for name, value in expected[0].items())
+        assert read_history(again, "A")["train_loss"].tolist() == expected[1]
 
 
 def spoil(path) -> None:
