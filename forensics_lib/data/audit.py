@@ -25,7 +25,6 @@ from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import EMPTY_MASK, mask_facts
 from forensics_lib.params import Params
 from forensics_lib.run import Run
-from forensics_lib.synthesis.autoencoder import load_autoencode
 from forensics_lib.utils.files import read_json
 from forensics_lib.utils.processes import main_process_first
 from forensics_lib.utils.progress import progress
@@ -304,7 +303,4 @@ def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: b
     """The training crops of a task."""
     if task == "A":
         return TrainingCrops(rows, params.crop_size, params.degrade, masks=False, equalize=equalize)
-    generator = load_autoencode("own") if params.run_type == "open" else None  # it was trained on other than official data
-    return TrainingCrops(
-        rows, params.crop_size, params.degrade_b, masks=True, equalize=equalize, paste=params.paste, generator=generator
-    )
+    return TrainingCrops(rows, params.crop_size, params.degrade_b, masks=True, equalize=equalize, paste=params.paste)

@@ -17,19 +17,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from forensics_lib.images.crops import chosen_crops, pad_to, to_tensor
-from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
+from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
+from forensics_lib.images.degradations import Encoding, degrade, recompress
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
-from forensics_lib.synthesis.autoencoder import Autoencode
-from forensics_lib.synthesis.forgeries import pasted, retouched
+from forensics_lib.synthesis.forgeries import pasted
 
 SMALL = 0.05  # share of images that may be smaller than the squares from which crops are cut
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
-OVERVIEW, WIDEST = 0.5, 2.5  # Task B: share of squares that are larger and shrunk to a crop, and their largest side in crops
-RETOUCHED = 0.25  # Task B: share of squares retouched as a whole, so that only differences within an image tell a region
 
 
 class Columns:
@@ -62,8 +59,8 @@ class TrainingCrops(Dataset):
         masks: whether samples have the mask's crop; a spliced image's crop without a manipulated pixel is then authentic.
         equalize: whether all images get one compression history: other formats are first compressed as one of the JPEG
             files was, and the last compression has one distribution, with randomly placed blocks.
-        paste: share of authentic crops that get a region with new content, see ``forgeries.pasted``, and count as spliced.
-        generator: what some of these contents pass through; None: none does.
+        paste: share of authentic crops that get a region from elsewhere in the image or from another authentic image,
+            and count as spliced.
     """
 
     def __init__(
@@ -75,11 +72,10 @@ class TrainingCrops(Dataset):
         masks: bool,
         equalize: bool = False,
         paste: float = 0.0,
-        generator: Autoencode | None = None,
     ) -> None:
         self.rows = Columns(manifest, ["path", "label", "mask_path", "kind", "format"])
         self.crop_size, self.masks = crop_size, masks
-        self.degradations, self.equalize, self.paste, self.generator = degradations, equalize, paste, generator
+        self.degradations, self.equalize, self.paste = degradations, equalize, paste
         self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
         self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
         self.window = _window(manifest, crop_size)
@@ -128,36 +124,32 @@ class TrainingCrops(Dataset):
         return facts | {"width": width, "height": height, "bytes": size * (width * height / pixels)}
 
     def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-        """A native square of an image, or a larger one that is shrunk in the end; degraded."""
-        overview = self.masks and rng.random() < OVERVIEW
-        side = round(self.crop_size * WIDEST ** rng.random()) if overview else self.window
-        image, mask = self._square(row, side, rng)
-        if self.masks and rng.random() < RETOUCHED:
-            image = retouched(image, rng)
+        """A native square of an image, degraded."""
+        image, mask = self._square(row, rng)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
-        if overview and (scale := self.crop_size / max(image.shape[:2])) < 1:
-            image, mask = resize(image, mask, scale, KERNELS[rng.integers(len(KERNELS))])
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
-    def _square(self, row: dict[str, Any], side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-        """A random square of an image, of at most ``side`` pixels, and of its mask if samples have masks."""
+    def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """A random square of an image, and of its mask if samples have masks."""
         with open_image(row["path"]) as opened:
             rgb, mask = decoded(opened), None
             size = (rgb.height, rgb.width)
             if self.masks:
                 mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
-            place = _place(size, mask, side, rng)
+            place = _place(size, mask, self.window, rng)
             return pixels_in(rgb, *place), None if mask is None else mask[place]
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         donor = None
-        with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
-            donor = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
-        return pasted(image, donor, rng, self.generator)
+        if rng.random() < 0.5:
+            with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
+                other = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
+                donor = fitted(other, image.shape[:2], rng)
+        return pasted(image, donor, rng)
 
 
 def _window(manifest: pd.DataFrame, crop_size: int) -> int:
@@ -227,33 +219,27 @@ def drawing_strata(rows: pd.DataFrame, task: str, params: Params) -> tuple[np.nd
 
 
 def epoch_order(
-    labels: np.ndarray,
-    seed: int,
-    epoch: int,
-    strata: np.ndarray | None = None,
-    shares: dict[Any, float] | None = None,
-    authentic: float = 0.5,
+    labels: np.ndarray, seed: int, epoch: int, strata: np.ndarray | None = None, shares: dict[Any, float] | None = None
 ) -> np.ndarray:
-    """The indices of one epoch: as many as there are images, a share of them ``authentic``, shuffled.
+    """The indices of one epoch: as many as there are images, both classes equally often, shuffled.
 
     With ``strata`` ``(N,)`` the strata of a class are drawn equally often too, or by their ``shares`` of the class.  Images
     of a small class or stratum repeat; of a large one each epoch takes another random part.
     """
     rng = np.random.default_rng([seed, epoch])
     strata = np.zeros(len(labels), int) if strata is None else strata
-    shares, parts = shares or {}, []
-    for label, share in enumerate((authentic, 1 - authentic)):
-        wanted = int(np.ceil(share * len(labels) - 1e-9))
+    shares, half, parts = shares or {}, -(-len(labels) // 2), []
+    for label in (0, 1):
         names = pd.unique(strata[labels == label])
         weights = np.array([shares.get(name, 1 / len(names)) for name in names])
         weights = weights if weights.any() else np.ones(len(names))
         drawn = []
         for name, weight in zip(names, weights / weights.sum(), strict=True):
             members = np.flatnonzero((labels == label) & (strata == name))
-            count = int(np.ceil(wanted * weight - 1e-9))
+            count = int(np.ceil(half * weight - 1e-9))
             repeated = [rng.permutation(members) for _ in range(-(-count // len(members)))]
             drawn.append(rng.permutation(np.concatenate(repeated)[:count]) if repeated else members[:0])
-        parts.append(rng.permutation(np.concatenate(drawn))[:wanted])
+        parts.append(rng.permutation(np.concatenate(drawn))[:half])
     return rng.permutation(np.concatenate(parts))[: len(labels)]
 
 

@@ -27,7 +27,7 @@ from forensics_lib.reports.figures import (
     new_figure,
 )
 from forensics_lib.synthesis.autoencoder import load_autoencode
-from forensics_lib.synthesis.forgeries import CONTENTS, METHODS, forge, pasted
+from forensics_lib.synthesis.forgeries import METHODS, forge
 
 SHOWN_SIDE = 192  # pixels of an image that a gallery shows, at native resolution
 
@@ -196,7 +196,7 @@ def region_samples(manifest: pd.DataFrame, count: int = 6, seed: int = 0) -> Fig
 
 
 def forgery_samples(manifest: pd.DataFrame, count: int = 4, seed: int = 0) -> Figure:
-    """Forgeries of authentic training images with the outline of their masks, a row per content or method."""
+    """Forgeries of authentic training images with the outline of their masks, a row per method."""
     train, rng = usable(manifest, "train"), np.random.default_rng(seed)
     drawn = train[train["label"] == 0].sample(frac=1, random_state=seed)["path"]
     photos = []
@@ -204,21 +204,15 @@ def forgery_samples(manifest: pd.DataFrame, count: int = 4, seed: int = 0) -> Fi
         with contextlib.suppress(ImageError):
             photos.append(read_image(path))
     autoencode = load_autoencode("own")
-    kinds = (*CONTENTS, *METHODS)
-    figure, axes = new_figure(len(kinds), count, 1.9 * count, 1.9 * len(kinds))
+    figure, axes = new_figure(len(METHODS), count, 1.9 * count, 1.9 * len(METHODS))
     hide_axes(axes)
-    for row, kind in zip(axes, kinds, strict=True):
+    for row, method in zip(axes, METHODS, strict=True):
         for number, axis in enumerate(row):
             photo, donor = (photos[(number + shift) % len(photos)] for shift in (0, 1))
-            square = random_square(photo, 2 * SHOWN_SIDE, rng)
-            if kind in METHODS:
-                found = forge(square, donor, kind, autoencode, rng)
-                image, mask = found.image, found.mask
-            else:
-                image, mask = pasted(square, donor, rng, name=kind)
-            axis.imshow(image, interpolation="nearest")
-            axis.contour(mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
-            axis.set_title(f"{kind} ({'fr' if kind == 'whole' else 'sp'})", fontsize=8)
+            found = forge(random_square(photo, 2 * SHOWN_SIDE, rng), donor, method, autoencode, rng)
+            axis.imshow(found.image, interpolation="nearest")
+            axis.contour(found.mask, levels=[0.5], colors=ORANGE, linewidths=1.2)
+            axis.set_title(f"{method} ({found.kind})", fontsize=8)
     figure.suptitle("Forgeries that the library makes; the line encloses what is new", fontsize=10)
     return figure
 

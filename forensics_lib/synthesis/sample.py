@@ -27,8 +27,7 @@ import sklearn
 from PIL import Image
 
 from forensics_lib.synthesis.autoencoder import Autoencode, load_autoencode
-from forensics_lib.synthesis.forgeries import composed, enlarged
-from forensics_lib.synthesis.regions import outlined
+from forensics_lib.synthesis.forgeries import composed, enlarged, outlined
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
 

@@ -143,9 +143,8 @@ def _learn(state: TrainingState, step: Step, update: int, batch: dict[str, Any],
 
 def _batches(state: TrainingState, epoch: int, seed: int, first: int) -> DataLoader:
     """This process's shares of an epoch's batches, from the batch ``first`` on."""
-    labels, strata = state.train["label"].to_numpy(int), drawing_strata(state.train, state.task, state.params)
-    authentic = 0.5 if state.task == "A" else 1 / (1 + state.params.paste)  # then as many are pasted as manipulated ones drawn
-    draws, size = numbered_draws(epoch_order(labels, seed, epoch, *strata, authentic)), state.params.batch_size
+    order = epoch_order(state.train["label"].to_numpy(int), seed, epoch, *drawing_strata(state.train, state.task, state.params))
+    draws, size = numbered_draws(order), state.params.batch_size
     batches = [draws[start : start + size] for start in range(first * size, len(draws), size)]
     return state.batches.epoch(seed, [batch[rank() :: world()] for batch in batches])
 

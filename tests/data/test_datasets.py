@@ -10,8 +10,6 @@ import torch
 from conftest import EVERYTHING, NOTHING, picture, save
 
 from forensics_lib.data.datasets import (
-    OVERVIEW,
-    WIDEST,
     Columns,
     TrainingBatches,
     TrainingCrops,
@@ -181,18 +179,6 @@ def test_crops_show_regions_borders_and_authentic_places(tmp_path, rng):
     assert (shares == 0).mean() > 0.05
     assert (shares == 1).any()
     assert ((shares > 0) & (shares < 1)).mean() > 0.4
-
-
-def test_half_of_the_squares_of_task_b_are_larger_and_shrunk_to_a_crop(tmp_path):
-    """A picture whose brightness rises to the right by a level a pixel tells how large a part of it a crop shows."""
-    ramp = np.tile(np.arange(250, dtype=np.uint8)[None, :, None], (250, 1, 3))
-    row = {"path": str(save(tmp_path / "a.png", ramp)), "label": 0, "mask_path": None, "kind": "orig", "format": "PNG"}
-    rows = pd.DataFrame(row | {"jpeg_quality": np.nan, "width": 250.0, "height": 250.0}, index=[0])
-    for masks, share in ((True, OVERVIEW), (False, 0.0)):
-        dataset = TrainingCrops(rows, 64, masks=masks, degradations=NOTHING)
-        shown = [np.ptp(dataset[seed, 0, 0]["image"][0, 32].numpy().astype(int)) + 1 for seed in range(120)]
-        assert abs(np.mean(np.array(shown) > 70) - share) < 0.15
-        assert max(shown) < 64 * WIDEST + 30
 
 
 def test_pasted_regions_are_marked_and_count_as_manipulated(rows):

@@ -253,7 +253,7 @@ def test_forgeries_are_files_with_masks_groups_and_every_method(larger_photos, m
     for row in rows.to_dict("records"):
         image = read_image(row["path"])
         assert max(image.shape[:2]) <= 64
-        assert 0 < read_mask(row["mask_path"], image.shape[:2]).mean() < 1
+        assert 0 < read_mask(row["mask_path"], image.shape[:2]).mean() < 0.8
 
 
 def test_an_unreadable_photograph_gives_no_forgery(larger_photos, capsys):

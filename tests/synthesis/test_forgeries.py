@@ -5,25 +5,31 @@ from scipy.ndimage import binary_dilation, gaussian_filter, label
 
 from forensics_lib.images.crops import fitted
 from forensics_lib.synthesis.forgeries import (
-    CONTENTS,
     METHODS,
+    SHARES,
+    _retouched,
     blended,
-    cloned,
     composed,
     enlarged,
     filled,
     forge,
     moved,
+    object_mask,
     pasted,
-    retouched,
-    view,
 )
-from forensics_lib.synthesis.sample import PHOTOS, load_photo
 
 
 def darker(image: np.ndarray) -> np.ndarray:
     """Stands for a generator: what it made is known by its pixels."""
     return (image // 2).astype(np.uint8)
+
+
+def test_regions_are_never_empty_and_of_all_sizes(rng):
+    shares = [object_mask((96, 128), rng).mean() for _ in range(200)]
+    assert min(shares) > 0
+    assert min(shares) < 2 * SHARES[0]
+    assert max(shares) > SHARES[1] / 2
+    assert max(shares) < 2 * SHARES[1]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (3, 5), (400, 2)])
@@ -46,7 +52,8 @@ def test_what_is_outside_the_region_stays_the_photographs(method, rng):
     if method == "whole":
         assert near[~found.mask].mean() > 0.9, "the generator redrew all of it"
         return
-    reach = binary_dilation(found.mask, iterations=22)  # the softest edge
+    padded = np.pad(found.mask, 8)
+    reach = np.any([padded[y : y + 80, x : x + 100] for y in range(17) for x in range(17)], 0)  # the soft edge
     assert not near[~reach].any()
     assert near[found.mask].mean() > 0.5
 
@@ -65,22 +72,23 @@ def test_a_generated_region_went_through_the_generator(rng):
 
 
 def test_a_copy_move_shows_another_place_of_the_image(rng):
-    image, mask = picture(rng, 64, 64), np.zeros((64, 64), bool)
+    image = np.arange(64 * 64 * 3, dtype=np.int64).reshape(64, 64, 3) % 251
+    mask = np.zeros((64, 64), bool)
     mask[20:30, 20:30] = True
-    for _ in range(10):
-        result = moved(image, mask, image, rng)
-        assert result.shape == image.shape and (result != image).any(2)[mask].mean() > 0.9
+    result = moved(image.astype(np.uint8), mask, rng)
+    assert (result != image).any(2)[mask].mean() > 0.9
+    assert (result == image).all(2)[40:].all()
 
 
 def test_a_donor_is_cut_or_padded_to_the_size(rng):
     assert fitted(picture(rng, 30, 200), (64, 100), rng).shape == (64, 100, 3)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_retouching_leaves_a_region_as_bright_as_it_was(seed, rng):
     """Every way and strength of it."""
     images = [mid_greys(rng) for _ in range(5)]
-    found = [retouched(image, np.random.default_rng(seed)) for image in images]
+    found = [_retouched(image, np.random.default_rng(seed)) for image in images]
     assert not any(np.array_equal(*pair) for pair in zip(found, images, strict=True))
     assert np.abs(np.stack(found).mean((0, 1, 2)) - np.stack(images).mean((0, 1, 2))).max() < 0.1
 
@@ -118,45 +126,9 @@ def test_a_hole_is_filled_from_its_surroundings(rng):
     mask = np.zeros((64, 64), bool)
     mask[20:40, 20:40] = True
     hidden = np.where(mask[..., None], 255, image).astype(np.uint8)
-    for _ in range(8):
-        found = filled(hidden, mask, hidden, rng)
-        assert np.abs(found[mask].astype(int) - image[mask]).mean() < 40, "what was in the hole is not seen"
-    assert filled(hidden, np.ones_like(mask), hidden, rng).shape == hidden.shape
-
-
-def test_cloned_content_meets_its_surroundings(rng):
-    base, content, mask = np.full((60, 60, 3), 90.0), np.full((60, 60, 3), 200.0), np.zeros((60, 60), bool)
-    mask[20:40, 20:40] = True
-    content[30, 30] += 9
-    found = cloned(base, mask, content)
-    assert np.abs(found[mask] - 90).max() == pytest.approx(9) and found[30, 30, 0] == pytest.approx(99)
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_regions_are_no_brighter_and_no_more_contrasted_than_their_surroundings(name, rng):
-    """Over many photographs: a network must not tell regions by brightness, contrast or colour."""
-    photos = [fitted(load_photo(photo), (200, 200), rng) for photo in list(PHOTOS)[:8]]
-    differences = []
-    for _ in range(60):
-        base, donor = (photos[i] for i in rng.choice(len(photos), 2, replace=False))
-        content = CONTENTS[name][0](base, np.roll(np.eye(200, dtype=bool), 3), donor, rng).astype(float)
-        differences.append((content - base).mean((0, 1)))
-    spread = np.std(differences, 0) / np.sqrt(len(differences))
-    assert (np.abs(np.mean(differences, 0)) < 3 * spread + 0.5).all()
-
-
-def test_a_view_is_turned_scaled_and_mirrored_at_times_and_shows_no_empty_corner(rng):
-    image = np.full((90, 120, 3), 200, np.uint8)
-    assert all((view(image, (60, 60), rng) > 190).all() for _ in range(40))
-    image = picture(rng, 90, 120)
-    assert len({view(image, (60, 60), rng).tobytes() for _ in range(20)}) > 15
-
-
-def test_a_generator_makes_some_contents(rng):
-    base, seen = picture(rng, 96, 96), []
-    for _ in range(60):
-        pasted(base, base, rng, lambda patch: seen.append(patch.shape) or patch)
-    assert 8 < len(seen) < 30
+    found = filled(hidden, mask, rng)
+    assert np.abs(found[mask].astype(int) - image[mask]).mean() < 15, "what was in the hole is not seen"
+    assert filled(hidden, np.ones_like(mask), rng).shape == hidden.shape
 
 
 def test_pasted_regions_have_hard_and_soft_edges_and_are_one_or_several(rng):
