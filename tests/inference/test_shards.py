@@ -27,7 +27,7 @@ from forensics_lib.utils.files import WriteError, read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
     "A": {"crop_size": 64, "crops_per_image": 1},
-    "B": {"tile_size": 96, "mask_scales": [1.0, 0.5], "mask_flips": True},
+    "B": {"crop_size": 64, "tile_size": 96, "mask_scales": [1.0, 0.5], "mask_flips": True},
 }
 
 
@@ -88,7 +88,8 @@ def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained_run
             infer(changed(run, **OTHERS[task]), task)
         assert all(f"{key}: " in str(caught.value) for key in OTHERS[task]), "all of them are named at once"
         assert run.test_probs(task).read_bytes() == written, "a refused inference changes nothing"
-        elsewhere = changed(run, **OTHERS["B" if task == "A" else "A"] | {"batch_size": 2})
+        of_other_task = {key: value for key, value in OTHERS["B" if task == "A" else "A"].items() if key not in OTHERS[task]}
+        elsewhere = changed(run, **of_other_task | {"batch_size": 2})
         pd.testing.assert_frame_equal(infer(elsewhere, task), expected)
         facts = read_json(run.thresholds)[task]
         update_json(run.thresholds, **{task: {key: facts[key] for key in facts if key not in ("inference", "precision")}})
