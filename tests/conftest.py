@@ -305,6 +305,17 @@ def tiny_run(tiny_data: Path) -> Run:
 
 
 @pytest.fixture
+def homes(tmp_path, tiny_data, monkeypatch) -> Callable[..., Run]:
+    """Makes a folder of this name the place of all that is written, and gives a run on tiny or other data there."""
+
+    def enter(name: str, data: Path = tiny_data, **values) -> Run:
+        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
+        return Run(Params(**TINY | {"data_root": str(data)} | values), data)
+
+    return enter
+
+
+@pytest.fixture
 def small_sample(monkeypatch):
     """The built-in sample has one crop a photograph: enough to see everything that it is made of."""
     for name in ("TASK_A_COUNTS", "TASK_B_COUNTS", "TASK_B_OFFICIAL"):

@@ -1,18 +1,16 @@
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, changed, picture, save, train_and_evaluate
+from conftest import changed, picture, save, train_and_evaluate
 from PIL import Image
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
-from forensics_lib.params import Params
 from forensics_lib.pipeline import reproduce
 from forensics_lib.reports.model_card import build_card
 from forensics_lib.reports.report import build_report
@@ -58,20 +56,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Runs on data of their own in places of their own."""
-
-    def enter(name: str, data: Path, **values) -> Run:
-        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
-        return Run(Params(**TINY | {"data_root": str(data)} | values), data)
-
-    return enter
-
-
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_neither_test_images_nor_labels_nor_validation_pixels_reach_training(task, places, tiny_data, tmp_path):
-    honest = places("honest", tiny_data)
+def test_neither_test_images_nor_labels_nor_validation_pixels_reach_training(task, homes, tiny_data, tmp_path):
+    honest = homes("honest")
     train(honest, task, build_manifest(honest, task))
     tampered = tmp_path / "tampered"
     shutil.copytree(tiny_data, tampered)
@@ -87,21 +74,21 @@ def test_neither_test_images_nor_labels_nor_validation_pixels_reach_training(tas
             save(path, picture(rng, height, width))
     (tampered / "labels").mkdir()
     (tampered / "labels" / f"task{task}_test.csv").write_text("image_id,label\na0.jpg,1\n")
-    dishonest = places("dishonest", tampered)
+    dishonest = homes("dishonest", tampered)
     train(dishonest, task, build_manifest(dishonest, task))
     assert equal(weights(honest, task), weights(dishonest, task))
     assert build_manifest(dishonest, task)["path"].str.contains("/test/").sum() == 0
 
 
 @pytest.mark.parametrize("task", ["A", "B"])
-def test_workers_order_on_disk_and_batch_of_inference_change_nothing(task, places, tiny_data, tmp_path):
-    first = finished(places("first", tiny_data), task)
+def test_workers_order_on_disk_and_batch_of_inference_change_nothing(task, homes, tiny_data, tmp_path):
+    first = finished(homes("first"), task)
     other = tmp_path / "other"
     for path in sorted(tiny_data.rglob("*"), reverse=True):  # the last one is made first
         if path.is_file():
             (other / path.relative_to(tiny_data)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, other / path.relative_to(tiny_data))
-    second = finished(places("second", other, workers=2), task)
+    second = finished(homes("second", other, workers=2), task)
     assert equal(weights(first, task), weights(second, task))
     assert first.test_probs(task).read_bytes() == second.test_probs(task).read_bytes()
     again = changed(second, batch_size=7)
@@ -111,10 +98,10 @@ def test_workers_order_on_disk_and_batch_of_inference_change_nothing(task, place
         assert mask.read_bytes() == (second.masks / mask.name).read_bytes()
 
 
-def test_another_seed_gives_another_model(places, tiny_data):
+def test_another_seed_gives_another_model(homes):
     models = []
     for seed in (0, 1):
-        run = places(f"seed{seed}", tiny_data, seed=seed)
+        run = homes(f"seed{seed}", seed=seed)
         train(run, "A", build_manifest(run, "A"))
         models.append(weights(run, "A"))
     assert not equal(*models)

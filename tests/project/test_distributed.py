@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, WARM, draw_few, stopping, train_and_evaluate
+from conftest import WARM, draw_few, stopping, train_and_evaluate
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -24,7 +24,6 @@ from forensics_lib.data.manifest import build_manifest
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.inference.shards import infer
 from forensics_lib.models.checkpoint import read_checkpoint
-from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.training.loop import train
 from forensics_lib.training.resume import read_history
@@ -75,17 +74,6 @@ def signalled(place: str, call: int, number: int, ranks: str) -> None:
     """In the processes of these ranks the function at ``place`` begins its call of this number with a signal to itself."""
     if os.environ["RANK"] in ranks:
         pytest.MonkeyPatch().setattr(place, stopping(resolve_name(place), lambda calls: calls == call, number)[0])
-
-
-@pytest.fixture
-def homes(tmp_path, tiny_data, monkeypatch):
-    """Two places to work in, and what makes one of them the current one."""
-
-    def enter(name: str, **values) -> Run:
-        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / name))
-        return Run(Params(**TINY | {"data_root": str(tiny_data)} | values), tiny_data)
-
-    return enter
 
 
 def test_two_processes_learn_what_one_does(homes, together):

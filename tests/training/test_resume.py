@@ -5,12 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, changed, stopping, wait_until
+from conftest import changed, stopping, wait_until
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.models.checkpoint import read_checkpoint
-from forensics_lib.params import Params
 from forensics_lib.run import Run
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
@@ -19,16 +18,12 @@ from forensics_lib.training.resume import read_history
 from forensics_lib.utils.files import project_root
 
 
-@pytest.mark.parametrize(("task", "settings"), [("A", {"dropout": 0.3}), ("B", {"dropout": 0.3})])
-def test_a_stopped_training_ends_as_one_that_was_not(task, settings, tiny_data, tmp_path, monkeypatch):
-    def begin(home: str) -> Run:
-        monkeypatch.setenv("FORENSICS_HOME", str(tmp_path / home))
-        return Run(Params(**TINY | {"data_root": str(tiny_data), "epochs_finetune": 2} | settings), tiny_data)
-
-    undisturbed = begin("one")
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_a_stopped_training_ends_as_one_that_was_not(task, homes, monkeypatch):
+    undisturbed = homes("one", epochs_finetune=2, dropout=0.3)
     expected = train(undisturbed, task, build_manifest(undisturbed, task))
 
-    run = begin("two")
+    run = homes("two", epochs_finetune=2, dropout=0.3)
     manifest = build_manifest(run, task)
     monkeypatch.setattr(epochs, "batch_loss", stopping(epochs.batch_loss, lambda call: call % 3 == 0)[0])
     stops = 0
