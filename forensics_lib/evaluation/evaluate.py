@@ -43,7 +43,7 @@ INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "r
 PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
 RULES = {
     "A": "best F1 on validation",
-    "B": f"best F1 + mean IoU on validation with at most {FALSE_ALARMS:.0%} of authentic images flagged, as submitted",
+    "B": f"best mean IoU, then best F1 with at most {FALSE_ALARMS:.0%} of authentic images flagged as submitted, on validation",
 }
 
 
