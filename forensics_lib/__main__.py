@@ -67,8 +67,13 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
     if command == "compare":
         parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
-    if command == "reproduce":
+    if command in ("reproduce", "doctor"):
         parser.add_argument("run", help="name of a run in outputs/")
+    if command == "predict":
+        parser.add_argument("images", nargs="+", help="picture files and folders")
+        parser.add_argument("--checkpoint", help="the ..._finetuned_model.pth of an evaluated run")
+        parser.add_argument("--out", type=Path, required=True, help="folder of the table and the masks")
+        parser.add_argument("--report", action="store_true", help="write a page, predictions.html, too")
     if command == "validate":
         parser.add_argument("archive", type=Path)
         parser.add_argument("--task", choices=["A", "B"], required=True)
@@ -112,6 +117,7 @@ def _open(options: argparse.Namespace) -> Run:
 def _train(options: argparse.Namespace) -> int:
     from forensics_lib.data.manifest import build_manifest
     from forensics_lib.evaluation.evaluate import evaluate, evaluate_held_out
+    from forensics_lib.reports.doctor import diagnose
     from forensics_lib.training.loop import train
     from forensics_lib.utils.processes import launched, leave_group, main_process_first
 
@@ -124,6 +130,7 @@ def _train(options: argparse.Namespace) -> int:
             held_out = evaluate_held_out(run, task, manifest)
             if held_out is not None:
                 print(f"held out:\n{held_out.summary().to_string()}")
+            print(diagnose(run, task, manifest))
     leave_group()
     return 0
 
@@ -180,6 +187,20 @@ def _reproduce(options: argparse.Namespace) -> int:
     return 0 if table["equal"].all() else 1
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from forensics_lib.reports.doctor import diagnose_run
+
+    print(*diagnose_run(options.run), sep="\n\n")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from forensics_lib.reports.pictures import predict_pictures
+
+    verdicts = predict_pictures(options.images, options.checkpoint, options.out, report=options.report)
+    return 0 if any(verdict.answer.error is None for verdict in verdicts) else 1
+
+
 def _sample(_: argparse.Namespace) -> int:
     from forensics_lib.synthesis.sample import build_sample
 
@@ -227,7 +248,13 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         "scores, differences with intervals, parameters and cost of several runs side by side",
         "constrained open",
     ),
+    "doctor": (_doctor, "tell why a run's scores are what they are: what is wrong or doubtful, and what to do", "constrained"),
     "reproduce": (_reproduce, "do a run again from its run.json and compare the results", "constrained"),
+    "predict": (
+        _predict,
+        "what a trained model says of any pictures, and whether that survives recompression and shrinking",
+        "holiday.jpg folder --checkpoint outputs/constrained_finetuned_model.pth --out predictions --report",
+    ),
     "sample": (_sample, "make the built-in sample data in data/sample", ""),
     "check-data": (_check_data, "count what a run needs against what the official sets hold", "--data /path/to/data"),
     "validate": (

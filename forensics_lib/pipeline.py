@@ -25,8 +25,8 @@ from forensics_lib.data.manifest import build_manifest, data_fingerprint
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.shards import infer
-from forensics_lib.params import Params, find_params, make_params, settings_text, without_removed
-from forensics_lib.run import Run, open_run, trained_by, trained_tasks
+from forensics_lib.params import find_params, settings_text
+from forensics_lib.run import Run, open_run, recorded_run, trained_by, trained_tasks
 from forensics_lib.submission.build import archive_path
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, project_root, read_json, update_json, write_traceback
@@ -214,9 +214,7 @@ def _make_room(name: str) -> None:
 
 def _opened(name: str, task: str, facts: dict[str, Any]) -> tuple[Run, Run]:
     """The run as it was when a task was trained, and its repetition."""
-    trained = trained_by(Run(Params(run_name=name), home()), task)
-    params = make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}")
-    first = Run(params, Path(trained["data"]))
+    first = recorded_run(name, task)
     values: dict[str, Any] = {"run_name": name + ENDING, "tasks": [task]}
     if f"task{task}_inferred" in facts:
         values[f"test_folder_{task.lower()}"] = facts[f"task{task}_inferred"]["test_folder"]

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from forensics_lib.params import InferenceKeys, Params, keys_of, load_params
+from forensics_lib.params import InferenceKeys, Params, keys_of, load_params, make_params, without_removed
 from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.files import broken_link, from_home, home, is_main, project_root, read_json, update_json, write_text
 from forensics_lib.utils.names import split_folders
@@ -304,6 +304,20 @@ def trained_by(run: Run, task: str) -> dict[str, Any]:
     inference = read_json(run.thresholds).get(task, {}).get("inference", {})
     chosen = {key: inference[key] for key in run.params.of_prediction(task) if key in inference}
     return found | {"params": (found["params"] or run.params.model_dump()) | chosen}
+
+
+def recorded_run(name: str, task: str) -> Run:
+    """A run in ``outputs`` as it was when a task was trained, by its ``run.json``.
+
+    Raises ``FileNotFoundError`` where there is no such run.
+    """
+    run = Run(Params(run_name=name), home())
+    if not (run.folder / "run.json").is_file():
+        there = sorted(path.parent.name for path in run.folder.parent.glob("*/run.json"))
+        raise FileNotFoundError(f"no run {name} in {run.folder.parent}; there are {', '.join(there) or 'none'}")
+    trained = trained_by(run, task)
+    params = make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}")
+    return Run(params, Path(trained["data"]))
 
 
 def parameters_in_force(run: Run) -> dict[str, Any]:

@@ -314,6 +314,7 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
     facts |= {"chosen_on": evaluation.chosen_on, "left_out": excluded["path"].tolist() + evaluation.errors}
     columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
+    facts["diagnosis"] = None  # an earlier one was of other results
     if task == "B":
         columns = {"source": ["source"], "method": ["kind", "method"], "size": ["kind", "size"]}
     facts |= {f"by_{name}": evaluation.by(*keys).to_dict("records") for name, keys in columns.items()}

@@ -26,6 +26,12 @@ def inference_settings(params: Params, task: str) -> dict[str, Any]:
     return {"inference": params.of_prediction(task), "precision": choose_machine(params).precision}
 
 
+def other_settings(chosen: dict[str, Any], params: Params, task: str) -> list[str]:
+    """The parameters of inference whose values differ from those that thresholds were ``chosen`` with."""
+    wanted = params.of_prediction(task) | {"tile_overlap": params.tile_overlap}  # which earlier versions could change
+    return [name for name, value in wanted.items() if name in chosen and chosen[name] != value]
+
+
 @dataclass
 class Prediction:
     """The prediction for one image.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from forensics_lib.data.rows import LayoutError, Rows, contents
 from forensics_lib.device import choose_machine
 from forensics_lib.images.io import ImageError, as_file
-from forensics_lib.inference.predict import predict_masks, predict_probabilities
+from forensics_lib.inference.predict import Prediction, predict_masks, predict_probabilities
 from forensics_lib.inference.probabilities import calibrated, check_finite, round_probs
 from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import Params
@@ -30,7 +30,7 @@ Source = str | PathLike | Pixels
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One image: its name, its file's content where it is not read from the path ``name``, and why it cannot be read."""
 
     name: str
@@ -59,43 +59,96 @@ def predict(
 
     Raises:
         TypeError, ValueError: something that cannot be an image, such as an array of floats.
-        LayoutError: a folder without images.
+        LayoutError: folders without images, and nothing else; among others such a folder has a row with the reason.
         CheckpointError: a checkpoint without thresholds, such as that of step 1.
         BrokenModelError: predictions are not finite.
     """
-    items = _items(images)
-    names = _distinct(item.name for item in items)
-    model, content = load_model(Path(checkpoint).expanduser())
-    if "thresholds" not in content:
-        raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")
-    task, thresholds = content["config"]["task"], Thresholds.of(content["thresholds"])
-    params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
-    machine = choose_machine(params)
-    bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
-    sources = pd.DataFrame({"path": [item.name for item in items], "content": bytes_of})
-    masks: dict[str, np.ndarray] = {}
-    found = []
-    for prediction in (predict_probabilities if task == "A" else predict_masks)(model, sources, params, machine):
-        name, error = names[prediction.index], prediction.error
+    found = collected(images)
+    answers = list(Predictor(checkpoint, device).answers(found))
+    table = pd.DataFrame([(answer.path, answer.prob, answer.error) for answer in answers], columns=["path", "prob", "error"])
+    table = table.astype({"path": str, "prob": float, "error": object})
+    table.insert(2, "label", pd.array([answer.label for answer in answers], "Int64"))
+    return table, {answer.path: answer.mask for answer in answers if answer.mask is not None}
+
+
+@dataclass
+class Answer:
+    """What a model says of one image; ``label``, ``mask`` and a finite ``prob`` are missing where it cannot be read."""
+
+    path: str  # made distinct, see ``predict``
+    prob: float  # calibrated, in [0, 1]
+    label: int | None
+    error: str | None
+    mask: np.ndarray | None  # Task B: (H, W) float16 in [0, 1]
+
+
+class Predictor:
+    """A trained checkpoint, loaded once, with its thresholds and the inference that they were chosen with.
+
+    Args:
+        checkpoint: the ``..._finetuned_model.pth`` of an evaluated run.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is none, or it holds no thresholds, as that of step 1.
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto") -> None:
+        self._model, content = load_model(Path(checkpoint).expanduser())
+        if "thresholds" not in content:
+            raise CheckpointError(f"{checkpoint} holds no thresholds: take the ..._finetuned_model.pth of an evaluated run")
+        self.task: str = content["config"]["task"]
+        self.sample = bool(content.get("sample"))  # whether it knows the built-in sample alone
+        self.thresholds = Thresholds.of(content["thresholds"])
+        self.params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
+        self._machine = choose_machine(self.params)
+
+    def answers(
+        self, items: list[Item], change: Callable[[np.ndarray], np.ndarray] | None = None, title: str = "images"
+    ) -> Iterator[Answer]:
+        """The answer for each of the images ``collected``, in order, after a ``change`` of each where one is given.
+
+        Raises ``BrokenModelError`` at the end where predictions are not finite.
+        """
+        names = _distinct(item.name for item in items)
+        bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
+        sources = pd.DataFrame({"path": [item.name for item in items], "content": bytes_of})
+        predicted = predict_probabilities if self.task == "A" else predict_masks
+        probs, errors = [], []
+        for prediction in predicted(self._model, sources, self.params, self._machine, change, title):
+            answer = self._answer(prediction, names[prediction.index], items[prediction.index].error)
+            probs.append(answer.prob)
+            errors.append(answer.error)
+            yield answer
+        check_finite(names, probs, errors)
+
+    def _answer(self, prediction: Prediction, name: str, refused: str | None) -> Answer:
+        error = prediction.error
         if error and error.startswith("image bytes"):
             error = name + error.removeprefix("image bytes")
-        found.append((name, prediction.prob, items[prediction.index].error or error))
-        if prediction.mask is not None:
-            masks[name] = prediction.mask
-    rows = pd.DataFrame(found, columns=["path", "prob", "error"], dtype=object).astype({"path": str, "prob": float})
-    check_finite(rows["path"], rows["prob"], rows["error"])
-    rows["prob"] = round_probs(calibrated(rows["prob"].to_numpy(float), thresholds))
-    rows["label"] = (rows["prob"] >= thresholds.threshold).astype("Int64").where(rows["prob"].notna())
-    return rows[["path", "prob", "label", "error"]], masks
+        prob = float(round_probs(calibrated(np.array(prediction.prob), self.thresholds)))
+        label = int(prob >= self.thresholds.threshold) if np.isfinite(prob) else None
+        return Answer(name, prob, label, refused or error, prediction.mask)
 
 
-def _items(images: Source | Iterable[Source]) -> list[_Item]:
-    items: list[_Item] = []
+def collected(images: Source | Iterable[Source]) -> list[Item]:
+    """The images that ``predict`` takes, one by one; prints what is skipped in folders.
+
+    A folder without images stands for itself, with the reason.  Raises as ``predict``, ``LayoutError`` where all are such.
+    """
+    items: list[Item] = []
+    empty: list[LayoutError] = []
     for image in _sources(images):
         name = f"image {len(items)}"
-        items += _of_path(image, name) if isinstance(image, str | PathLike) else [_in_memory(image, name)]
+        try:
+            items += _of_path(image, name) if isinstance(image, str | PathLike) else [_in_memory(image, name)]
+        except LayoutError as error:
+            empty.append(error)
+            items.append(Item(shown(Path(cast(str, image)).expanduser()), b"", str(error)))
     if not items:
         raise ValueError(f"there are no images to predict: an empty {type(images).__name__} was given")
+    if len(empty) == len(items):
+        raise empty[0]
     return items
 
 
@@ -111,7 +164,7 @@ def _sources(images: Source | Iterable[Source]) -> Iterable[Source]:
     return images
 
 
-def _of_path(path: str | PathLike, name: str) -> list[_Item]:
+def _of_path(path: str | PathLike, name: str) -> list[Item]:
     """The file, or the images below the folder."""
     if not fspath(path):
         raise ValueError(f"{name}: its path is empty")
@@ -119,9 +172,9 @@ def _of_path(path: str | PathLike, name: str) -> list[_Item]:
         raise ValueError(f"{name}: {fspath(path)} is an address; download it first, images are read from files")
     place = Path(path).expanduser()
     if not place.is_dir():
-        return [_Item(shown(place))]
+        return [Item(shown(place))]
     rows = Rows()
-    items = [_Item(found) for folder in rows.walk(place, by_content=True) for found in folder.paths]
+    items = [Item(found) for folder in rows.walk(place, by_content=True) for found in folder.paths]
     if not items:
         raise LayoutError(f"no images in the folder or below; {contents(place)}")
     for note in rows.notes():
@@ -129,23 +182,23 @@ def _of_path(path: str | PathLike, name: str) -> list[_Item]:
     return items
 
 
-def _in_memory(image: Pixels, name: str) -> _Item:
+def _in_memory(image: Pixels, name: str) -> Item:
     """An image that is no path.  Raises ``TypeError`` and ``ValueError`` for what cannot be an image."""
     if hasattr(image, "read"):
         image = image.read()
         if not isinstance(image, bytes):
             raise TypeError(f'{name}: a file opened as text; open it with "rb"')
     if isinstance(image, bytes | bytearray | memoryview):
-        return _Item(name, bytes(image))
+        return Item(name, bytes(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
             raise ValueError(f"{name}: an array of shape {image.shape}, {image.dtype}; wanted (H, W, 3) or (H, W), uint8")
     elif not isinstance(image, Image.Image):
         raise TypeError(f"{name}: of type {type(image).__name__}; wanted {WANTED}")
     try:
-        return _Item(name, as_file(image))
+        return Item(name, as_file(image))
     except ImageError as error:
-        return _Item(name, b"", f"{name}: {error}")
+        return Item(name, b"", f"{name}: {error}")
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from forensics_lib.device import Machine, choose_machine, compile_where_it_pays
 from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import load_mask, save_mask
-from forensics_lib.inference.predict import inference_settings, predict_masks, predict_probabilities
+from forensics_lib.inference.predict import inference_settings, other_settings, predict_masks, predict_probabilities
 from forensics_lib.inference.probabilities import FALLBACK_PROB, BrokenModelError, calibrated, check_finite, round_probs
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
@@ -122,10 +122,8 @@ def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None
             "chooses them for it"
         )
     chosen = kept.get("inference") or content.get("inference") or {}
-    wanted = now["inference"] | {"tile_overlap": run.params.tile_overlap}  # which earlier versions could change
-    names = [name for name, value in wanted.items() if name in chosen and chosen[name] != value]
-    if names:
-        found = "\n".join(f"  {name}: {chosen[name]} there, {wanted[name]} here" for name in names)
+    if names := other_settings(chosen, run.params, task):
+        found = "\n".join(f"  {name}: {chosen[name]} there, {getattr(run.params, name)} here" for name in names)
         same = settings_text({name: chosen[name] for name in names})
         raise InferenceError(
             f"the Task {task} thresholds of run {run.name} were chosen with other parameters of inference:\n{found}\n"

@@ -1,37 +1,40 @@
 """Browsers for JupyterLab: one image at a time, chosen from a list that can be filtered and sorted.
 
 ``MaskBrowser`` shows masks with sliders for threshold and opacity, ``ImageBrowser`` the crops that Task A scored.  Images are
-read and predicted when they are chosen, thumbnails when their page is shown.  Where nobody can use widgets
-(``FORENSICS_HEADLESS``, a printed notebook) none are made, and the galleries of ``plots`` stand in.
+read and predicted when they are chosen, thumbnails when their page is shown.  ``OwnPictures`` takes any other pictures.
+Where nobody can use widgets (``FORENSICS_HEADLESS``, a printed notebook) none are made, and the galleries of ``plots`` stand
+in.
 """
 
 from __future__ import annotations
 
 import io
-import re
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.predictions import truth_mask
-from forensics_lib.images.crops import chosen_places
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.predict import predict_mask
+from forensics_lib.inference.predictor import Predictor
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.reports.attribution import grad_cam
-from forensics_lib.reports.figures import ORANGE, MaskExample, decision_overlay
+from forensics_lib.reports.figures import MaskExample, crop_outlines, decision_overlay
+from forensics_lib.reports.pictures import as_html, draw, first_look, try_changes
 from forensics_lib.run import Run, stored_thresholds
-from forensics_lib.utils.files import atomic_write
+from forensics_lib.utils.files import atomic_write, plain_stem
 from forensics_lib.utils.progress import headless
 
 MASK_VIEWS = ("side by side", "overlay", "image", "probability")
@@ -39,6 +42,7 @@ IMAGE_VIEWS = ("side by side", "image", "crops", "attribution")
 ZOOMS = {"1:1": 1, "2:1": 2, "4:1": 4}
 EVERY = "all"
 GALLERIES = "*Executed headlessly: the galleries above stand in. With a running kernel images can be seen one by one.*"
+NO_PICTURES = "*Executed headlessly. With a running kernel, pictures of your own can be looked at here.*"
 THUMBNAILS, SIDE = 8, 96  # on a page, and their longer side in pixels
 
 
@@ -199,8 +203,7 @@ class Browser:
     def _export(self, _: Any = None) -> None:
         if self._loaded is None:
             return
-        stem = re.sub(r"[^\w.-]", "_", Path(self._table["path"][self._loaded]).stem)
-        target = self._folder / f"browsed_{stem[:80]}.png"
+        target = self._folder / f"browsed_{plain_stem(self._table['path'][self._loaded])}.png"
         with atomic_write(target) as temporary:
             temporary.write_bytes(self.picture.value)
         self.said.value = f"saved {target}"
@@ -280,12 +283,7 @@ class ImageBrowser(Browser):
         return [shown[view]()] if view in shown else [image, self._crops(), self._attribution()]
 
     def _crops(self) -> np.ndarray:
-        """The image with the outlines of the crops that were scored."""
-        picture, size = Image.fromarray(self._image), self._run.params.crop_size
-        draw = ImageDraw.Draw(picture)
-        for top, left in chosen_places(self._image, size, self._run.params.crops_per_image):
-            draw.rectangle([left, top, left + size - 1, top + size - 1], outline=ORANGE, width=2)
-        return np.asarray(picture) / 255
+        return crop_outlines(self._image, self._run.params) / 255
 
     def _attribution(self) -> np.ndarray:
         if self._heat is None:
@@ -299,6 +297,66 @@ class ImageBrowser(Browser):
         height, width = self._image.shape[:2]
         known = "" if pd.isna(self._row.get("label")) else f", is {'synthetic' if self._row['label'] else 'authentic'}"
         return f"{width} x {height} pixels, probability {self._row['prob']:.3f}{known}"
+
+
+class OwnPictures:
+    """Takes pictures of one's own, uploaded or by path, and shows what a model says of them as they are and changed.
+
+    ``checkpoints`` are those to choose from, by task.
+    """
+
+    def __init__(self, checkpoints: dict[str, Path]) -> None:
+        self.task = widgets.ToggleButtons(options=[(f"Task {task}", path) for task, path in checkpoints.items()])
+        self.upload = widgets.FileUpload(multiple=True, description="choose pictures", layout=widgets.Layout(width="auto"))
+        where = f"or a path of a picture or folder; relative ones begin in {Path.cwd()}"
+        self.path = widgets.Text(placeholder=where, continuous_update=False, layout=widgets.Layout(width="560px"))
+        self.said, self.answers = widgets.Output(), widgets.HTML()
+        self._predictor = lru_cache(maxsize=None)(Predictor)
+        self.upload.observe(self._look_at_uploads, "value")
+        self.path.observe(self._look_at_path, "value")
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(widgets.VBox([self.task, widgets.HBox([self.upload, self.path]), self.said, self.answers]))
+
+    def _look_at_path(self, _: Any = None) -> None:
+        if self.path.value.strip():
+            self._look([self.path.value.strip()])
+
+    def _look_at_uploads(self, _: Any = None) -> None:
+        with TemporaryDirectory() as folder:
+            paths = [Path(folder) / Path(file["name"]).name for file in self.upload.value]
+            for path, file in zip(paths, self.upload.value, strict=True):
+                path.write_bytes(file["content"])
+            if paths:
+                self._look(paths)
+            self.answers.value = self.answers.value.replace(f"{folder}{os.sep}", "")
+
+    def _look(self, paths: list[str] | list[Path]) -> None:
+        """Show the verdicts on pictures, or why there are none; progress is shown meanwhile."""
+        self.answers.value = ""
+        self.said.clear_output()
+        with self.said:
+            try:
+                predictor = self._predictor(self.task.value)
+                verdicts = []
+                for verdict, answer in first_look(paths, predictor):
+                    verdicts.append(verdict)
+                    if answer.error is None:
+                        draw(verdict, answer, predictor)
+                try_changes(verdicts, predictor)
+            except (ValueError, OSError, RuntimeError) as error:  # as the library tells what is wrong
+                print(error)
+                return
+        self.answers.value = as_html(verdicts, predictor)
+
+
+def browse_own_pictures(run: Run) -> OwnPictures | Markdown:
+    """What the models of a run say of any picture; a note in a headless run."""
+    if headless():
+        return Markdown(NO_PICTURES)
+    return OwnPictures({task: run.finetuned_model(task) for task in run.params.tasks})
 
 
 def browse_test_masks(run: Run, results: pd.DataFrame) -> MaskBrowser | Markdown:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image, ImageDraw
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.device import choose_machine
@@ -21,11 +22,13 @@ from forensics_lib.evaluation.calibration import reliability
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import counts
 from forensics_lib.evaluation.predictions import truth_mask
+from forensics_lib.images.crops import chosen_places
 from forensics_lib.images.io import read_image
 from forensics_lib.images.masks import load_mask
 from forensics_lib.inference.predict import predict_mask
 from forensics_lib.inference.probabilities import calibrated
 from forensics_lib.models.checkpoint import load_model
+from forensics_lib.params import Params
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.run import Run
 from forensics_lib.utils.files import atomic_write
@@ -248,6 +251,16 @@ def decision_overlay(example: MaskExample, loc_threshold: float, opacity: float 
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         grey[where] = (1 - opacity) * grey[where] + opacity * rgb
     return grey
+
+
+def crop_outlines(image: np.ndarray, params: Params) -> np.ndarray:
+    """An image ``(H, W, 3)`` uint8 with outlines of the crops that Task A scores, thicker in a large image."""
+    picture, size = Image.fromarray(image), params.crop_size
+    drawing = ImageDraw.Draw(picture)
+    for top, left in chosen_places(image, size, params.crops_per_image):
+        outline = [left, top, left + size - 1, top + size - 1]
+        drawing.rectangle(outline, outline=ORANGE, width=max(2, max(picture.size) // 300))
+    return np.asarray(picture)
 
 
 def test_gallery(run: Run, results: pd.DataFrame, loc_threshold: float, count: int = 6) -> Figure:

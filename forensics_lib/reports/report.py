@@ -154,11 +154,18 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
         "scores": _score_table(found),
         "chosen_on": chosen_on(facts, task),
         "without_overlap": bool(found.get("validation_without_overlap")),
+        "diagnosis": _diagnosis(found),
         "tables": {title: pd.DataFrame(rows) for title, rows in tables.items()},
         "shortcut": _shortcut_sentence(found),
         "figures": [{"caption": _caption(path), "data": base64.b64encode(_small(path)).decode()} for path in figures],
         "unreadable": {title: found[key] for key, title in _UNREADABLE.items() if found.get(key)},
     }
+
+
+def _diagnosis(found: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``doctor`` stored of the results, with its findings as a table; None where it has not seen them."""
+    kept = found.get("diagnosis")
+    return kept and {"comparisons": kept["comparisons"], "findings": pd.DataFrame(kept["findings"])}
 
 
 def facts_of_task(facts: dict[str, Any], task: str) -> dict[str, Any]:
@@ -215,9 +222,13 @@ def _caption(path: Path) -> str:
 
 
 def _small(path: Path) -> bytes:
-    """The figure as WebP, lossless where that is the smaller file, as it is for charts; ``figures/`` has the original."""
+    """The figure as WebP; ``figures/`` has the original."""
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+        return webp(opened.convert("RGB"))
+
+
+def webp(picture: Image.Image) -> bytes:
+    """A picture as WebP, lossless where that is the smaller file, as it is for charts."""
     files = []
     for options in ({"lossless": True, "method": 2}, {"quality": 80}):
         buffer = io.BytesIO()

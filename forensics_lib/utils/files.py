@@ -224,6 +224,11 @@ def shown(path: str | Path) -> str:
     return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
+def plain_stem(path: str | Path) -> str:
+    """A file's name without its ending, for the name of another file: at most 80 letters, digits and signs like them."""
+    return re.sub(r"[^\w.-]", "_", Path(path).stem)[:80]
+
+
 def broken_link(path: str | Path) -> str | None:
     """Describe the broken link at or above ``path``, with its target; None if there is none."""
     path = Path(path)
