@@ -87,7 +87,10 @@ def _hint(name: str, data: bytes | None) -> str:
     if name.lower().endswith((".heic", ".heif", ".hif")):
         return "; for heic, pip install pillow-heif"
     with io.BytesIO(data) if data is not None else Path(name).open("rb") as file:
-        if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        start = file.read(4)
+        if not start:
+            return ": the file is empty"
+        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return ": a TIFF of an unusual kind, such as floats of 16 bits or colours with a sign; save it with 8 or 16 bits"
     return ""
 

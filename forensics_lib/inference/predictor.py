@@ -65,9 +65,9 @@ def predict(
     """
     found = collected(images)
     answers = list(Predictor(checkpoint, device).answers(found))
-    table = pd.DataFrame([(answer.path, answer.prob, answer.error) for answer in answers], columns=["path", "prob", "error"])
-    table = table.astype({"path": str, "prob": float, "error": object})
-    table.insert(2, "label", pd.array([answer.label for answer in answers], "Int64"))
+    rows = [(answer.path, answer.prob, answer.label, answer.error) for answer in answers]
+    table = pd.DataFrame(rows, columns=["path", "prob", "label", "error"], dtype=object)
+    table = table.astype({"path": str, "prob": float, "label": "Int64"})
     return table, {answer.path: answer.mask for answer in answers if answer.mask is not None}
 
 

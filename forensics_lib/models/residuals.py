@@ -60,5 +60,6 @@ class NoiseResidual(nn.Module):
 
 
 def _filtered(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, reflection padded."""
-    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernels.to(x.dtype), groups=3)
+    """``(N, 3, H, W)`` and kernels ``(9, 1, 5, 5)`` to ``(N, 9, H, W)``, reflection padded; sides under 3 repeat."""
+    mode = "reflect" if min(x.shape[-2:]) > 2 else "replicate"
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode=mode), kernels.to(x.dtype), groups=3)

@@ -62,11 +62,11 @@ class Verdict:
             return f"Not read. {answer.error}"
         found = f"(probability {answer.prob:.3f}, threshold {predictor.thresholds.threshold:.3f})"
         if self.flips:
-            turned = " and ".join(f"{name} ({other.prob:.3f})" for name, other in self.flips.items())
+            turned = ", ".join(f"{name} ({other.prob:.3f})" for name, other in self.flips.items())
             return f"Unsure: {names[answer.label]} as it is {found}, but {names[1 - answer.label]} when {turned}."
         failed = [other.error for other in self.changed.values() if other.error]
-        held = f"The decision holds after all {len(self.changed) - len(failed)} changes that were tried."
-        return " ".join([f"{names[answer.label].capitalize()} {found}.", held, *(f"Not tried: {why}." for why in failed)])
+        held = ["The decision holds after every change that was tried."] if len(failed) < len(self.changed) else []
+        return " ".join([f"{names[answer.label].capitalize()} {found}.", *held, *(f"Not tried: {why}." for why in failed)])
 
 
 def first_look(paths: Iterable[str | Path], predictor: Predictor) -> Iterator[tuple[Verdict, Answer]]:
@@ -178,7 +178,7 @@ def _write_mask(out: Path, number: int, verdict: Verdict, flagged: np.ndarray) -
     """Write a mask ``(H, W)`` bool as PNG; returns its name within ``out``."""
     name = f"masks/{number:04}_{plain_stem(verdict.item.name)}.png"
     with atomic_write(out / name) as temporary:
-        Image.fromarray(flagged).save(temporary, "PNG")
+        Image.fromarray(flagged.astype(np.uint8) * 255).save(temporary, "PNG")
     return name
 
 

@@ -145,6 +145,12 @@ def test_an_image_of_one_colour_has_no_noise(value, mixed):
         assert not NoiseResidual()(torch.full((1, 3, 40, 48), value)).any()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 40), (40, 1)])
+def test_images_of_few_pixels_have_a_mask(size):
+    output = model(frontend="srm").eval()(torch.rand(1, 3, *size))
+    assert output.mask_logits.shape == (1, 1, *size) and torch.isfinite(output.logits).all()
+
+
 def test_residuals_are_as_exact_in_bf16_as_in_fp32():
     torch.manual_seed(0)
     residual = NoiseResidual()
