@@ -210,11 +210,11 @@ def diagnose_run(name: str) -> list[Diagnosis]:
 
 
 def _never_evaluated(stored: Stored) -> Iterator[Finding]:
-    for path in (stored.run.thresholds, stored.run.val_probs(stored.task)):
-        if not path.is_file() or (path == stored.run.thresholds and stored.task not in read_json(path)):
-            found = f"the run was not evaluated: nothing of Task {stored.task} in {path.name}"
-            yield Finding(WRONG, found, "there is no threshold and no score", f"run {stored.notebook} (or train) to its end")
-            return
+    thresholds, probs = stored.run.thresholds, stored.run.val_probs(stored.task)
+    there = {thresholds: read_json(thresholds).get(stored.task), probs: probs.is_file()}
+    if missing := [path.name for path, found in there.items() if not found]:
+        found = f"the run was not evaluated: nothing of Task {stored.task} in {joined(missing)}"
+        yield Finding(WRONG, found, "there is no threshold and no score", f"run {stored.notebook} (or train) to its end")
 
 
 def _constant(stored: Stored) -> Iterator[Finding]:
