@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -346,10 +347,9 @@ class OwnPictures:
                     if answer.error is None:
                         draw(verdict, answer, predictor)
                 try_changes(verdicts, predictor)
+                self.answers.value = as_html(verdicts, predictor)
             except (ValueError, OSError, RuntimeError) as error:  # as the library tells what is wrong
-                print(error)
-                return
-        self.answers.value = as_html(verdicts, predictor)
+                self.answers.value = f"<p>{escape(str(error))}</p>"
 
 
 def browse_own_pictures(run: Run) -> OwnPictures | Markdown:

@@ -85,7 +85,7 @@ def _wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-class NotStoredError(FileNotFoundError):
+class NotStoredError(LookupError):
     """A check needs what the run has not stored, or what is no longer there."""
 
 
@@ -408,7 +408,7 @@ OF_AUDIT = {  # findings of notebook 01 that change what a score means: how bad 
 
 def _of_audit(stored: Stored) -> Iterator[Finding]:
     if "findings" not in stored.facts:
-        raise NotStoredError("notebook 01 was not executed")
+        raise NotStoredError("the data were not audited (notebook 01)")
     for row in stored.facts["findings"]["rows"]:
         if row["finding"] in OF_AUDIT:
             severity, why = OF_AUDIT[row["finding"]]
@@ -484,7 +484,9 @@ def _settings(stored: Stored) -> Iterator[Finding]:
             f"set {settings_text(there)}, or {again}",
         )
     inferred = stored.facts.get("inferred")
-    if inferred and (inferred["inference"] != chosen or Thresholds.of(inferred["thresholds"]) != stored.thresholds):
+    if inferred and (
+        inferred["inference"] != chosen or Thresholds.of(inferred["thresholds"]).facts() != stored.thresholds.facts()
+    ):
         yield Finding(
             WRONG,
             "the test images were predicted with other thresholds or inference settings than those that are stored now",

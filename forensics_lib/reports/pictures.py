@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from forensics_lib.evaluation.robustness import Change
-from forensics_lib.images.io import open_image, read_image
+from forensics_lib.images.io import ImageError, open_image, read_image
 from forensics_lib.inference.predictor import Answer, Item, Predictor, collected
 from forensics_lib.reports.figures import CLASS_NAMES, MaskExample, crop_outlines, decision_overlay
 from forensics_lib.reports.report import template, webp
@@ -90,8 +91,12 @@ def try_changes(verdicts: list[Verdict], predictor: Predictor) -> None:
 
 
 def _note(path: str, crop_size: int) -> str:
-    """What the reader did with a file that its owner may not expect, and whether the picture is too small."""
-    with open_image(path) as image:
+    """What the reader did with a file that its owner may not expect, and whether the picture is too small.
+
+    Empty where its metadata are damaged: the pixels were read.
+    """
+    notes: dict[str, bool] = {}
+    with suppress(ImageError), open_image(path) as image:
         frames, turned = getattr(image, "n_frames", 1), image.getexif().get(ORIENTATION, 1) != 1
         notes = {
             "EXIF says that a viewer turns this picture; the model, the picture here and its mask do not.": turned,
