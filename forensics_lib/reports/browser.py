@@ -33,7 +33,7 @@ from forensics_lib.inference.predictor import Predictor
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.reports.figures import MaskExample, crop_outlines, decision_overlay
-from forensics_lib.reports.pictures import as_html, draw, first_look, try_changes
+from forensics_lib.reports.pictures import as_html, first_look, try_changes
 from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.utils.files import atomic_write, plain_stem
 from forensics_lib.utils.progress import headless
@@ -341,11 +341,7 @@ class OwnPictures:
         with self.said:
             try:
                 predictor = self._predictor(self.task.value)
-                verdicts = []
-                for verdict, answer in first_look(paths, predictor):
-                    verdicts.append(verdict)
-                    if answer.error is None:
-                        draw(verdict, answer, predictor)
+                verdicts = [verdict for verdict, _ in first_look(paths, predictor, drawn=True)]
                 try_changes(verdicts, predictor)
                 self.answers.value = as_html(verdicts, predictor)
             except (ValueError, OSError, RuntimeError) as error:  # as the library tells what is wrong

@@ -26,7 +26,7 @@ CHANGES = {  # by what is said of them: of the robustness sweep, those that near
     "shrunk to 50%": Change("shrunk", 0.5),
 }
 SIDE = 900  # longer side of a shown picture, pixels
-ON_PAGE = 200  # most pictures of a page; the table holds all
+ON_PAGE = 200  # most pictures that are shown; the table holds all
 SAID = 20  # most answers that a command prints
 ORIENTATION = 0x0112  # EXIF tag
 TRAIN = (
@@ -70,15 +70,22 @@ class Verdict:
         return " ".join([f"{names[answer.label].capitalize()} {found}.", *held, *(f"Not tried: {why}." for why in failed)])
 
 
-def first_look(paths: Iterable[str | Path], predictor: Predictor) -> Iterator[tuple[Verdict, Answer]]:
-    """A verdict on each picture of files and folders as it is, with its answer, whose mask the verdict does not keep.
+def first_look(
+    paths: Iterable[str | Path], predictor: Predictor, *, drawn: bool
+) -> Iterator[tuple[Verdict, np.ndarray | None]]:
+    """A verdict on each picture of files and folders as it is, and its mask, which the verdict does not keep.
 
-    Raises as ``predict`` does.
+    ``drawn``: the first ``ON_PAGE`` hold a picture of what the model looked at.  Raises as ``predict`` does.
     """
     items = collected(paths)
-    for item, answer in zip(items, predictor.answers(items, title="pictures as they are"), strict=True):
-        note = _note(item.name, predictor.params.crop_size) if answer.error is None else ""
-        yield Verdict(item, replace(answer, mask=None), note=note), answer
+    answers = predictor.answers(items, title="pictures as they are")
+    side = predictor.params.crop_size if "crop_size" in predictor.params.model_fields_set else 0  # 0.1 stored none for Task B
+    for number, (item, answer) in enumerate(zip(items, answers, strict=True)):
+        verdict = Verdict(item, replace(answer, mask=None))
+        if answer.error is None:
+            verdict.note = _note(item.name, side)
+            verdict.picture = _drawn(item.name, answer.mask, predictor) if drawn and number < ON_PAGE else ""
+        yield verdict, answer.mask
 
 
 def try_changes(verdicts: list[Verdict], predictor: Predictor) -> None:
@@ -108,15 +115,15 @@ def _note(path: str, crop_size: int) -> str:
     return " ".join(note for note, applies in notes.items() if applies)
 
 
-def draw(verdict: Verdict, answer: Answer, predictor: Predictor) -> None:
-    """Keep what the model looked at with a verdict: Task A's crops, or Task B's probabilities and flagged pixels."""
-    image = read_image(verdict.item.name)
-    if answer.mask is None:
+def _drawn(path: str, mask: np.ndarray | None, predictor: Predictor) -> str:
+    """Task A's crops, or Task B's probabilities and flagged pixels, as WebP in base64."""
+    image = read_image(path)
+    if mask is None:
         shown = Image.fromarray(crop_outlines(image, predictor.params))
         shown.thumbnail((SIDE, SIDE))
     else:
-        shown = _panels(image, answer.mask, predictor.thresholds.loc_threshold)
-    verdict.picture = base64.b64encode(webp(shown)).decode()
+        shown = _panels(image, mask, predictor.thresholds.loc_threshold)
+    return base64.b64encode(webp(shown)).decode()
 
 
 def _panels(image: np.ndarray, mask: np.ndarray, loc_threshold: float) -> Image.Image:
@@ -154,12 +161,10 @@ def predict_pictures(paths: list[str], checkpoint: str | None, out: Path, *, rep
     """
     predictor = Predictor(_existing(checkpoint))
     verdicts: list[Verdict] = []
-    for verdict, answer in first_look(paths, predictor):
+    for verdict, mask in first_look(paths, predictor, drawn=report):
         verdicts.append(verdict)
-        if answer.mask is not None:
-            verdict.mask = _write_mask(out, len(verdicts), verdict, answer.mask >= predictor.thresholds.loc_threshold)
-        if report and answer.error is None and len(verdicts) <= ON_PAGE:
-            draw(verdict, answer, predictor)
+        if mask is not None:
+            verdict.mask = _write_mask(out, len(verdicts), verdict, mask >= predictor.thresholds.loc_threshold)
     try_changes(verdicts, predictor)
     write_csv(out / "predictions.csv", as_table(verdicts))
     if report:
@@ -189,19 +194,15 @@ def _write_mask(out: Path, number: int, verdict: Verdict, flagged: np.ndarray) -
 
 def as_table(verdicts: list[Verdict]) -> pd.DataFrame:
     """A row per picture, as in ``predictions.csv``."""
-    read = [verdict.answer.label is not None for verdict in verdicts]
-    columns = {name: [getattr(verdict.answer, name) for verdict in verdicts] for name in ("path", "prob", "label", "error")}
-    table = pd.DataFrame(columns).astype({"label": "Int64"})
-    table.insert(
-        3, "unsure", pd.array([bool(v.flips) if known else None for v, known in zip(verdicts, read, strict=True)], "boolean")
-    )
+    answers = [verdict.answer for verdict in verdicts]
+    columns: dict[str, list] = {name: [getattr(answer, name) for answer in answers] for name in ("path", "prob", "label")}
+    columns["unsure"] = [bool(verdict.flips) if verdict.changed else None for verdict in verdicts]
+    columns["error"] = [answer.error for answer in answers]
     if any(verdict.mask for verdict in verdicts):
-        table["mask"] = [verdict.mask for verdict in verdicts]
+        columns["mask"] = [verdict.mask for verdict in verdicts]
     for name in CHANGES:
-        table[f"prob, {name}"] = [
-            verdict.changed[name].prob if known else None for verdict, known in zip(verdicts, read, strict=True)
-        ]
-    return table
+        columns[f"prob, {name}"] = [verdict.changed[name].prob if verdict.changed else np.nan for verdict in verdicts]
+    return pd.DataFrame(columns).astype({"label": "Int64", "unsure": "boolean"})
 
 
 def _print(verdicts: list[Verdict], predictor: Predictor, target: Path) -> None:
