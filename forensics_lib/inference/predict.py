@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
-from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, memory_of
+from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, lost_device_is_told, memory_of
 from forensics_lib.images.crops import to_tensor
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
@@ -102,6 +102,7 @@ class _Batches:
         if len(self._waiting) == self._size:
             self.flush()
 
+    @lost_device_is_told()
     def flush(self) -> None:
         """Pass all that wait, as one batch."""
         waiting, self._waiting = self._waiting, []
@@ -172,8 +173,8 @@ def predict_masks(
     tiles = _Tiles(model, params, machine)
     waiting: deque[tuple[Prediction, _TiledImage | None]] = deque()  # images in order
     for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
-        image = None if "error" in sample else tiles.of(np.asarray(sample["image"]))
-        waiting.append((Prediction(sample["index"], float("nan"), sample.get("error")), image))
+        prediction = Prediction(sample["index"], float("nan"), sample.get("error"))
+        waiting.append((prediction, None if "error" in sample else tiles.of(np.asarray(sample["image"]))))
         if sum(image.pixels for _, image in waiting if image) > WAITING_PIXELS:
             tiles.flush()
         yield from _complete_masks(waiting, tiles)
@@ -184,11 +185,14 @@ def predict_masks(
 def _complete_masks(waiting: deque[tuple[Prediction, _TiledImage | None]], tiles: _Tiles) -> Iterator[Prediction]:
     """Take the first images from the queue whose tiles have all been through the model."""
     while waiting and (waiting[0][1] is None or waiting[0][1].complete):
-        prediction, image = waiting.popleft()
-        if image:
-            prob, mask = tiles.result(image)
-            prediction = replace(prediction, prob=prob if np.isfinite(mask).all() else float("nan"), mask=mask)
-        yield prediction
+        yield _with_mask(*waiting.popleft(), tiles)  # of whose memory nothing is held here any longer
+
+
+def _with_mask(prediction: Prediction, image: _TiledImage | None, tiles: _Tiles) -> Prediction:
+    if image is None:
+        return prediction
+    prob, mask = tiles.result(image)
+    return replace(prediction, prob=prob if np.isfinite(mask).all() else float("nan"), mask=mask)
 
 
 def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machine: Machine) -> tuple[float, np.ndarray]:
@@ -258,6 +262,7 @@ class _Tiles:
             features.append(output.features.float())
         return list(zip(torch.stack(masks).mean(0).cpu().numpy(), torch.stack(features, 1), strict=True))
 
+    @lost_device_is_told()
     @torch.inference_mode()
     def result(self, image: _TiledImage) -> tuple[float, np.ndarray]:
         """The probability of a complete image, and its mask ``(H, W)`` float16."""
