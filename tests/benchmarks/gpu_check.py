@@ -172,7 +172,8 @@ def measure_speed(run: Run, images: int, repeats: int, compiled: bool) -> dict[s
             facts[f"Task {task}, {job}: images/s"] = len(of) / seconds["ours"]
             facts[f"Task {task}, {job}: share of the ceiling"] = ceiling / seconds["ours"]
             facts[f"Task {task}, {job}: share of matrix products"] = work / seconds["ours"] / peak
-            facts[f"Task {task}, {job}: gain of compiling"] = seconds["uncompiled ceiling"] / ceiling
+            if compiled:
+                facts[f"Task {task}, {job}: gain of compiling"] = seconds["uncompiled ceiling"] / ceiling
             if job == "inference":  # training's is that of its check: here several models are in memory
                 facts[f"Task {task}, {job}: peak memory, GiB"] = peak_memory(machine)
             if "deterministic" in seconds:
