@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,29 @@ LEARNS_COMPILED_FROM = {"cpu": 1e9, "cuda": 1e11}  # training, pixels: about 20,
 
 class DeviceMemoryError(RuntimeError):
     """The device's memory does not suffice; the message says for what, and what to lower."""
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU failed; the message says with what, what is kept, and how to go on."""
+
+
+# Errors after which a process cannot use its GPU any more; PyTorch raises some of them as plain RuntimeError
+LOST = re.compile(r"CUDA error|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|CUBLAS_STATUS_EXECUTION_FAILED")
+
+
+@contextmanager
+def lost_device_is_told() -> Iterator[None]:
+    """Within the block, or the function so decorated, a failure of the GPU is raised as ``DeviceLostError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DeviceLostError) or not (isinstance(error, torch.AcceleratorError) or LOST.search(str(error))):
+            raise
+        raise DeviceLostError(
+            f"the GPU failed ({str(error).splitlines()[0]}), and this process cannot use it any more. Checkpoints up to the "
+            "last saved epoch are whole, as are finished shards: the same command goes on from there, and the same cell after "
+            "a restart of its kernel. If it fails again: nvidia-smi shows the GPU's state, and device: cpu does without it"
+        ) from error
 
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,6 +129,7 @@ def compute_deterministically(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.set_float32_matmul_precision("highest" if wanted else "high")  # TF32, where the GPU has it
+    torch.backends.cudnn.allow_tf32 = not wanted
 
 
 def compile_where_it_pays(model: nn.Module, pixels: float) -> bool:

@@ -14,9 +14,12 @@ from forensics_lib import device as module
 from forensics_lib.device import (
     COMPILES_BACKWARD,
     CompiledForBatches,
+    DeviceLostError,
+    DeviceMemoryError,
     choose_machine,
     compile_where_it_pays,
     compiled_for_training,
+    lost_device_is_told,
 )
 from forensics_lib.inference.predict import predict_mask, predict_probabilities
 from forensics_lib.models.combined import CombinedModel
@@ -50,6 +53,7 @@ def test_a_gpu_computes_deterministically_where_that_is_asked_for(monkeypatch):
         machine = choose_machine(params)
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
         assert "cuda (a GPU), fp32, deterministic" in str(machine)
     finally:
         choose_machine(params.model_copy(update={"deterministic": False}))
@@ -208,3 +212,23 @@ def test_a_device_that_was_never_measured_compiles_nothing():
     model = torch.nn.Linear(2, 2, device="meta")
     assert not compile_where_it_pays(model, pixels=1e30)
     assert compiled_for_training(model, "A", size=4, pixels=1e30) is model
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("CUDA error: no CUDA-capable device is detected"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (DeviceMemoryError("it does not fit"), False),
+    ],
+    ids=lambda value: str(value).splitlines()[0],
+)
+def test_only_a_failure_of_the_gpu_is_told_as_such(error, lost):
+    with pytest.raises(DeviceLostError if lost else type(error)) as caught, lost_device_is_told(), lost_device_is_told():
+        raise error
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert ("the same command goes on" in str(caught.value)) == lost

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,15 @@ import torch
 from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
-from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, memory_of
+from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, lost_device_is_told, memory_of
+from forensics_lib.images.crops import to_tensor
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
 from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 from forensics_lib.utils.progress import progress
+
+WAITING_PIXELS = 2**25  # of images whose tiles wait for others to fill a batch, at most: their masks take four bytes each
 
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
@@ -72,32 +77,54 @@ def predict_probabilities(
     """
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
     dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
-    size = machine.images_at_once(params.crop_size**2)
+    batches = _Batches(partial(_margins, model, machine), machine.images_at_once(params.crop_size**2))
     waiting: deque[tuple[Prediction, int, list[float]]] = deque()  # images in order: prediction, crops, margins so far
-    crops: deque[tuple[list[float], torch.Tensor]] = deque()
     for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
         # copied, since each tensor of a loader process keeps a file open as long as it lives
         chosen = sample["crops"].clone() if "crops" in sample else ()
         margins: list[float] = []
         waiting.append((Prediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
-        crops.extend((margins, crop) for crop in chosen)
-        while len(crops) >= size:
-            _score([crops.popleft() for _ in range(size)], model, machine, size)
+        for crop in chosen:
+            batches.add(crop, margins.append)
         yield from _complete(waiting)
-    if crops:
-        _score(list(crops), model, machine, size)
+    batches.flush()
     yield from _complete(waiting)
 
 
+class _Batches:
+    """Images of one size, of any files, that wait until they fill a batch, each with a function that takes its answer.
+
+    All batches have ``size`` images, the last one padded with black ones, so that an answer does not depend on what shares
+    its batch; ``answers`` gives one for each image of a batch ``(N, 3, H, W)`` uint8.
+    """
+
+    def __init__(self, answers: Callable[[torch.Tensor], list[Any]], size: int) -> None:
+        self._answers, self._size = answers, size
+        self._waiting: list[tuple[torch.Tensor, Callable[[Any], None]]] = []
+
+    def add(self, image: torch.Tensor, take: Callable[[Any], None]) -> None:
+        """Let an image wait for a full batch, which it may be the last one of."""
+        self._waiting.append((image, take))
+        if len(self._waiting) == self._size:
+            self.flush()
+
+    @lost_device_is_told()
+    def flush(self) -> None:
+        """Pass all that wait, as one batch."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            batch = torch.stack([image for image, _ in waiting])
+            batch = torch.cat([batch, batch.new_zeros(self._size - len(batch), *batch.shape[1:])])
+            for (_, take), answer in zip(waiting, self._answers(batch), strict=False):
+                take(answer)
+
+
 @torch.inference_mode()
-def _score(crops: list[tuple[list[float], torch.Tensor]], model: CombinedModel, machine: Machine, size: int) -> None:
-    """Add the logit margin of each crop to the list that it comes with."""
-    batch = torch.stack([crop for _, crop in crops])
-    batch = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
+def _margins(model: CombinedModel, machine: Machine, crops: torch.Tensor) -> list[float]:
+    """The logit margin of each crop."""
     with machine.autocast():
-        logits = output_in_parts(model, machine.to_device(batch)).logits.float()
-    for (margins, _), margin in zip(crops, (logits[:, 1] - logits[:, 0]).tolist(), strict=False):
-        margins.append(margin)
+        logits = output_in_parts(model, machine.to_device(crops)).logits.float()
+    return (logits[:, 1] - logits[:, 0]).tolist()
 
 
 def output_in_parts(forward: Callable[[torch.Tensor], Output], images: torch.Tensor) -> Output:
@@ -149,23 +176,38 @@ def predict_masks(
         Iterator over the predictions, in row order.
     """
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
+    tiles = _Tiles(model, params, machine)
+    waiting: deque[tuple[Prediction, _TiledImage | None]] = deque()  # images in order
     for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
-        if "error" in sample:
-            yield Prediction(sample["index"], float("nan"), sample["error"])
-        else:
-            prob, mask = predict_mask(model, np.asarray(sample["image"]), params, machine)
-            yield Prediction(sample["index"], prob if np.isfinite(mask).all() else float("nan"), mask=mask)
+        prediction = Prediction(sample["index"], float("nan"), sample.get("error"))
+        waiting.append((prediction, None if "error" in sample else tiles.of(np.asarray(sample["image"]))))
+        if sum(image.pixels for _, image in waiting if image) > WAITING_PIXELS:
+            tiles.flush()
+        yield from _complete_masks(waiting, tiles)
+    tiles.flush()
+    yield from _complete_masks(waiting, tiles)
 
 
-@torch.inference_mode()
+def _complete_masks(waiting: deque[tuple[Prediction, _TiledImage | None]], tiles: _Tiles) -> Iterator[Prediction]:
+    """Take the first images from the queue whose tiles have all been through the model."""
+    while waiting and (waiting[0][1] is None or waiting[0][1].complete):
+        yield _with_mask(*waiting.popleft(), tiles)  # of whose memory nothing is held here any longer
+
+
+def _with_mask(prediction: Prediction, image: _TiledImage | None, tiles: _Tiles) -> Prediction:
+    if image is None:
+        return prediction
+    prob, mask = tiles.result(image)
+    return replace(prediction, prob=prob if np.isfinite(mask).all() else float("nan"), mask=mask)
+
+
 def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machine: Machine) -> tuple[float, np.ndarray]:
     """Task B's prediction for one image.
 
     An image of at most ``tile_size`` on both sides is processed whole, a larger one in overlapping tiles whose masks are
     blended with weights that fall off linearly in the overlap.  Masks of the mirrored image (``mask_flips``) and of other
     scales (``mask_scales``) are averaged.  The classifier then gets the whole mask and the mean features of all tiles.
-    Beside the image the memory needed is one float32 mask for each scale but the first, one float16 mask, and a batch of
-    tiles.
+    Beside the image the memory needed is two float32 masks, a smaller one for each further scale, and a batch of tiles.
 
     Args:
         model: a model of Task B, on the machine's device and in evaluation mode.
@@ -176,18 +218,112 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     Returns:
         The probability of being manipulated (not calibrated), and the mask ``(H, W)`` float16 in [0, 1].
     """
-    scales = _scales(params, image.shape[:2])
-    total, features = _mask_at_scale(model, image, scales[0], params, machine)
-    for scale in scales[1:]:
-        mask, more_features = _mask_at_scale(model, image, scale, params, machine)
-        total += mask
-        features += more_features
-    total /= len(scales)
-    np.clip(total, 0, 1, out=total)
-    with machine.autocast():
-        whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
-        logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
-    return logits.softmax(1)[0, 1].item(), written_mask(total)
+    tiles = _Tiles(model, params, machine)
+    tiled = tiles.of(image)
+    tiles.flush()
+    return tiles.result(tiled)
+
+
+class _Tiles:
+    """Passes the tiles of images through a model of Task B.
+
+    Tiles of ``tile_size`` on both sides share batches, whatever their image and scale; smaller ones go image by image.
+    """
+
+    def __init__(self, model: CombinedModel, params: Params, machine: Machine) -> None:
+        self._model, self._params, self._machine = model, params, machine
+        self._whole = _Batches(partial(self._answers, model), machine.images_at_once(params.tile_size**2))
+        self.flush = self._whole.flush
+
+    def of(self, image: np.ndarray) -> _TiledImage:
+        """Cut an image ``(H, W, 3)`` uint8 into tiles, at all scales; whole tiles wait for a full batch, or for ``flush``."""
+        masks = []
+        for scale in _scales(self._params, image.shape[:2]):
+            scaled = _scaled(image, scale)
+            mask = _BlendedMask(scaled.shape[:2], self._params.tile_size, self._params.tile_overlap)
+            height, width = mask.tile
+            whole = height == width == self._params.tile_size
+            most = min(len(mask.places), self._machine.images_at_once(height * width))
+            # a compiled model is compiled for batches of whole tiles: others go through its plain forward
+            batches = self._whole if whole else _Batches(partial(self._answers, self._model.forward), most)
+            for y, x in mask.places:
+                batches.add(to_tensor(scaled[y : y + height, x : x + width]), partial(mask.add, y, x))
+            if not whole:
+                batches.flush()
+            masks.append(mask)
+        return _TiledImage(image.shape[:2], masks)
+
+    @torch.inference_mode()
+    def _answers(self, forward: Callable[[torch.Tensor], Output], tiles: torch.Tensor) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """For each tile its mask ``(H, W)``, the mean of its views, and the features of these ``(views, C)``."""
+        images = self._machine.to_device(tiles)
+        masks, features = [], []
+        for flipped in (False, True) if self._params.mask_flips else (False,):
+            with self._machine.autocast():
+                output = output_in_parts(forward, images.flip(-1) if flipped else images)
+            if output.mask_logits is None:
+                raise ValueError("masks need a model of Task B")
+            probs = output.mask_logits.float().sigmoid()[:, 0]
+            masks.append(probs.flip(-1) if flipped else probs)
+            features.append(output.features.float())
+        return list(zip(torch.stack(masks).mean(0).cpu().numpy(), torch.stack(features, 1), strict=True))
+
+    @lost_device_is_told()
+    @torch.inference_mode()
+    def result(self, image: _TiledImage) -> tuple[float, np.ndarray]:
+        """The probability of a complete image, and its mask ``(H, W)`` float16."""
+        total = image.masks[0].scaled_to(image.shape)
+        for mask in image.masks[1:]:
+            total += mask.scaled_to(image.shape)
+        total /= len(image.masks)
+        np.clip(total, 0, 1, out=total)
+        features = torch.cat([views for mask in image.masks for views in mask.features]).mean(0, keepdim=True)
+        with self._machine.autocast():
+            whole_mask = torch.from_numpy(total)[None, None].to(self._machine.device)
+            logits = self._model.classify(features, whole_mask).float()
+        return logits.softmax(1)[0, 1].item(), written_mask(total)
+
+
+class _BlendedMask:
+    """The mask of an image at one scale: a weighted sum of its tiles' masks."""
+
+    def __init__(self, shape: tuple[int, int], tile_size: int, overlap: int) -> None:
+        self.tile = min(tile_size, shape[0]), min(tile_size, shape[1])
+        self._starts = [tile_starts(length, tile_size, overlap) for length in shape]
+        self.places = list(product(*self._starts))  # upper left corners of the tiles
+        self._weights = [_weights(length, overlap) for length in self.tile]
+        self.total = np.zeros(shape, np.float32)
+        self.features: list[torch.Tensor] = []  # of each tile so far, (views, C)
+
+    def add(self, y: int, x: int, answer: tuple[np.ndarray, torch.Tensor]) -> None:
+        """Add the mask of the tile at a place, and keep its features."""
+        mask, features = answer
+        self.total[y : y + self.tile[0], x : x + self.tile[1]] += mask * (self._weights[0][:, None] * self._weights[1])
+        self.features.append(features)
+
+    def scaled_to(self, shape: tuple[int, int]) -> np.ndarray:
+        """The complete mask ``(H, W)`` float32, at the image's size; called once."""
+        self.total /= _weight_sum(self._starts[0], self._weights[0], self.total.shape[0])[:, None]
+        self.total /= _weight_sum(self._starts[1], self._weights[1], self.total.shape[1])
+        if self.total.shape == shape:
+            return self.total
+        return np.array(Image.fromarray(self.total).resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+@dataclass
+class _TiledImage:
+    """An image whose tiles go through the model."""
+
+    shape: tuple[int, int]
+    masks: list[_BlendedMask]  # one for each scale
+
+    @property
+    def complete(self) -> bool:
+        return all(len(mask.features) == len(mask.places) for mask in self.masks)
+
+    @property
+    def pixels(self) -> int:
+        return sum(mask.total.size for mask in self.masks)
 
 
 def _scales(params: Params, shape: tuple[int, int]) -> list[float]:
@@ -197,69 +333,11 @@ def _scales(params: Params, shape: tuple[int, int]) -> list[float]:
     return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
 
 
-def _mask_at_scale(
-    model: CombinedModel, image: np.ndarray, scale: float, params: Params, machine: Machine
-) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """The mask ``(H, W)`` float32 of an image that is processed at another scale, and the features of the tiles."""
-    mask, features = _blended_mask(model, _scaled(image, scale), params, machine)
-    if mask.shape != image.shape[:2]:
-        mask = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-    return mask, features
-
-
 def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
     if scale == 1:
         return image
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-
-
-def _blended_mask(
-    model: CombinedModel, image: np.ndarray, params: Params, machine: Machine
-) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """The mask ``(H, W)`` float32 of an image from its tiles, and the features of these."""
-    height, width = image.shape[:2]
-    tile, overlap = params.tile_size, params.tile_overlap
-    tile_h, tile_w = min(tile, height), min(tile, width)
-    tops, lefts = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
-    weight_y, weight_x = _weights(tile_h, overlap), _weights(tile_w, overlap)
-    total, features = np.zeros((height, width), np.float32), []
-    places = [(top, left) for top in tops for left in lefts]
-    per_batch = machine.images_at_once(tile_h * tile_w)
-    for start in range(0, len(places), per_batch):
-        batch = places[start : start + per_batch]
-        tiles = np.stack([image[y : y + tile_h, x : x + tile_w] for y, x in batch]).transpose(0, 3, 1, 2)
-        full = tiles.shape == (per_batch, 3, tile, tile)
-        probs, of_tiles = _tile_probs(model, tiles, machine, params.mask_flips, full)
-        features += of_tiles
-        for (y, x), prob in zip(batch, probs, strict=True):
-            total[y : y + tile_h, x : x + tile_w] += prob * (weight_y[:, None] * weight_x)
-    total /= _weight_sum(tops, weight_y, height)[:, None]
-    total /= _weight_sum(lefts, weight_x, width)
-    return total, features
-
-
-def _tile_probs(
-    model: CombinedModel, tiles: np.ndarray, machine: Machine, flips: bool, full: bool
-) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """Mask probabilities ``(N, H, W)`` of tiles ``(N, 3, H, W)`` uint8, and the features of each tile and view.
-
-    A compiled model is compiled for ``full`` batches of whole tiles: others go through its plain ``forward``.
-    """
-    forward = model if full else model.forward
-    images = machine.to_device(torch.from_numpy(np.ascontiguousarray(tiles)))
-    views = (False, True) if flips else (False,)
-    probs = torch.zeros(len(tiles), *tiles.shape[2:], device=machine.device)
-    features: list[torch.Tensor] = []
-    for flipped in views:
-        with machine.autocast():
-            output = output_in_parts(forward, images.flip(-1) if flipped else images)
-        if output.mask_logits is None:
-            raise ValueError("masks need a model of Task B")
-        found = output.mask_logits.float().sigmoid()[:, 0]
-        probs += (found.flip(-1) if flipped else found) / len(views)
-        features += output.features.float().unbind()
-    return probs.cpu().numpy(), features
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

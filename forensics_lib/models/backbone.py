@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import timm
@@ -84,10 +85,22 @@ def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float, side:
             backbone.fixed_side = side if "img_size" in size else None
             if all(_takes(backbone, *shape) for shape in ([(side, side)] if backbone.fixed_side else PROBES)):
                 return backbone
+    fits = _next_side(name, options, side)
     raise ValueError(
-        f"backbone: timm's {name} takes no images of {side} x {side} pixels; set crop_size to what it was trained with, such "
-        "as 224 or 256, or choose a backbone for any size (docs/backbones.md)"
+        f"backbone: timm's {name} takes no images of {side} x {side} pixels; set crop_size"
+        f"{f': {fits}, the next that it takes,' if fits else ' to what it was trained with'} or choose a backbone for any size "
+        "(docs/backbones.md)"
     )
+
+
+def _next_side(name: str, options: dict[str, Any], side: int) -> int | None:
+    """The next larger side, a multiple of 32 pixels, of images that a backbone for one size alone takes."""
+    for larger in range(rounded_up(side + 1, 32), 2 * side + 256, 32):
+        with suppress(Exception):  # constructors refuse sizes with nearly any error
+            backbone = _created(name, options | {"pretrained": False, "img_size": larger}, 0.0)
+            if backbone is not None and _takes(backbone, larger, larger):
+                return larger
+    return None
 
 
 def _created(name: str, options: dict[str, Any], drop_path: float) -> TimmModel | None:

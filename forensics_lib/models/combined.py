@@ -294,15 +294,15 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
 def build_model(params: Params, task: str) -> CombinedModel:
     """The model that a run trains for a task, with initial weights.
 
-    Raises as ``CombinedModel`` does, and ``ValueError`` if a constrained run would start from another run's checkpoint, whose
-    training data are not known.
+    Raises as ``CombinedModel`` does, and ``ValueError`` if tiles are larger than the backbone takes, or a constrained run would
+    start from another run's checkpoint, whose training data are not known.
     """
     if params.run_type == "constrained" and params.pretrained_file and run_checkpoint(params.pretrained_file):
         raise ValueError(
             f"pretrained_file: {params.pretrained_file} is a run's checkpoint, which may have been trained on other "
             "than official data: give a constrained run timm's weights of the backbone, or set run_type: open"
         )
-    return CombinedModel(
+    model = CombinedModel(
         task,
         params.backbone,
         frontend=params.frontend,
@@ -313,3 +313,9 @@ def build_model(params: Params, task: str) -> CombinedModel:
         pretrained_file=params.pretrained_file,
         image_side=params.crop_size,
     )
+    if task == "B" and model.image_side and params.tile_size > model.image_side:
+        raise ValueError(
+            f"tile_size: {params.tile_size}, but {params.backbone} takes images of one size alone, here crop_size: set "
+            f"tile_size: {model.image_side}"
+        )
+    return model

@@ -127,15 +127,15 @@ def _learn(state: TrainingState, step: Step, update: int, batch: dict[str, Any],
         losses.add(loss.detach(), batch["index"])
         step.optimizer.zero_grad(set_to_none=True)
         step.scaler.scale(loss * weight).backward()
+        step.scaler.unscale_(step.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
+        step.scaler.step(step.optimizer)  # its first one needs memory too
     except torch.OutOfMemoryError:
         size = state.params.batch_size
         raise DeviceMemoryError(
             f"batches of {size} crops of {state.params.crop_size} pixels do not fit into {memory_of(state.machine.device)}: "
             f"set batch_size: {max(1, size // 2)} and halve the rates, or lower crop_size"
         ) from None
-    step.scaler.unscale_(step.optimizer)
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
-    step.scaler.step(step.optimizer)
     step.scaler.update()
     if step.average:
         step.average.update(state.model, update)
@@ -196,9 +196,19 @@ def dummy_batch(state: TrainingState) -> dict[str, Any]:
     return batch | {"mask": torch.zeros(1, 1, side, side, dtype=torch.bool)}
 
 
+def some_get_no_gradient(state: TrainingState) -> bool:
+    """Whether there are trained parameters that the loss does not depend on, such as a norm that the features do not pass."""
+    state.trained = state.model.eval()  # so that nothing is drawn, and no statistics are updated
+    batch_loss(state, dummy_batch(state)).backward()
+    found = any(parameter.requires_grad and parameter.grad is None for parameter in state.model.parameters())
+    state.model.zero_grad(set_to_none=True)
+    return found
+
+
 def batch_loss(state: TrainingState, batch: dict[str, Any]) -> torch.Tensor:
     """Cross-entropy, and for Task B + ``mask_weight`` x mask loss."""
-    images, labels = state.machine.to_device(batch["image"]), batch["label"].to(state.machine.device)
+    images = state.machine.to_device(batch["image"])
+    labels = batch["label"].to(state.machine.device, non_blocking=True)
     with state.machine.autocast():
         output = state.trained(images)
     loss = F.cross_entropy(output.logits.float(), labels)

@@ -18,13 +18,13 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.data.audit import close_shortcut, findings_of
 from forensics_lib.data.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
-from forensics_lib.device import Machine, choose_machine, compiled_for_training
+from forensics_lib.device import Machine, choose_machine, compiled_for_training, lost_device_is_told
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.models.lora import add_adapters
 from forensics_lib.run import Run, record_trained
 from forensics_lib.training import resume
-from forensics_lib.training.epoch import make_optimizer, make_schedule, train_epoch, validate
+from forensics_lib.training.epoch import make_optimizer, make_schedule, some_get_no_gradient, train_epoch, validate
 from forensics_lib.training.state import STEPS, PartialEpoch, SavedState, Step, Stopped, TrainingState
 from forensics_lib.utils.files import is_main
 from forensics_lib.utils.locks import stop_requests
@@ -53,6 +53,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
         FloatingPointError: the loss is not finite; the message names the files of the batch.
         ImageError: no training image, or no validation image of a class, can be read.
         LayoutError: two test images would share a mask file.
+        DeviceLostError, DeviceMemoryError: the GPU failed, or its memory does not suffice; saved epochs are whole.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything up to the last batch is saved.
     """
     check_test_names(run, task)
@@ -64,6 +65,7 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     return resume.read_history(run, task)
 
 
+@lost_device_is_told()
 def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
     machine = choose_machine(run.params)
     print(f"Task {task} training on {machine}{f', {world()} processes' if world() > 1 else ''}")
@@ -150,7 +152,8 @@ def _begin_step(state: TrainingState, name: str, epochs: int, saved: SavedState 
     if average and saved and saved.average:
         average.module.load_state_dict(saved.average)
     pixels, share = epochs * len(state.train) * params.crop_size**2, len(range(rank(), params.batch_size, world()))
-    state.trained = replicated(compiled_for_training(state.model, state.task, share, pixels))
+    find_unused = world() > 1 and some_get_no_gradient(state)
+    state.trained = replicated(compiled_for_training(state.model, state.task, share, pixels), find_unused)
     best = saved.best if saved else _first_best(state, name)
     schedule = make_schedule(optimizer, epochs * state.updates, params.warmup)
     return Step(name, epochs, optimizer, schedule, scaler, average, best)

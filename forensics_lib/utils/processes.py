@@ -113,14 +113,17 @@ def main_process_first(make: Callable[[], T]) -> T:
     return made
 
 
-def replicated(model: nn.Module) -> nn.Module:
-    """Wrap ``model`` so that gradients are averaged over the processes; the model itself if there is only one."""
+def replicated(model: nn.Module, find_unused: bool) -> nn.Module:
+    """Wrap ``model`` so that gradients are averaged over the processes; the model itself if there is only one.
+
+    ``find_unused`` costs time in each batch; parameters that may get no gradient need it.
+    """
     if not dist.is_initialized():
         return model
     model = model.to(memory_format=torch.channels_last)  # before: gradient buckets take the layout of the weights
     device = next(model.parameters()).device
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused)
 
 
 def launch(processes: int, *arguments: str) -> None:

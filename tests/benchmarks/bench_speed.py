@@ -42,8 +42,10 @@ import torch
 from bench_quality import CORPUS, markdown
 from PIL import Image
 from timm.data import ImageDataset, create_loader
+from torch.amp import GradScaler
+from torch.utils.flop_counter import FlopCounterMode
 
-from forensics_lib.data.datasets import InferenceImages, epoch_order
+from forensics_lib.data.datasets import epoch_order, numbered_draws
 from forensics_lib.data.manifest import indexed, usable
 from forensics_lib.device import (
     Machine,
@@ -54,7 +56,7 @@ from forensics_lib.device import (
 )
 from forensics_lib.images.io import decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import save_mask
-from forensics_lib.inference.predict import predict_mask, predict_masks, predict_probabilities
+from forensics_lib.inference.predict import Prediction, predict_mask, predict_masks, predict_probabilities
 from forensics_lib.models.combined import CombinedModel, build_model
 from forensics_lib.params import DataSet, Params
 from forensics_lib.run import Run
@@ -114,21 +116,59 @@ def in_memory(model: CombinedModel, batches: list[torch.Tensor], machine: Machin
             model(machine.to_device(batch)).logits.float().cpu()
 
 
-def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
-    machine, paths = choose_machine(params), photographs(images)
-    params = params.model_copy(update={"crops_per_image": 1})
-    model = build_model(params, "A").to(machine.device, memory_format=torch.channels_last).eval()
-    size = machine.images_at_once(params.crop_size**2)
-    dataset = InferenceImages(table_of(paths), crop_size=params.crop_size, crops=1)
-    crops = [dataset[index]["crops"][0] for index in range(len(paths))]
-    batches = [torch.stack(crops[start : start + size]) for start in range(0, len(crops) - size + 1, size)]
-    paths = paths[: len(batches) * size]  # full batches: those are what a long run consists of
-    plain = build_model(params, "A").to(machine.device).eval()
-    eager = interleaved({"without compilation": lambda: in_memory(model, batches, machine)}, 1)
+def seen(machine: Machine, way: Callable[[], Any]) -> list[torch.Tensor]:
+    """The batches that a prediction passes to the model."""
+    batches: list[torch.Tensor] = []
+    to_device = machine.to_device
+    object.__setattr__(machine, "to_device", lambda batch: (batches.append(batch), to_device(batch))[1])
+    way()
+    object.__delattr__(machine, "to_device")
+    return batches
+
+
+def flops(way: Callable[[], Any]) -> int:
+    """Floating-point operations of a way's matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+def inference_seconds(
+    run: Run,
+    task: str,
+    rows: pd.DataFrame,
+    repeats: int,
+    keep: Callable[[Prediction], Any] = lambda _: None,
+    peers: dict[str, Callable[[], Any]] | None = None,
+    compiled: bool = True,
+) -> tuple[dict[str, float], int]:
+    """Median seconds to predict and ``keep`` the rows, to pass the same batches from memory, and of peers; and the FLOPs."""
+    machine = choose_machine(run.params)
+    model = build_model(run.params, task).to(machine.device, memory_format=torch.channels_last).eval()
+    predictions = partial(predict_probabilities if task == "A" else predict_masks, model, rows, run.params, machine)
+
+    def ours() -> None:
+        for found in predictions():
+            keep(found)
+
+    batches = seen(machine, ours)
+    ceiling = partial(in_memory, model, batches, machine)
+    work = flops(ceiling)
+    eager = interleaved({"uncompiled ceiling": ceiling}, 1)
     started = time.perf_counter()
-    compile_where_it_pays(model, pixels=1e12)  # as for the test images of a real run
+    if compiled:
+        compile_where_it_pays(model, pixels=1e12)  # as for the test images of a real run
     in_memory(model, batches[:1], machine)
-    compiling = time.perf_counter() - started
+    eager["compiling"] = time.perf_counter() - started
+    return interleaved({"ours": ours, "ceiling": ceiling} | (peers or {}), repeats) | eager, work
+
+
+def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
+    machine, params = choose_machine(params), params.model_copy(update={"crops_per_image": 1})
+    size = machine.images_at_once(params.crop_size**2)
+    paths = photographs(images)
+    paths = paths[: len(paths) // size * size]  # full batches: those are what a long run consists of
+    plain = build_model(params, "A").to(machine.device).eval()
 
     @torch.no_grad()
     def one_by_one() -> None:
@@ -150,16 +190,11 @@ def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
             for x, _ in loader:
                 plain(x.to(machine.device)).logits.softmax(1).cpu()
 
-        ways = {
-            "ours": lambda: list(predict_probabilities(model, table_of(paths), params, machine)),
-            "ceiling": lambda: in_memory(model, batches, machine),
-            "plain loop": one_by_one,
-            "timm": by_timm,
-        }
-        seconds = interleaved(ways, repeats)
-    facts = {f"{name}, images/s": len(paths) / value for name, value in seconds.items()}
-    facts |= {"share of the ceiling": seconds["ceiling"] / seconds["ours"], "seconds of compiling": compiling}
-    facts["ceiling without compilation, images/s"] = len(paths) / eager["without compilation"]
+        peers = {"plain loop": one_by_one, "timm": by_timm}
+        seconds, _ = inference_seconds(Run(params, CORPUS), "A", table_of(paths), repeats, peers=peers)
+    facts = {f"{name}, images/s": len(paths) / seconds[name] for name in ("ours", "ceiling", *peers)}
+    facts |= {"share of the ceiling": seconds["ceiling"] / seconds["ours"], "seconds of compiling": seconds["compiling"]}
+    facts["ceiling without compilation, images/s"] = len(paths) / seconds["uncompiled ceiling"]
     return facts | {
         "times the plain loop": seconds["plain loop"] / seconds["ours"],
         "times timm's loader and loop": seconds["timm"] / seconds["ours"],
@@ -167,23 +202,16 @@ def classify(params: Params, images: int, repeats: int) -> dict[str, Any]:
 
 
 def localize(params: Params, images: int, repeats: int) -> dict[str, Any]:
-    machine, params = choose_machine(params), params.model_copy(update={"mask_scales": [1.0]})
-    model = build_model(params, "B").to(machine.device, memory_format=torch.channels_last).eval()
+    run = Run(params.model_copy(update={"mask_scales": [1.0]}), CORPUS)
     with tempfile.TemporaryDirectory() as folder:
         paths = [large_picture(Path(folder), 1.5 + number % 3, number) for number in range(max(2, images // 48))]
-        seen: list[torch.Tensor] = []
-        spy = machine.to_device
-        object.__setattr__(machine, "to_device", lambda x: (seen.append(x), spy(x))[1])  # what goes through the model
-        pixels = sum(mask.size for mask in (predict_mask(model, read_image(path), params, machine)[1] for path in paths))
-        object.__setattr__(machine, "to_device", spy)
-        compile_where_it_pays(model, pixels=1e12)
+        pixels = sum(Image.open(path).width * Image.open(path).height for path in paths)
 
-        def ours() -> None:
-            for found in predict_masks(model, table_of(paths), params, machine):
-                save_mask(Path(folder) / "mask.npz", found.mask)
+        def keep(found: Prediction) -> None:
+            save_mask(Path(folder) / "mask.npz", found.mask)
 
-        seconds = interleaved({"ours": ours, "ceiling": lambda: in_memory(model, seen, machine)}, repeats)
-        facts = {f"{name}, megapixels/s": pixels / 1e6 / value for name, value in seconds.items()}
+        seconds, _ = inference_seconds(run, "B", table_of(paths), repeats, keep)
+        facts = {f"{name}, megapixels/s": pixels / 1e6 / seconds[name] for name in ("ours", "ceiling")}
         facts["share of the ceiling"] = seconds["ceiling"] / seconds["ours"]
         for megapixels in (24, 100):
             found = alone(MEMORY, str(large_picture(Path(folder), megapixels)), params.backbone, params.device)
@@ -243,37 +271,44 @@ def deterministically(way: Callable[[], Any]) -> None:
     compute_deterministically(False)
 
 
+def training_seconds(
+    run: Run, task: str, rows: pd.DataFrame, repeats: int, compiled: bool = True
+) -> tuple[dict[str, float], int]:
+    """Median seconds to train on the rows, and on the same batches in memory; and the FLOPs."""
+    machine, params = choose_machine(run.params), run.params
+    model = build_model(params, task).to(machine.device, memory_format=torch.channels_last)
+    model.freeze_backbone(params.finetune_stages)
+    names = ("ours", "uncompiled ceiling", "compiled ceiling")[: 3 if compiled else 2]
+    fits = {name: TrainingState(run, task, copy.deepcopy(model), machine, rows, rows, equalize=True) for name in names}
+    fit, plain = fits["ours"], fits["uncompiled ceiling"]
+    if compiled:
+        fit.trained = compiled_for_training(fit.model, task, params.batch_size, 1e12)  # as for the images of a real run
+        fits["compiled ceiling"].trained = torch.compile(fits["compiled ceiling"].model, dynamic=False)
+    optimizers = {name: make_optimizer(one.model, params.lr_finetune, params) for name, one in fits.items()}
+    step = Step("finetune", 1, optimizers["ours"], make_schedule(optimizers["ours"], 1000, 0.1), GradScaler(enabled=False))
+    order = numbered_draws(epoch_order(rows["label"].to_numpy(int), 0, 0))
+    parts = np.array_split(order, -(-len(order) // params.batch_size))
+    batches = list(plain.batches.epoch(0, parts))
+    plain.batches.close()
+    ways = {name: partial(learn, one, batches, optimizers[name]) for name, one in fits.items()}
+    work = flops(ways["uncompiled ceiling"])
+    ways["ours"] = partial(train_epoch, fit, step, 0)
+    if machine.device.type == "cuda":
+        ways["deterministic"] = partial(deterministically, ways["uncompiled ceiling"])
+    seconds = interleaved(ways, repeats)
+    fit.batches.close()
+    return seconds, work
+
+
 def train(params: Params, images: int, repeats: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for task, root, layout in (("A", "dataset", "own"), ("B", "dataset_taskB/TGIF", "tgif")):
         rows = usable(indexed(DataSet(root=str(CORPUS / root), layout=layout)), "train")
         rows = rows.sample(min(len(rows), images), random_state=0).reset_index(drop=True)
-        used = params.model_copy(update={"workers": 2, "ema": 0.0})
-        machine = choose_machine(used)
         with tempfile.TemporaryDirectory() as folder:
             os.environ["FORENSICS_HOME"] = folder
-            model = build_model(used, task).to(machine.device, memory_format=torch.channels_last)
-            model.freeze_backbone(used.finetune_stages)
-            run, names = Run(used, CORPUS), ("ours", "uncompiled ceiling", "compiled ceiling")
-            fits = {name: TrainingState(run, task, copy.deepcopy(model), machine, rows, rows, equalize=True) for name in names}
-            fit, plain, compiled = fits.values()
-            fit.trained = compiled_for_training(
-                fit.model, task, used.batch_size, pixels=1e12
-            )  # as for the images of a real run
-            compiled.trained = torch.compile(compiled.model, dynamic=False)
-            optimizers = {name: make_optimizer(one.model, used.lr_finetune, used) for name, one in fits.items()}
-            schedule = make_schedule(optimizers["ours"], 1000, 0.1)
-            order = epoch_order(rows["label"].to_numpy(int), 0, 0)
-            parts = np.array_split(order, -(-len(order) // used.batch_size))
-            batches = list(plain.batches.epoch(0, parts))
-            plain.batches.close()
-
-            ways = {name: partial(learn, one, batches, optimizers[name]) for name, one in fits.items()}
-            ways["ours"] = partial(train_epoch, fit, Step("finetune", 1, optimizers["ours"], schedule), 0)
-            if machine.device.type == "cuda":
-                ways["deterministic"] = partial(deterministically, ways["uncompiled ceiling"])
-            seconds = interleaved(ways, repeats)
-            fit.batches.close()
+            run = Run(params.model_copy(update={"workers": 2, "ema": 0.0}), CORPUS)
+            seconds, _ = training_seconds(run, task, rows, repeats)
             del os.environ["FORENSICS_HOME"]
         facts |= {f"Task {task}: {name}, samples/s": len(rows) / value for name, value in seconds.items()}
         fastest = min(seconds[f"{mode} ceiling"] for mode in ("uncompiled", "compiled"))

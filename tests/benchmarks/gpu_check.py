@@ -6,9 +6,10 @@ Everything is done on the built-in sample, with random weights, by the library's
 
 ``train``   both tasks for about ``--steps`` updates: losses finite and falling, peak memory, images per second
 ``answers`` the trained models' probabilities and masks on the GPU against those of the CPU: at most 0.01 apart
-``resume``  a training stopped within an epoch ends bit for bit as one that was not, with ``deterministic``
-``speed``   forward and backward passes alone: images per second in each precision, compiled and not, the share of the card's
-            own rate of matrix products, and what ``deterministic`` costs
+``resume``  a training stopped within an epoch, and one killed within one, end bit for bit as one that was not disturbed, with
+            ``deterministic``
+``speed``   inference and training as ``bench_speed.py`` measures them, on the sample: images per second, shares of the ceiling
+            and of the card's own rate of matrix products, peak memory, what compiling gains and ``deterministic`` costs
 
 ``--small`` is the form for a test: a tiny backbone, few steps, nothing compiled, on any device.  The results are printed, and
 written to ``build/gpu_check.json``.  The exit status is 1 where a check fails.
@@ -17,27 +18,31 @@ written to ``build/gpu_check.json``.  The exit status is 1 where a check fails.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from bench_speed import inference_seconds, interleaved, training_seconds
+from PIL import Image
 
 from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.device import HALVES, Machine, choose_machine, compute_deterministically
 from forensics_lib.inference.predict import predict_masks, predict_probabilities
 from forensics_lib.models.checkpoint import load_model, read_checkpoint
-from forensics_lib.models.combined import CombinedModel, build_model
-from forensics_lib.params import Params, load_params
+from forensics_lib.params import load_params
 from forensics_lib.run import Run
 from forensics_lib.synthesis.sample import build_sample
 from forensics_lib.training import epoch as epochs
@@ -61,6 +66,7 @@ def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
         "lr_finetune": 1e-3 if options.small else 1e-4,
         "val_limit": 32,
         "crop_size": 32 if options.small else 224,
+        "tile_size": 64 if options.small else 512,
         "workers": 0 if options.small else "auto",
     }
     params = load_params("params/sample.yaml", values | changes)
@@ -68,13 +74,12 @@ def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
 
 
 def check_training(run: Run, task: str) -> dict[str, Any]:
-    cuda = choose_machine(run.params).device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    machine = choose_machine(run.params)
+    reset_peak_memory(machine)
     history = train(run, task, build_manifest(run, task))
     losses = history.loc[history["step"] == "finetune", "train_loss"].to_numpy()
     facts = {"losses": losses.tolist(), "images_per_second": float(history["images_per_second"].iloc[-1])}
-    facts["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    facts["peak_memory_gib"] = peak_memory(machine)
     return facts | {"passed": bool(np.isfinite(losses).all() and losses[-1] < losses[0])}
 
 
@@ -100,113 +105,108 @@ def answers(run: Run, task: str, rows: Any, **changes: Any) -> list[np.ndarray]:
 
 
 def check_resume(data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train twice with ``deterministic``, the second time stopped in the middle of an epoch; compare every weight."""
+    """Train with ``deterministic``: undisturbed, stopped within an epoch, and killed within one; compare every weight."""
     changes = {"deterministic": True, "epochs_finetune": 2, "val_limit": 8}
-    whole, stopped = (make_run(data, options, run_name=name, **changes) for name in ("whole", "stopped"))
-    train(whole, "A", build_manifest(whole, "A"))
-    loss, calls = epochs.batch_loss, []
-
-    def stops_once(*arguments: Any) -> torch.Tensor:
-        calls.append(None)
-        if len(calls) == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*arguments)
-
-    epochs.batch_loss = stops_once
+    whole, stopped, killed = (make_run(data, options, run_name=name, **changes) for name in ("whole", "stopped", "killed"))
+    manifest = build_manifest(whole, "A")
+    train(whole, "A", manifest)
     try:
-        train(stopped, "A", build_manifest(stopped, "A"))
+        with signalled(signal.SIGTERM, batch=10):
+            train(stopped, "A", manifest)
         raise RuntimeError("the training did not stop")
     except KeyboardInterrupt:
         print("stopped within an epoch, as wanted: going on")
+    updates = -(-len(usable(manifest, "train")) // whole.params.batch_size)
+    child = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(killed, updates + 3))
+    child.start()
+    child.join()
+    if child.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"the training was not killed, but ended with status {child.exitcode}")
+    for run in (stopped, killed):
+        train(run, "A", manifest)
+    compute_deterministically(False)
+    first, *others = (read_checkpoint(run.finetuned_model("A"))["model"] for run in (whole, stopped, killed))
+    equal = [all(torch.equal(value, other[name]) for name, value in first.items()) for other in others]
+    return {"after SIGTERM": equal[0], "after SIGKILL": equal[1], "passed": all(equal)}
+
+
+def train_until_killed(run: Run, batch: int) -> None:
+    """For a process of its own, which ends within step 2, after the epoch of step 1."""
+    with signalled(signal.SIGKILL, batch):
+        train(run, "A", build_manifest(run, "A"))
+
+
+@contextmanager
+def signalled(number: int, batch: int) -> Iterator[None]:
+    """Within the block this process gets a signal at that batch of a training."""
+    loss, calls = epochs.batch_loss, count(1)
+
+    def signals(*arguments: Any) -> torch.Tensor:
+        if next(calls) == batch:
+            os.kill(os.getpid(), number)
+        return loss(*arguments)
+
+    epochs.batch_loss = signals
+    try:
+        yield
     finally:
         epochs.batch_loss = loss
-    train(stopped, "A", build_manifest(stopped, "A"))
-    compute_deterministically(False)
-    models = [read_checkpoint(run.finetuned_model("A"))["model"] for run in (whole, stopped)]
-    return {"passed": all(torch.equal(models[0][name], models[1][name]) for name in models[0])}
 
 
-def measure_speed(params: Params, images: int, seconds: float, compiled: bool) -> dict[str, Any]:
-    """Images per second of passes alone, and their share of the rate of matrix products that the device reaches."""
-    facts: dict[str, Any] = {}
-    for precision in ("auto", "fp32"):
-        machine = choose_machine(params.model_copy(update={"precision": precision}))
-        kind = machine.precision
-        peak = matrix_rate(machine, seconds)
-        facts[f"{kind}: matrix products, TFLOP/s"] = peak / 1e12
-        for task in "AB":
-            model = build_model(params, task).to(machine.device, memory_format=torch.channels_last)
-            batch = torch.randint(0, 256, (images, 3, params.crop_size, params.crop_size), dtype=torch.uint8)
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), machine.autocast():
-                model.eval()(machine.to_device(batch[:1]))
-            work = counter.get_total_flops()
-            for name, way, passes in ways_of(model, batch, machine, compiled):
-                rate = images / timed(way, machine, seconds)
-                facts[f"{kind}: Task {task}, {name}, images/s"] = rate
-                facts[f"{kind}: Task {task}, {name}, share of matrix products"] = rate * work * passes / peak
+def measure_speed(run: Run, images: int, repeats: int, compiled: bool) -> dict[str, Any]:
+    """Rates of both tasks, and their shares of the ceiling (batches in memory) and of the card's rate of matrix products."""
+    run = replace(run, params=run.params.model_copy(update={"mask_scales": [1.0]}))  # so that all tiles are whole
+    machine = choose_machine(run.params)
+    peak = matrix_rate(machine)
+    facts: dict[str, Any] = {f"matrix products in {machine.precision}, TFLOP/s": peak / 1e12}
+    for task in "AB":
+        rows = usable(build_manifest(run, task), "train")
+        chosen = np.linspace(0, len(rows) - 1, 4 * images).astype(int)  # of both classes, each as often as it takes
+        learned = rows.sort_values("label").iloc[chosen].reset_index(drop=True)
+        large = enlarged(rows["path"], run.folder / "large", 2 * run.params.tile_size, 16 * images if task == "A" else images)
+        for job, measure, of in (("inference", inference_seconds, large), ("training", training_seconds, learned)):
+            torch.cuda.empty_cache()
+            reset_peak_memory(machine)
+            seconds, work = measure(run, task, of, repeats, compiled=compiled)
+            ceiling = min(value for name, value in seconds.items() if name.endswith("ceiling"))
+            facts[f"Task {task}, {job}: images/s"] = len(of) / seconds["ours"]
+            facts[f"Task {task}, {job}: share of the ceiling"] = ceiling / seconds["ours"]
+            facts[f"Task {task}, {job}: share of matrix products"] = work / seconds["ours"] / peak
+            if compiled:
+                facts[f"Task {task}, {job}: gain of compiling"] = seconds["uncompiled ceiling"] / ceiling
+            if job == "inference":  # training's is that of its check: here several models are in memory
+                facts[f"Task {task}, {job}: peak memory, GiB"] = peak_memory(machine)
+            if "deterministic" in seconds:
+                facts[f"Task {task}, {job}: cost of deterministic"] = seconds["deterministic"] / seconds["uncompiled ceiling"]
     return facts
 
 
-def ways_of(
-    model: CombinedModel, batch: torch.Tensor, machine: Machine, compiled: bool
-) -> list[tuple[str, Callable[[], Any], int]]:
-    """Ways to pass a batch: name, function, and how many forward passes its work amounts to."""
-    labels = torch.arange(len(batch), device=machine.device) % 2
-
-    def infer(network: Any) -> None:
-        model.eval()
-        with torch.inference_mode(), machine.autocast():
-            network(machine.to_device(batch))
-
-    def learn(network: Any) -> None:
-        model.train()
-        with machine.autocast():
-            output = network(machine.to_device(batch))
-        loss = F.cross_entropy(output.logits.float(), labels)
-        if output.mask_logits is not None:
-            loss = loss + output.mask_logits.float().square().mean()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    def deterministic() -> None:
-        compute_deterministically(True)
-        learn(model)
-        compute_deterministically(False)
-
-    ways = [
-        ("inference", lambda: infer(model), 1),
-        ("training", lambda: learn(model), 3),
-    ]
-    if compiled:
-        fast = torch.compile(model, dynamic=False)
-        ways += [("inference, compiled", lambda: infer(fast), 1), ("training, compiled", lambda: learn(fast), 3)]
-    return ways + ([("training, deterministic", deterministic, 3)] if machine.device.type == "cuda" else [])
+def enlarged(paths: pd.Series, folder: Path, side: int, wanted: int) -> pd.DataFrame:
+    """Some of the images as squares of ``side`` pixels, which have several whole tiles, each as often as it takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [str(folder / f"{number}.jpg") for number in range(min(32, len(paths)))]
+    for source, target in zip(paths, targets, strict=False):
+        Image.open(source).convert("RGB").resize((side, side)).save(target, quality=90)
+    return pd.DataFrame({"path": np.resize(targets, wanted)})
 
 
-def timed(way: Callable[[], Any], machine: Machine, seconds: float) -> float:
-    """Seconds per call, after three calls that do not count."""
-
-    def wait() -> None:
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        way()
-    wait()
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        way()
-        wait()
-        calls += 1
-    return (time.perf_counter() - started) / calls
+def matrix_rate(machine: Machine) -> float:
+    """FLOP/s of large square matrix products in the machine's precision."""
+    cuda = machine.device.type == "cuda"
+    side, times = (8192, 100) if cuda else (512, 3)
+    a, b = (torch.randn(side, side, device=machine.device, dtype=HALVES.get(machine.precision)) for _ in range(2))
+    (seconds,) = interleaved({"matrix products": lambda: [a @ b for _ in range(times)]}, 3).values()
+    return 2 * side**3 * times / seconds
 
 
-def matrix_rate(machine: Machine, seconds: float) -> float:
-    """FLOP/s of a large square matrix product in the machine's precision."""
-    side = 8192 if machine.device.type == "cuda" else 1024
-    kind = HALVES.get(machine.precision, torch.float32)
-    a, b = (torch.randn(side, side, device=machine.device, dtype=kind) for _ in range(2))
-    return 2 * side**3 / timed(lambda: a @ b, machine, seconds)
+def reset_peak_memory(machine: Machine) -> None:
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(machine: Machine) -> float | None:
+    """GiB, None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if machine.device.type == "cuda" else None
 
 
 def checks(options: argparse.Namespace) -> dict[str, Any]:
@@ -224,9 +224,7 @@ def checks(options: argparse.Namespace) -> dict[str, Any]:
     print("=== resume", flush=True)
     facts["resume"] = check_resume(data, options)
     print("=== speed", flush=True)
-    facts["speed"] = measure_speed(
-        run.params, 2 if options.small else 64, 0.1 if options.small else 3.0, compiled=not options.small
-    )
+    facts["speed"] = measure_speed(run, 2 if options.small else 64, 1 if options.small else 3, compiled=not options.small)
     return facts
 
 

@@ -1,6 +1,7 @@
 """The check of a GPU, in its small form on the CPU."""
 
 import json
+from itertools import product
 
 import gpu_check
 import pandas as pd
@@ -21,9 +22,12 @@ def test_the_check_of_a_gpu_passes_on_a_cpu(small_sample, tmp_path, monkeypatch,
     found = json.loads((tmp_path / "found.json").read_text())
     assert status == 0, capsys.readouterr().out
     assert trains.calls == 2
-    assert found["resume"]["passed"] and found["answers A"]["passed"] and found["answers B"]["passed"]
+    assert found["resume"] == {"after SIGTERM": True, "after SIGKILL": True, "passed": True}
+    assert found["answers A"]["passed"] and found["answers B"]["passed"]
     assert found["answers B"]["fp32"] == 0, "a CPU answers as itself"
-    assert found["speed"]["fp32: Task B, training, images/s"] > 0
+    for task, job in product("AB", ("inference", "training")):
+        assert found["speed"][f"Task {task}, {job}: images/s"] > 0
+        assert 0 < found["speed"][f"Task {task}, {job}: share of matrix products"] < 2
 
 
 def counted(function):

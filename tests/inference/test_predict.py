@@ -11,6 +11,7 @@ from PIL import Image
 
 from forensics_lib.device import DeviceMemoryError, Machine, choose_machine
 from forensics_lib.images.masks import load_mask, save_mask
+from forensics_lib.inference import predict
 from forensics_lib.inference.predict import output_in_parts, predict_mask, predict_masks, predict_probabilities, tile_starts
 from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
@@ -172,6 +173,31 @@ def test_masks_keep_the_order_and_carry_errors(files):
     assert predictions[2].mask is None
     assert "2.png" in predictions[2].error
     assert predictions[3].mask.shape == (67, 50)
+
+
+def test_tiles_of_several_images_share_full_batches_and_change_no_result(tmp_path, rng, monkeypatch):
+    torch.manual_seed(0)
+    model, sizes = CombinedModel("B", "test_convnext", decoder_channels=16).eval(), []
+    model.register_forward_pre_hook(lambda _, images: sizes.append(tuple(images[0].shape)))  # not of its plain forward
+    images = [picture(rng, *shape) for shape in [(64, 64), (100, 150), (40, 50), (130, 130), (64, 64)]]
+    rows = pd.DataFrame({"path": [str(save(tmp_path / f"{number}.png", image)) for number, image in enumerate(images)]})
+    params = PARAMS.model_copy(update={"mask_flips": True, "mask_scales": "pyramid"})
+    monkeypatch.setattr(Machine, "images_at_once", lambda self, pixels: 4)
+    together = list(predict_masks(model, rows, params, MACHINE))
+    whole_tiles = 1 + 3 * 4 + 0 + (4 * 4 + 2 * 2) + 1  # the fourth image has some at two scales
+    assert sizes == [(4, 3, 64, 64)] * (2 * -(-whole_tiles // 4))
+    for image, found in zip(images, together, strict=True):
+        prob, mask = predict_mask(model, image, params, MACHINE)
+        assert prob == found.prob and np.array_equal(mask, found.mask)
+
+
+def test_images_that_wait_for_a_full_batch_are_bounded_by_their_pixels(tmp_path, rng, monkeypatch):
+    rows = pd.DataFrame({"path": [str(save(tmp_path / f"{number}.png", picture(rng, 64, 64))) for number in range(7)]})
+    monkeypatch.setattr(predict, "WAITING_PIXELS", 2.5 * 64 * 64)
+    monkeypatch.setattr(Machine, "images_at_once", lambda self, pixels: 1000)
+    read: list[np.ndarray] = []
+    predictions = predict_masks(Constant(), rows, PARAMS, MACHINE, change=lambda image: (read.append(image), image)[1])
+    assert [(len(read), found.index) for found in predictions] == [(3, 0), (3, 1), (3, 2), (6, 3), (6, 4), (6, 5), (7, 6)]
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "LA"])

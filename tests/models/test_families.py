@@ -11,7 +11,7 @@ from conftest import TINY
 from forensics_lib.device import Machine
 from forensics_lib.inference.predict import predict_mask
 from forensics_lib.models.checkpoint import load_model, save_checkpoint
-from forensics_lib.models.combined import CombinedModel, reflected
+from forensics_lib.models.combined import CombinedModel, build_model, reflected
 from forensics_lib.params import Params
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.training.losses import mask_loss
@@ -99,6 +99,12 @@ def test_an_image_that_is_too_large_for_a_backbone_of_one_size_names_the_size_th
         built("A", name)(torch.rand(1, 3, 224, 256))
 
 
+def test_tiles_that_are_too_large_for_a_backbone_of_one_size_are_refused_before_training():
+    params = Params(**TINY | {"backbone": "hiera_tiny_224", "crop_size": 224, "tile_size": 225})
+    with pytest.raises(ValueError, match=r"tile_size: 225, but hiera_tiny_224 .* set tile_size: 224"):
+        build_model(params, "B")
+
+
 def test_a_size_that_no_form_of_a_backbone_takes_says_so():
-    with pytest.raises(ValueError, match="takes no images of 100 x 100 pixels; set crop_size"):
+    with pytest.raises(ValueError, match="takes no images of 100 x 100 pixels; set crop_size: 128, the next that it takes"):
         CombinedModel("A", "maxvit_nano_rw_256", image_side=100)

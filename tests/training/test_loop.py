@@ -12,7 +12,7 @@ from conftest import changed, picture, save, stopping, train_and_evaluate
 
 from forensics_lib import device as machine
 from forensics_lib.data.manifest import build_manifest, data_fingerprint, usable
-from forensics_lib.device import DeviceMemoryError
+from forensics_lib.device import DeviceLostError, DeviceMemoryError
 from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
 from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.images.io import ImageError
@@ -330,6 +330,11 @@ def test_mask_loss_rewards_the_truth_and_is_finite_without_one():
     assert nothing == pytest.approx(np.log(2), rel=1e-3)
 
 
+def test_mask_loss_reads_no_value_from_the_device():
+    nothing = torch.zeros(2, 1, 8, 8, device="meta")  # where there are none
+    assert mask_loss(nothing, nothing > 0).shape == ()
+
+
 def test_false_alarms_on_authentic_images_weigh_more():
     logits, empty, marked = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.bool), torch.zeros(2, 1, 8, 8) > 0
     marked[:, :, :2] = True
@@ -458,6 +463,16 @@ def test_fp16_trains_with_scaled_losses_and_goes_on_with_its_scale(tiny_run):
     assert state["scaler"]["scale"] > 1
 
 
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_parameters_without_gradients_are_looked_for_where_there_are_some(task, tiny_run):
+    rows, model = usable(build_manifest(tiny_run, task), "train"), build_model(tiny_run.params, task)
+    state = epochs.TrainingState(tiny_run, task, model, machine.choose_machine(tiny_run.params), rows, rows, equalize=False)
+    assert not epochs.some_get_no_gradient(state)
+    model.spare = torch.nn.LayerNorm(4)
+    assert epochs.some_get_no_gradient(state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_batch_that_does_not_fit_into_memory_says_what_to_set(tiny_run, monkeypatch):
     def never(*_) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -465,3 +480,20 @@ def test_a_batch_that_does_not_fit_into_memory_says_what_to_set(tiny_run, monkey
     monkeypatch.setattr(epochs, "batch_loss", never)
     with pytest.raises(DeviceMemoryError, match=r"batches of 4 crops of 32 pixels do not fit .* set batch_size: 2"):
         train(tiny_run, "A", build_manifest(tiny_run, "A"))
+
+
+def test_a_gpu_that_fails_costs_no_saved_epoch(tiny_run, monkeypatch, capsys):
+    run, loss, calls = changed(tiny_run, epochs_finetune=2), epochs.batch_loss, []
+
+    def fails_once(state, batch) -> torch.Tensor:
+        calls.append(state.updates)
+        if len(calls) == 2 * state.updates + 2:  # in the last epoch
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        return loss(state, batch)
+
+    monkeypatch.setattr(epochs, "batch_loss", fails_once)
+    with pytest.raises(DeviceLostError, match=r"unspecified launch failure.*last saved epoch are whole.*same command goes on"):
+        train(run, "A", build_manifest(run, "A"))
+    history = train(run, "A", build_manifest(run, "A"))
+    assert "taking up the training of this name after step finetune, epoch 1" in capsys.readouterr().out
+    assert history["epoch"].tolist() == [1, 1, 2] and len(calls) == 3 * calls[0] + 2
