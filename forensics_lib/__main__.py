@@ -73,6 +73,10 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("archive", type=Path)
         parser.add_argument("--task", choices=["A", "B"], required=True)
         parser.add_argument("--images", type=Path, required=True, help="folder of the test images")
+    if command == "score":
+        parser.add_argument("archive", type=Path)
+        text = "folder of true masks (<image>.png, <image>_mask.png), or a CSV with image_id and mask_path"
+        parser.add_argument("--truth", type=Path, required=True, help=text)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -207,6 +211,13 @@ def _validate(options: argparse.Namespace) -> int:
     return 0 if result.valid else 1
 
 
+def _score(options: argparse.Namespace) -> int:
+    from forensics_lib.submission.score import score_archive, summary
+
+    print(summary(score_archive(options.archive, options.truth)).round(4).to_string(na_rep="-"))
+    return 0
+
+
 # Per command: its function, what it does, and an example of its arguments
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "run": (
@@ -234,6 +245,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         _validate,
         "check a submission archive against the test images",
         "submission/x.zip --task B --images data/test/taskB",
+    ),
+    "score": (
+        _score,
+        "score a Task B archive against true masks: IoU as TGIF's authors compute it, and F1",
+        "submission/x.zip --truth masks/",
     ),
 }
 

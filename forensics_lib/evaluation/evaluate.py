@@ -29,7 +29,7 @@ from forensics_lib.evaluation.metrics import (
 from forensics_lib.evaluation.predictions import Predictions, predict_labelled
 from forensics_lib.evaluation.robustness import robustness
 from forensics_lib.inference.predict import inference_settings
-from forensics_lib.inference.probabilities import calibrated, round_probs
+from forensics_lib.inference.probabilities import calibrated, round_probs, warn_of_ties
 from forensics_lib.models.checkpoint import add_to_checkpoint, load_model
 from forensics_lib.run import Calibration, Run, Thresholds, stored_thresholds
 from forensics_lib.utils.files import is_main, update_json, write_csv
@@ -144,6 +144,7 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     decides, raw = table["deciding"].to_numpy(), result.probs[result.good()]
     thresholds = _chosen_thresholds(table, raw, result)
     table["prob"] = round_probs(calibrated(raw, thresholds))
+    warn_of_ties(raw, table["prob"].to_numpy())
     _add_pixel_scores(task, table, result, thresholds)
     scores = _scores(task, table, result, thresholds, decides) | _calibration_scores(table, raw)
     scores |= {"temperature": thresholds.temperature, "intercept": thresholds.intercept}
@@ -151,6 +152,12 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     positive = int(evaluation.judged["label"].sum())
     evaluation.chosen_on = {"rule": rule, "images": int(decides.sum()), "positive": positive, "others": int((~decides).sum())}
     print(f"calibration and thresholds are chosen on {decides.sum()} of {len(table)} validation images: {rule}")
+    if task == "B":
+        print(
+            f"mean IoU of the masks as submitted: {scores['submitted_iou_manipulated']:.3f} over manipulated images; "
+            f"{scores['submitted_iou_all']:.3f} over all images, where an authentic image counts 1 if its mask is empty, else "
+            "0 (as TGIF's authors have it)"
+        )
     evaluation.intervals = _all_intervals(task, evaluation, result)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
     evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None

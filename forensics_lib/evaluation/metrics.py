@@ -13,7 +13,8 @@ import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
-from forensics_lib.inference.probabilities import DECIMALS, round_probs
+from forensics_lib.inference.probabilities import round_probs
+from forensics_lib.utils.files import DECIMALS
 from forensics_lib.utils.progress import progress
 
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16

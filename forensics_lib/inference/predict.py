@@ -181,7 +181,7 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     with machine.autocast():
         whole_mask = torch.from_numpy(total)[None, None].to(machine.device)
         logits = model.classify(torch.stack(features).mean(0, keepdim=True), whole_mask).float()
-    return logits.softmax(1)[0, 1].item(), written_mask(total)
+    return sigmoid((logits[0, 1] - logits[0, 0]).item()), written_mask(total)
 
 
 def _scales(params: Params, shape: tuple[int, int]) -> list[float]:

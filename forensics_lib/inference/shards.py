@@ -23,7 +23,14 @@ from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import load_mask, save_mask
 from forensics_lib.inference.predict import inference_settings, predict_masks, predict_probabilities
-from forensics_lib.inference.probabilities import FALLBACK_PROB, BrokenModelError, calibrated, check_finite, round_probs
+from forensics_lib.inference.probabilities import (
+    FALLBACK_PROB,
+    BrokenModelError,
+    calibrated,
+    check_finite,
+    round_probs,
+    warn_of_ties,
+)
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import settings_text
@@ -78,8 +85,9 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     table = _predicted(run, task, model)
     failed = table["error"].notna()
-    probs = calibrated(table["prob"].to_numpy(), thresholds)
-    table["prob"] = round_probs(np.where(failed, FALLBACK_PROB, probs))
+    raw = table["prob"].to_numpy()
+    table["prob"] = round_probs(np.where(failed, FALLBACK_PROB, calibrated(raw, thresholds)))
+    warn_of_ties(raw[~failed], table.loc[~failed, "prob"].to_numpy())
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
