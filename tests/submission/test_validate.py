@@ -348,7 +348,11 @@ def scores(*rows: str, header: str = "image_id,prob,label,threshold,loc_threshol
 
 
 def both(first, second):
-    return lambda members: (first(members), second(members)) and None
+    def changed(members):
+        first(members)
+        second(members)
+
+    return changed
 
 
 GOOD = ("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.5,0.25")
@@ -373,7 +377,7 @@ ACCIDENTS = {  # seen in submissions of participants: a change of a valid archiv
         scores("x.jpg,0.9,1,0.5,0.25", "y.jpg,0.2,0,0.5,0.25"), "scores.csv is of another folder than the masks",
     ),
     "masks of another folder": (both(renamed("a.npz", "x.npz"), renamed("b.npz", "y.npz")), "x.npz: extra, belongs to no test"),
-    "several thresholds": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.6,0.25"), "2 different values of threshold (0.5, 0.6)"),
+    "several thresholds": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.6,0.25"), "values of threshold (0.5, 0.6)"),
     "several mask thresholds": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.5,0.3"), "2 different values of loc_threshold"),
     "no mask threshold": (scores("a.jpg,0.9,1,0.5", header="image_id,prob,label,threshold"), "it lacks loc_threshold"),
     "resized masks": (mask(npz(np.zeros((224, 224), np.float16))), "shape (224, 224); its image has (20, 30)"),
@@ -381,7 +385,7 @@ ACCIDENTS = {  # seen in submissions of participants: a change of a valid archiv
     "masks as grey floats": (mask(npz(np.full((20, 30), 255, np.float16))), "divide by 255"),
     "masks with channels": (mask(npz(np.zeros((1, 20, 30), np.float16))), "shape (1, 20, 30)"),
     "masks of booleans": (mask(npz(np.ones((20, 30), bool))), "bool array"),
-    "masks in a folder": (both(renamed("a.npz", "masks/a.npz"), renamed("b.npz", "masks/b.npz")), "zip the files, not the folder"),
+    "masks in a folder": (both(renamed("a.npz", "masks/a.npz"), renamed("b.npz", "masks/b.npz")), "zip the files, not"),
 }  # fmt: skip
 
 
