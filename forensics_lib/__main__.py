@@ -65,6 +65,9 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
     if command in ("train", "infer", "submit"):
         parser.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    if command == "ensemble":
+        parser.add_argument("runs", nargs="+", help="names of trained runs in outputs/")
+        parser.add_argument("--name", required=True, help="name of the new run")
     if command == "compare":
         parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
     if command == "reproduce":
@@ -129,6 +132,16 @@ def _train(options: argparse.Namespace) -> int:
             if held_out is not None:
                 print(f"held out:\n{held_out.summary().to_string()}")
     leave_group()
+    return 0
+
+
+def _ensemble(options: argparse.Namespace) -> int:
+    from forensics_lib.evaluation.ensemble import make_ensemble
+
+    params = make_ensemble(options.runs, options.name)
+    options.params, options.data, options.set, options.tasks = str(params), "", [], None
+    _train(options)
+    print(f"go on with: python -m forensics_lib infer --params {params}, then submit; or notebooks 04 and 05 with it")
     return 0
 
 
@@ -229,6 +242,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         _train,
         "train both steps and choose thresholds on validation (as notebooks 02 and 03)",
         "--params params/constrained.yaml --tasks A",
+    ),
+    "ensemble": (
+        _ensemble,
+        "average trained runs: a run with thresholds of its own, for infer, submit and compare",
+        "constrained constrained_seed1 --name both",
     ),
     "infer": (_infer, "predict the test images (as notebook 04)", "--params params/constrained.yaml --tasks A"),
     "submit": (_submit, "build the archives and the report (as notebook 05)", "--params params/constrained.yaml --tasks A"),

@@ -23,7 +23,8 @@ from forensics_lib.utils.progress import progress
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
     """The parameters of inference and this machine's precision, which are stored beside thresholds."""
-    return {"inference": params.of_prediction(task), "precision": choose_machine(params).precision}
+    brought = {key: value for key in ("detector", "ensemble") if (value := getattr(params, key))}
+    return {"inference": params.of_prediction(task) | brought, "precision": choose_machine(params).precision}
 
 
 @dataclass

@@ -16,6 +16,7 @@ from forensics_lib.evaluation.metrics import (
     equal_error_rate,
     f1_score,
     image_metrics,
+    iou_thresholds,
     localization_intervals,
     localization_metrics,
     pixel_curves,
@@ -133,6 +134,14 @@ def test_thresholds_with_few_false_alarms_are_the_best_of_all(seed):
         ]
         assert _alarms(histograms, loc_threshold, probs >= threshold) <= limit
         assert f1_score(labels, probs >= threshold) == pytest.approx(max(f1 for f1, share in tried if share <= limit))
+
+    threshold, loc_threshold = iou_thresholds(labels, probs, histograms)
+    by_iou = [
+        localization_metrics(histograms, loc_threshold, probs >= at)["submitted_iou_all"] for at in np.arange(0.05, 1.1, 0.1)
+    ]
+    assert localization_metrics(histograms, loc_threshold)["iou_manipulated"] == pytest.approx(max(ious))
+    found = localization_metrics(histograms, loc_threshold, probs >= threshold)["submitted_iou_all"]
+    assert found == pytest.approx(max(by_iou))
 
 
 def _alarms(histograms, loc_threshold, called):

@@ -2,17 +2,20 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, picture, save
+from conftest import TINY, changed, picture, save
+from PIL import Image
 
-from forensics_lib.data.manifest import build_manifest
+from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.data.readers import read_data_set, task_of
 from forensics_lib.data.rows import LayoutError
+from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.degradations import degrade
 from forensics_lib.inference.shards import infer
 from forensics_lib.models import combined as model_module
@@ -100,6 +103,31 @@ def test_a_degradation_of_ones_own(modules):
     assert 0.05 < share < 0.4
     again = degrade(image, None, settings, np.random.default_rng(3))[0]
     assert np.array_equal(again, changed[3])
+
+
+@pytest.mark.parametrize(("task", "name"), [("A", "smoothness"), ("B", "smooth_regions")])
+def test_a_detector_of_ones_own(modules, tiny_run, task, name):
+    run = changed(tiny_run, detector=f"my_detectors:{name}", tasks=[task])
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    assert len(evaluate(run, task, manifest).table) == len(usable(manifest, "val"))
+    assert len(infer(run, task)) == 4
+
+
+def test_a_detector_from_an_onnx_file(modules, tiny_run, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    mean = onnx.helper.make_node("ReduceMean", ["image"], ["logit"], keepdims=0)
+    value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph([mean], "mean", [value("image", shape=[1, 3, 224, 224])], [value("logit", shape=[])])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), home() / "detector.onnx")
+    monkeypatch.chdir(home())
+    run = changed(tiny_run, detector="my_onnx:from_onnx", tasks=["A"])
+    manifest = build_manifest(run, "A")
+    found = evaluate(run, "A", manifest)
+    image = np.asarray(Image.open(found.table["path"][0]).resize((224, 224)), float) / 255
+    assert found.uncalibrated[0] == pytest.approx(1 / (1 + np.exp(-image.mean())), abs=1e-5)
 
 
 def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):
