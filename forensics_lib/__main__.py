@@ -68,6 +68,8 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "ensemble":
         parser.add_argument("runs", nargs="+", help="names of trained runs in outputs/")
         parser.add_argument("--name", required=True, help="name of the new run")
+    if command == "export":
+        parser.add_argument("run", help="name of a trained run in outputs/")
     if command == "compare":
         parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
     if command == "reproduce":
@@ -197,6 +199,15 @@ def _reproduce(options: argparse.Namespace) -> int:
     return 0 if table["equal"].all() else 1
 
 
+def _export(options: argparse.Namespace) -> int:
+    from forensics_lib.inference.export import export, run_to_export
+
+    run, tasks = run_to_export(options.run)
+    for task in tasks:
+        export(run, task)
+    return 0
+
+
 def _sample(_: argparse.Namespace) -> int:
     from forensics_lib.synthesis.sample import build_sample
 
@@ -257,6 +268,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         "constrained open",
     ),
     "reproduce": (_reproduce, "do a run again from its run.json and compare the results", "constrained"),
+    "export": (_export, "write a run's models as ONNX files, checked against the library's answers", "constrained"),
     "sample": (_sample, "make the built-in sample data in data/sample", ""),
     "check-data": (_check_data, "count what a run needs against what the official sets hold", "--data /path/to/data"),
     "validate": (

@@ -241,7 +241,7 @@ def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
 
 def _sample_params(params: Params, overrides: dict[str, Any]) -> Params:
     """The sample's parameters, with the identity of the run that they replace."""
-    keep = params.model_dump(include={"run_name", "run_type", "tasks", "detector", "team", "edition", "seed", "device"})
+    keep = params.model_dump(include={"run_name", "run_type", "tasks", "detector", "team", "edition", "kind", "seed", "device"})
     return load_params("params/sample.yaml", keep | overrides | {"sample": True})
 
 

@@ -9,12 +9,13 @@ import pytest
 from conftest import changed
 from scipy.special import expit, logit
 
+from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.ensemble import EnsembleError, make_ensemble
 from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
 from forensics_lib.images.masks import load_mask
-from forensics_lib.inference.detectors import DetectorError, FunctionDetector, common_rows, load_detector, predictions
+from forensics_lib.inference.detectors import DetectorError, FunctionDetector, common_rows, predictions
 from forensics_lib.inference.shards import InferenceError, infer
 from forensics_lib.reports import figures
 from forensics_lib.reports.browser import browse_evaluated_images, browse_evaluated_masks
@@ -113,19 +114,16 @@ def pair(trained):
 
 
 def test_an_ensemble_averages_calibrated_log_odds_and_masks_and_submits(pair, capsys):
-    run = open_run(make_ensemble(["tiny", "other"], "both"))
+    assert main(["ensemble", "tiny", "other", "--name", "both"]) == 0
+    assert "python -m forensics_lib infer --params" in capsys.readouterr().out
+    run = open_run(home() / "outputs" / "both" / "params.yaml")
     assert run.params.ensemble == ["tiny", "other"] and run.params.run_type == "constrained" and run.params.tasks == ["A", "B"]
     for task in "AB":
-        manifest = build_manifest(run, task)
-        train(run, task, manifest)
-        found = evaluate(run, task, manifest)
-        (first, one), (second, other) = ((m, stored_thresholds(m, task)) for m in pair)
-        raw = logit(infer(first, task)["prob"]), logit(infer(second, task)["prob"])
-        mean = load_detector(run, task)
-        rows = infer(run, task)
-        expected = expit(np.mean(raw, axis=0) / found.thresholds.temperature + found.thresholds.intercept)
-        assert rows["prob"].tolist() == pytest.approx(expected.tolist(), abs=1e-6) and one != other
-        assert len(mean.members) == 2 and build_submission(run, task).valid
+        odds = [logit(infer(member, task)["prob"]) for member in pair]
+        own = stored_thresholds(run, task)
+        expected = expit(np.mean(odds, axis=0) / own.temperature + own.intercept)
+        assert infer(run, task)["prob"].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+        assert np.abs(odds[0] - odds[1]).min() > 0.01 and build_submission(run, task).valid
     masks = [load_mask(member.masks / "b0.npz").astype(float) for member in (*pair, run)]
     assert np.abs((masks[0] + masks[1]) / 2 - masks[2]).max() < 2e-3
     assert "both" in compare(["tiny", "both"])["scores"]["run"].tolist()
@@ -133,7 +131,8 @@ def test_an_ensemble_averages_calibrated_log_odds_and_masks_and_submits(pair, ca
         "the runs tiny, other" in build_card(run, "B").read_text()
         and "the mean of tiny, other" in build_report(run).read_text()
     )
-    assert figures.mask_examples(run, found, "best", 1)
+    found = evaluate(run, "B", build_manifest(run, "B"))
+    assert figures.mask_examples(run, found, "best", 1) and found.thresholds == own
 
 
 def test_an_ensemble_is_constrained_and_validates_where_its_members_do(pair, capsys):

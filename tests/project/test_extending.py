@@ -12,16 +12,19 @@ import torch
 from conftest import TINY, changed, picture, save
 from PIL import Image
 
-from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.data.manifest import build_manifest, build_test_manifest, usable
 from forensics_lib.data.readers import read_data_set, task_of
 from forensics_lib.data.rows import LayoutError
 from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.degradations import degrade
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.export import export
+from forensics_lib.inference.predictor import predict
 from forensics_lib.inference.shards import infer
 from forensics_lib.models import combined as model_module
 from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-from forensics_lib.run import Run
+from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, project_root
 
@@ -128,6 +131,21 @@ def test_a_detector_from_an_onnx_file(modules, tiny_run, monkeypatch):
     found = evaluate(run, "A", manifest)
     image = np.asarray(Image.open(found.table["path"][0]).resize((224, 224)), float) / 255
     assert found.uncalibrated[0] == pytest.approx(1 / (1 + np.exp(-image.mean())), abs=1e-5)
+
+
+def test_an_exported_model_without_the_library(trained):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    run, _ = trained("A")
+    spaces: dict = {}
+    exec(next(block for block in blocks("extending.md") if block.startswith("# my_export")), spaces)  # noqa: S102
+    threshold = stored_thresholds(run, "A").threshold
+    small = [read_image(path)[:32, :20] for path in build_test_manifest(run, "A")["path"]]  # of one crop each
+    table, _ = predict(small, run.finetuned_model("A"), device="cpu")
+    file = export(run, "A")
+    for image, prob in zip(small, table["prob"], strict=True):
+        found, called = spaces["probability"](image, file)
+        assert found == pytest.approx(prob, abs=0.02) and called == (found >= threshold)
 
 
 def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):
