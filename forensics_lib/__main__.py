@@ -65,6 +65,11 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--from", dest="start", default="", help="notebook to begin with, such as 03_train_taskB or 03")
     if command in ("train", "infer", "submit"):
         parser.add_argument("--tasks", nargs="+", choices=["A", "B"], help="default: all tasks of the parameter file")
+    if command == "ensemble":
+        parser.add_argument("runs", nargs="+", help="names of trained runs in outputs/")
+        parser.add_argument("--name", required=True, help="name of the new run")
+    if command == "export":
+        parser.add_argument("run", help="name of a trained run in outputs/")
     if command == "compare":
         parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
     if command in ("reproduce", "doctor"):
@@ -78,6 +83,10 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("archive", type=Path)
         parser.add_argument("--task", choices=["A", "B"], required=True)
         parser.add_argument("--images", type=Path, required=True, help="folder of the test images")
+    if command == "score":
+        parser.add_argument("archive", type=Path)
+        text = "folder of true masks (<image>.png, <image>_mask.png), or a CSV with image_id and mask_path"
+        parser.add_argument("--truth", type=Path, required=True, help=text)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -132,6 +141,16 @@ def _train(options: argparse.Namespace) -> int:
                 print(f"held out:\n{held_out.summary().to_string()}")
             print(diagnose(run, task, manifest))
     leave_group()
+    return 0
+
+
+def _ensemble(options: argparse.Namespace) -> int:
+    from forensics_lib.evaluation.ensemble import make_ensemble
+
+    params = make_ensemble(options.runs, options.name)
+    options.params, options.data, options.set, options.tasks = str(params), "", [], None
+    _train(options)
+    print(f"go on with: python -m forensics_lib infer --params {params}, then submit; or notebooks 04 and 05 with it")
     return 0
 
 
@@ -201,6 +220,15 @@ def _predict(options: argparse.Namespace) -> int:
     return 0 if any(verdict.answer.error is None for verdict in verdicts) else 1
 
 
+def _export(options: argparse.Namespace) -> int:
+    from forensics_lib.inference.export import export, run_to_export
+
+    run, tasks = run_to_export(options.run)
+    for task in tasks:
+        export(run, task)
+    return 0
+
+
 def _sample(_: argparse.Namespace) -> int:
     from forensics_lib.synthesis.sample import build_sample
 
@@ -228,6 +256,13 @@ def _validate(options: argparse.Namespace) -> int:
     return 0 if result.valid else 1
 
 
+def _score(options: argparse.Namespace) -> int:
+    from forensics_lib.submission.score import score_archive, summary
+
+    print(summary(score_archive(options.archive, options.truth)).round(4).to_string(na_rep="-"))
+    return 0
+
+
 # Per command: its function, what it does, and an example of its arguments
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "run": (
@@ -239,6 +274,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         _train,
         "train both steps and choose thresholds on validation (as notebooks 02 and 03)",
         "--params params/constrained.yaml --tasks A",
+    ),
+    "ensemble": (
+        _ensemble,
+        "average trained runs: a run with thresholds of its own, for infer, submit and compare",
+        "constrained constrained_seed1 --name both",
     ),
     "infer": (_infer, "predict the test images (as notebook 04)", "--params params/constrained.yaml --tasks A"),
     "submit": (_submit, "build the archives and the report (as notebook 05)", "--params params/constrained.yaml --tasks A"),
@@ -255,12 +295,18 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
         "what a trained model says of any pictures, and whether that survives recompression and shrinking",
         "holiday.jpg folder --checkpoint outputs/constrained_finetuned_model.pth --out predictions --report",
     ),
+    "export": (_export, "write a run's models as ONNX files, checked against the library's answers", "constrained"),
     "sample": (_sample, "make the built-in sample data in data/sample", ""),
     "check-data": (_check_data, "count what a run needs against what the official sets hold", "--data /path/to/data"),
     "validate": (
         _validate,
         "check a submission archive against the test images",
         "submission/x.zip --task B --images data/test/taskB",
+    ),
+    "score": (
+        _score,
+        "score a Task B archive against true masks: IoU as TGIF's authors compute it, and F1",
+        "submission/x.zip --truth masks/",
     ),
 }
 

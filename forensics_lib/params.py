@@ -162,6 +162,12 @@ class RunKeys(Keys):
         "constrained", description="constrained: official data only; open: dataset_open as well"
     )
     tasks: list[Literal["A", "B"]] = Field(["A", "B"], description="A: real or synthetic; B: manipulated regions")
+    detector: str | None = Field(
+        None, pattern=f"^{PATTERN}$", description="module:function to use instead of a trained model; null: a model is trained"
+    )
+    ensemble: list[str] | None = Field(
+        None, min_length=2, description="runs whose models are averaged instead of training one; null: none"
+    )
     team: str = Field("teamname", description="team name, first part of the archive names")
     edition: Literal[2025, 2026] = Field(2025, description="challenge year: Task A as zip (2025) or plain CSV (2026)")
     seed: int = Field(0, ge=0, lt=2**64, description="seed of every random choice")
@@ -178,6 +184,9 @@ class DataKeys(Keys):
     )
     forgeries: Forgeries | None = Field(
         None, **ONLY_B, description="open runs, Task B: forgeries of the photographs; null: none"
+    )
+    kind: Literal["sp", "fr", "both"] | None = Field(
+        None, **ONLY_B, description="Task B: manipulated images that train and decide; null: both, in edition 2026 fr"
     )
     test_folder_a: str | None = Field(None, **ONLY_A, description="Task A test images; null: <data_root>/test/taskA")
     test_folder_b: str | None = Field(None, **ONLY_B, description="Task B test images; null: <data_root>/test/taskB")
@@ -297,10 +306,12 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
     def _no_contradictions(self) -> Params:
         if self.pretrained_file and not self.pretrained:
             raise ValueError("pretrained_file is given but pretrained is false: set pretrained: true, or remove the file")
+        if self.detector and self.ensemble:
+            raise ValueError("detector and ensemble are both given: leave one of them out")
         if self.aligned and self.run_type == "constrained":
             raise ValueError("aligned twins are for open runs: set run_type: open, or aligned: null")
-        if self.forgeries and self.run_type == "constrained":
-            raise ValueError("forgeries are for open runs: set run_type: open, or forgeries: null")
+        if self.forgeries and self.official_only("B"):
+            raise ValueError("forgeries are for open runs and edition 2026: set run_type: open, or forgeries: null")
         if self.epochs_head + self.epochs_finetune == 0:
             raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
         return self
@@ -315,6 +326,21 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
     def seed_for(self, *numbers: int) -> int:
         """A seed in [0, 2**32), the range of NumPy's and pandas' legacy interfaces, that differs for other ``numbers``."""
         return int(np.random.SeedSequence(self.seed, spawn_key=numbers).generate_state(1)[0])
+
+    def official_only(self, task: str) -> bool:
+        """Whether a task may train on official data alone: in constrained runs, but Task B of edition 2026 on any."""
+        return self.run_type == "constrained" and not (task == "B" and self.edition >= 2026)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains a model of its own."""
+        return not (self.detector or self.ensemble)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of manipulated images of Task B that train and decide: sp, fr."""
+        kind = self.kind or ("fr" if self.edition >= 2026 else "both")
+        return ("sp", "fr") if kind == "both" else (kind,)
 
     @property
     def tile_overlap(self) -> int:

@@ -45,7 +45,7 @@ def expected_files(run: Run, notebook: str) -> list[Path]:
     """The files that a notebook must write."""
     tasks = run.params.tasks
     if notebook.startswith(("02", "03")):
-        files = (run.classifier_model, run.finetuned_model, run.val_probs)
+        files = (run.classifier_model, run.finetuned_model, run.val_probs) if run.params.trains else (run.val_probs,)
         return [file(task) for task in tasks if notebook.endswith(f"task{task}") for file in files]
     if notebook == "04_infer":
         return [run.test_probs(task) for task in tasks]

@@ -134,7 +134,7 @@ class Run:
             "Task A validation": splits.get("val", self.data / "dataset" / "val"),
             "Task A test images": self.test_folder("A"),
         }
-        if self.params.run_type == "open" and not self.params.aligned:  # twins count as open data too
+        if self.params.run_type == "open" and self.params.trains and not self.params.aligned:  # twins count as open data
             folders["Task A open data"] = self.data / "dataset_open"
         return folders
 
@@ -241,7 +241,7 @@ def _check_fallback(run: Run, missing: dict[str, Path]) -> None:
 
 def _sample_params(params: Params, overrides: dict[str, Any]) -> Params:
     """The sample's parameters, with the identity of the run that they replace."""
-    keep = params.model_dump(include={"run_name", "run_type", "tasks", "team", "edition", "seed", "device"})
+    keep = params.model_dump(include={"run_name", "run_type", "tasks", "detector", "team", "edition", "kind", "seed", "device"})
     return load_params("params/sample.yaml", keep | overrides | {"sample": True})
 
 
@@ -353,7 +353,7 @@ def require_same_kind(run: Run, task: str) -> None:
 
 def require_trained(run: Run, task: str) -> None:
     """Raise ``FileNotFoundError`` if a task has no model with thresholds yet, listing the runs that have one."""
-    if task in read_json(run.thresholds) and run.finetuned_model(task).is_file():
+    if _is_trained(run, task):
         return
     missing = run.thresholds if run.finetuned_model(task).is_file() else run.finetuned_model(task)
     notebook = {"A": "02_train_taskA", "B": "03_train_taskB"}[task]
@@ -365,10 +365,17 @@ def require_trained(run: Run, task: str) -> None:
     )
 
 
+def _is_trained(run: Run, task: str) -> bool:
+    """Whether a task has thresholds, and its model where it has one of its own."""
+    stored = read_json(run.thresholds).get(task)
+    brought = {"detector", "ensemble"} & set((stored or {}).get("inference", ()))
+    return stored is not None and (bool(brought) or run.finetuned_model(task).is_file())
+
+
 def _trained_runs(task: str) -> dict[str, Any]:
     """The runs in ``outputs`` that have a model with thresholds for a task: name to file of parameters."""
     runs = [Run(Params(run_name=path.parent.name), home()) for path in sorted((home() / "outputs").glob("*/thresholds.json"))]
-    trained = [run for run in runs if task in read_json(run.thresholds) and run.finetuned_model(task).is_file()]
+    trained = [run for run in runs if _is_trained(run, task)]
     return {run.name: trained_by(run, task)["params_file"] for run in trained}
 
 

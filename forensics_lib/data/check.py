@@ -34,6 +34,11 @@ EXPECTED: dict[str, dict[tuple[str, int], int]] = {
     "task_b_validation": {("val", 0): 3_227, ("val", 1): 6_212},
     "own": {("val", 0): 5_000, ("val", 1): 5_000},
 }  # fmt: skip
+# Fully regenerated images among them, half of TGIF's four methods, which edition 2026 is about
+REGENERATED: dict[str, dict[str, int]] = {
+    "tgif": {"train": 29_280, "val": 4_092, "test": 4_116},
+    "task_b_validation": {"val": 3_169},
+}
 TEST_IMAGES = {"A": 10_000, "B": None}  # that of Task B is not published
 CLASSES = ("authentic", "positive")
 # Broken files in the official archives themselves: ITW-SM's 1_fake/x_618.jpg
@@ -61,12 +66,16 @@ class Check:
 
 
 def check_data(run: Run) -> Check:
-    """Count the data of a run against the published sizes; missing sets count as empty."""
+    """Count the data of a run against the published sizes; missing sets count as empty.
+
+    Where fully regenerated images alone train and decide, as in edition 2026, they are counted on lines of their own.
+    """
     checked: list[tuple[list[dict[str, object]], list[str]]] = []
     for note in unused(run):
         print(note)
     for task in run.params.tasks:
-        checked += [_check_set(entry, _published(run, entry)) for entry in data_sets(run, task)]
+        regenerated = task == "B" and "sp" not in run.params.kinds
+        checked += [_check_set(entry, _published(run, entry), regenerated) for entry in data_sets(run, task)]
         checked.append(_check_test(run, task))
     table = pd.DataFrame([line for lines, _ in checked for line in lines])
     return Check(table.astype({"expected": "Int64"}), [reason for _, reasons in checked for reason in reasons])
@@ -79,7 +88,9 @@ def _published(run: Run, entry: DataSet) -> dict[tuple[str, int], int]:
     return {} if part or other else EXPECTED.get(str(entry.layout), {})
 
 
-def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[list[dict[str, object]], list[str]]:
+def _check_set(
+    entry: DataSet, expected: dict[tuple[str, int], int], regenerated: bool = False
+) -> tuple[list[dict[str, object]], list[str]]:
     """The lines of a set with ``expected`` images per split and label, and the errors of its files."""
     try:
         table = indexed(entry)
@@ -102,9 +113,24 @@ def _check_set(entry: DataSet, expected: dict[tuple[str, int], int]) -> tuple[li
     elif entry.layout == "cnndetection":  # training, validation and test are separate downloads
         known = {key: count for key, count in known.items() if any(key[0] == split for split, _ in found)}
     lines = [_line(entry.root, entry.layout, *key, found[key], bad[key], count) for key, count in known.items()]
+    if regenerated:
+        lines += _regenerated(entry, table, expected)
     excused = [BROKEN_AT_SOURCE.get((str(entry.layout), *key), 0) >= bad[key] for key in known]
     reasons = table["error"].dropna().tolist()
     return lines, [] if all(excused) else reasons
+
+
+def _regenerated(entry: DataSet, table: pd.DataFrame, expected: dict[tuple[str, int], int]) -> list[dict[str, object]]:
+    """The lines of a set's fully regenerated images; ``expected`` is empty for a set of one's own."""
+    found = table[table["kind"].eq("fr")]
+    published = REGENERATED.get(str(entry.layout), {}) if expected else {}
+    counts: dict[str, int | None] = dict.fromkeys(sorted(table["split"].unique())) | published
+    bad = found[found["error"].notna()]
+    lines = [
+        _line(entry.root, entry.layout, split, 1, int(found["split"].eq(split).sum()), int(bad["split"].eq(split).sum()), count)
+        for split, count in counts.items()
+    ]
+    return [line | {"class": "positive, fr"} for line in lines]
 
 
 def _check_test(run: Run, task: str) -> tuple[list[dict[str, object]], list[str]]:

@@ -39,16 +39,32 @@ def build_manifest(run: Run, task: str) -> pd.DataFrame:
     tables = [indexed(entry) for entry in data_sets(run, task)]
     notes = [*unused(run), *(note for table in tables for note in table.attrs.pop("notes"))]
     table = pd.concat(tables, ignore_index=True)
-    refuse_validation_rows(run, _named(run), table)
+    refuse_validation_rows(run, task, _named(run), table)
     table["error"] = table["error"].fillna(_contradictions(table, task))
     table["error"] = table["error"].fillna(_repeats(table))
     notes += _repeat_notes(table)
+    if task == "B":
+        table = _of_kinds(run, table, notes)
     table = pd.concat([table, *_generated(run, task, table)], ignore_index=True).drop(columns="identity")
     table.attrs["notes"] = notes
     for note in notes:
         print(note)
-    _check_classes(table, task)
+    _check_classes(table, task, ("train", "val") if run.params.trains else ("val",))
     return table
+
+
+def _of_kinds(run: Run, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The table without training images of other kinds than the parameter ``kind`` asks for, which are counted in ``notes``."""
+    other = table["split"].eq("train") & ~_wanted_kind(run, table)
+    if other.any():
+        kinds = ", ".join(run.params.kinds)
+        notes.append(f"{other.sum()} manipulated training images are not trained on: kind asks for {kinds}")
+    return table[~other].reset_index(drop=True)
+
+
+def _wanted_kind(run: Run, rows: pd.DataFrame) -> pd.Series:
+    """Which rows are authentic or of a kind that the parameters ask for."""
+    return rows["label"].eq(0) | ~rows["kind"].isin({"sp", "fr"} - set(run.params.kinds))
 
 
 def indexed(entry: DataSet) -> pd.DataFrame:
@@ -63,6 +79,8 @@ def indexed(entry: DataSet) -> pd.DataFrame:
 def _generated(run: Run, task: str, table: pd.DataFrame) -> list[pd.DataFrame]:
     """Twins (Task A) or forgeries (Task B) of all usable training photographs, if the parameters ask for them."""
     photos = table[table["split"].eq("train") & table["label"].eq(0) & table["error"].isna()].reset_index(drop=True)
+    if not run.params.trains:
+        return []
     if task == "A" and run.params.aligned:
         name, made = "aligned", make_twins(photos, run.params.aligned)
     elif task == "B" and run.params.forgeries:
@@ -94,8 +112,8 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
     """
     entries = _named(run) or _of_data_root(run, task)
     refuse_misuse(run, task, entries)
-    for entry in entries if run.params.run_type == "constrained" else ():
-        if entry.task and entry.task != own_task(entry):
+    for entry in entries:
+        if entry.task and run.params.official_only(entry.task) and entry.task != own_task(entry):
             raise LayoutError(
                 f"a constrained run takes official data only: {entry.root} ({entry.layout}) is none of Task {entry.task}. "
                 "Take task out of its entry, or set run_type: open"
@@ -135,7 +153,7 @@ def _of_data_root(run: Run, task: str) -> list[DataSet]:
     opened = run.data / "dataset_open"
     if run.params.run_type == "open":
         both = [_own(run.data / "dataset", "own"), _own(opened, "own")]
-        return both if opened.exists() or not run.params.aligned else both[:1]
+        return both if opened.exists() or (run.params.trains and not run.params.aligned) else both[:1]
     if opened.is_dir():
         print(f"constrained run: {opened} is there and is not used")
     return [_own(run.data / "dataset", "own")]
@@ -239,11 +257,15 @@ def deciding(run: Run, task: str, rows: pd.DataFrame, train: pd.DataFrame) -> tu
     """The validation ``rows`` that choose epoch, calibration and thresholds, ``(N,)`` bool, and the rule in words.
 
     The rules in order: the official validation set, sources that ``train`` lacks, all images.  A rule is skipped if its
-    images lack a class, or if they have fewer than ``FEWEST`` of a class and those of a later rule do not.
+    images lack a class, or if they have fewer than ``FEWEST`` of a class and those of a later rule do not.  Of manipulated
+    images those of the ``kind`` asked for decide.
     """
     labels, everything = rows["label"].to_numpy(int), np.ones(len(rows), bool)
     rules = _official(run, task, rows, train)
     rules["sources that training lacks"] = ~rows["source"].isin(train["source"]).to_numpy()
+    if task == "B" and not (of_kind := _wanted_kind(run, rows).to_numpy(bool)).all():
+        rules = {f"{name}, {'/'.join(run.params.kinds)} alone": mask & of_kind for name, mask in rules.items()}
+        rules[f"all validation images, {'/'.join(run.params.kinds)} alone"] = of_kind
     wanted = FEWEST if np.bincount(labels, minlength=2).min() >= FEWEST else 1
     skipped = ""
     for name, mask in rules.items():
@@ -391,9 +413,9 @@ def _repeated(table: pd.DataFrame) -> pd.Series:
     return table["error"].str.contains(REPEATED, regex=False).fillna(False).astype(bool)
 
 
-def _check_classes(table: pd.DataFrame, task: str) -> None:
+def _check_classes(table: pd.DataFrame, task: str, splits: tuple[str, ...]) -> None:
     good, lacking = table["error"].isna(), []
-    for split in ("train", "val"):
+    for split in splits:
         for label, name in _CLASSES.items():
             listed = table["split"].eq(split) & table["label"].eq(label)
             if not (listed & good).any():

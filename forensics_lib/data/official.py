@@ -63,16 +63,16 @@ def refuse_misuse(run: Run, task: str, entries: list[DataSet]) -> None:
     own = [entry for entry in entries if task_of(entry) == task and ":" not in str(entry.layout) and entry.layout not in LISTED]
     places = {entry: places_of(entry) for entry in own}
     _refuse_validation(places, _never_trained_on(run, entries))
-    if run.params.run_type == "constrained":
-        official = CONSTRAINED_LAYOUTS | ({"sagi_d"} if run.params.edition >= 2026 else set())
-        reasons = {entry.root: _why_unofficial(entry, official) for entry in entries}
-        _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], official)
+    judged = [entry for entry in entries if run.params.official_only(task_of(entry))]
+    reasons = {entry.root: _why_unofficial(entry, CONSTRAINED_LAYOUTS) for entry in judged}
+    _raise_unofficial([f"{root} ({reason})" for root, reason in reasons.items() if reason], CONSTRAINED_LAYOUTS)
+    if run.params.official_only(task):
         _refuse_foreign(run, task, entries, places)
 
 
-def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame) -> None:
+def refuse_validation_rows(run: Run, task: str, entries: list[DataSet], table: pd.DataFrame) -> None:
     """Raise ``LayoutError`` if a training row is a file of an official validation set or a test image, by identity or by
-    name, or in a constrained run a file of ``dataset_open``; ``entries`` are the run's sets of both tasks.
+    name, or of ``dataset_open`` where ``task`` trains on official data only; ``entries`` are the run's sets of both tasks.
     """
     train = table[table["split"].eq("train")]
     kept = _never_trained_on(run, entries).items()
@@ -89,7 +89,7 @@ def refuse_validation_rows(run: Run, entries: list[DataSet], table: pd.DataFrame
         if of_itw_sm(target) or named_as_itw_sm(images) or _by_platforms(target):
             found.append(f"{folder}{os.sep}{images[0]} lies in {target}: ITW-SM")
     _raise_validation(found)
-    if run.params.run_type == "constrained":
+    if run.params.official_only(task):
         _refuse_hard_links(run.data / "dataset_open", train)
 
 
@@ -299,7 +299,7 @@ def _refuse_foreign(run: Run, task: str, entries: list[DataSet], places: dict[Da
             if key not in known:
                 above = (place.target, *place.target.parents)
                 why = next((claims[folder] for folder in above if folder in claims), None)
-                why = why or _foreign(*key, task, run.params.edition)
+                why = why or _foreign(*key, task)
                 known[key] = why or _why_open(opened, place.target, *above)
             why = known[key] or (_why_open(opened, place.target, place.file) if place.file else None)
             if not why and trains:
@@ -355,7 +355,7 @@ def _official(target: Path) -> bool:
     return lsun or not LDM_FOLDERS.isdisjoint(parts) or "train2017" in parts
 
 
-def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, edition: int) -> str | None:
+def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str) -> str | None:
     """Why images in ``target`` are not official data of ``task``, by the folders from ``base`` to it or by a table."""
     names = target.relative_to(base).parts
     parts = [part.lower() for part in names]
@@ -368,13 +368,13 @@ def _foreign(target: Path, base: Path, linked: bool, trains: bool, task: str, ed
             return "it is laid out as Community Forensics"
     if "dataset_open" in parts:
         return "it is open data"
-    other = _of_other_task(target, base, task, edition) or (_test_split(base, names) if trains else None)
+    other = _of_other_task(target, base, task) or (_test_split(base, names) if trains else None)
     return other or (_listed_in(target) if linked else None)
 
 
-def _of_other_task(target: Path, base: Path, task: str, edition: int) -> str | None:
+def _of_other_task(target: Path, base: Path, task: str) -> str | None:
     for folder in (above for above in (target, *target.parents[:5]) if above.is_relative_to(base)):
-        if (task == "A" or edition < 2026) and (folder / "sagid.csv").is_file():
+        if (folder / "sagid.csv").is_file():
             return "it is of SAGI-D"
         if (folder / "taskB_val.csv").is_file():
             return "it is of the Task B validation set"

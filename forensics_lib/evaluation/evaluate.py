@@ -15,11 +15,13 @@ from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.calibration import expected_calibration_error, fit_calibration
 from forensics_lib.evaluation.metrics import (
     FALSE_ALARMS,
+    THRESHOLDS,
     best_f1_threshold,
     bootstrap_intervals,
     crossfit_f1,
     f1_score,
     image_metrics,
+    iou_thresholds,
     localization_intervals,
     localization_metrics,
     pixel_table,
@@ -28,9 +30,10 @@ from forensics_lib.evaluation.metrics import (
 )
 from forensics_lib.evaluation.predictions import Predictions, predict_labelled
 from forensics_lib.evaluation.robustness import robustness
+from forensics_lib.inference.detectors import common_rows, load_detector
 from forensics_lib.inference.predict import inference_settings
-from forensics_lib.inference.probabilities import calibrated, round_probs
-from forensics_lib.models.checkpoint import add_to_checkpoint, load_model
+from forensics_lib.inference.probabilities import calibrated, round_probs, warn_of_ties
+from forensics_lib.models.checkpoint import add_to_checkpoint
 from forensics_lib.run import Calibration, Run, Thresholds, stored_thresholds
 from forensics_lib.utils.files import is_main, update_json, write_csv
 from forensics_lib.utils.processes import wait_for_all
@@ -45,6 +48,7 @@ RULES = {
     "A": "best F1 on validation",
     "B": f"best mean IoU, then best F1 with at most {FALSE_ALARMS:.0%} of authentic images flagged as submitted, on validation",
 }
+RANKED_BY_IOU = "best mean IoU over manipulated images, then best mean IoU as submitted over all images, on validation"
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95%, by bootstrap over photographs
     without_overlap: dict[str, float] | None = None  # scores without photographs that also occur elsewhere in the data
     others: dict[str, float] | None = None  # scores of the validation images that do not decide
+    other_kinds: dict[str, dict[str, float]] = field(default_factory=dict)  # of manipulated images that do not decide, by kind
     uncalibrated: np.ndarray | None = None  # (N,) probabilities of a validation set before calibration
     chosen_on: dict[str, Any] | None = None  # the rule that selected the images that decide, and their number
 
@@ -71,6 +76,7 @@ class Evaluation:
         columns = {"all images" if self.others is None else "deciding images": self.metrics}
         for number, name in enumerate(("95% from", "to")):
             columns[name] = {key: ends[number] for key, ends in self.intervals.items()}
+        columns |= {f"{kind} beside": scores for kind, scores in self.other_kinds.items()}
         if self.without_overlap is not None:
             columns["without overlap"] = self.without_overlap
         if self.others is not None:
@@ -138,12 +144,13 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
         FileNotFoundError: the task is not trained.
         BrokenModelError: predictions are not finite.
     """
-    rows = usable(manifest, "val")
+    rows = common_rows(run, task, usable(manifest, "val"))
     result, table, errors = _predict_rows(run, task, rows, Calibration())
     table["deciding"], rule = deciding(run, task, rows[result.good()], usable(manifest, "train"))
     decides, raw = table["deciding"].to_numpy(), result.probs[result.good()]
-    thresholds = _chosen_thresholds(table, raw, result)
+    thresholds = _chosen_thresholds(run, table, raw, result)
     table["prob"] = round_probs(calibrated(raw, thresholds))
+    warn_of_ties(raw, table["prob"].to_numpy())
     _add_pixel_scores(task, table, result, thresholds)
     scores = _scores(task, table, result, thresholds, decides) | _calibration_scores(table, raw)
     scores |= {"temperature": thresholds.temperature, "intercept": thresholds.intercept}
@@ -151,15 +158,39 @@ def evaluate(run: Run, task: str, manifest: pd.DataFrame) -> Evaluation:
     positive = int(evaluation.judged["label"].sum())
     evaluation.chosen_on = {"rule": rule, "images": int(decides.sum()), "positive": positive, "others": int((~decides).sum())}
     print(f"calibration and thresholds are chosen on {decides.sum()} of {len(table)} validation images: {rule}")
-    evaluation.intervals = _all_intervals(task, evaluation, result)
+    if task == "B":
+        print(
+            f"mean IoU of the masks as submitted: {scores['submitted_iou_manipulated']:.3f} over manipulated images; "
+            f"{scores['submitted_iou_all']:.3f} over all images, where an authentic image counts 1 if its mask is empty, else "
+            "0 (as TGIF's authors have it)"
+        )
+    evaluation.intervals = _all_intervals(run, task, evaluation, result)
     evaluation.without_overlap = _without_overlap(task, manifest, table, result, thresholds)
+    evaluation.other_kinds = _other_kinds(run, task, table, result, thresholds)
     evaluation.others = _scores(task, table, result, thresholds, ~decides) if not decides.all() else None
     _store(run, task, evaluation, problems(manifest, repeats=False))
     wait_for_all()
     return evaluation
 
 
-def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions) -> Thresholds:
+def _ranked_by_iou(run: Run) -> bool:
+    """Whether the edition ranks Task B by IoU alone, and not by F1 as well."""
+    return run.params.edition >= 2026
+
+
+def _other_kinds(
+    run: Run, task: str, table: pd.DataFrame, result: Predictions, thresholds: Thresholds
+) -> dict[str, dict[str, float]]:
+    """Scores of Task B's kinds that do not decide, against the authentic images that do."""
+    decides, authentic = table["deciding"].to_numpy(), table["label"].eq(0).to_numpy()
+    if task == "A" or not set(table.loc[decides & ~authentic, "kind"]) <= set(run.params.kinds):
+        return {}
+    kinds = [kind for kind in ("fr", "sp") if kind not in run.params.kinds and table["kind"].eq(kind).any()]
+    chosen = {kind: decides & authentic | table["kind"].eq(kind).to_numpy() for kind in kinds}
+    return {kind: _scores(task, table, result, thresholds, rows) for kind, rows in chosen.items()}
+
+
+def _chosen_thresholds(run: Run, table: pd.DataFrame, raw: np.ndarray, result: Predictions) -> Thresholds:
     """Calibration and thresholds, chosen on the images that decide; ``raw`` (N,) are probabilities before calibration."""
     decides = table["deciding"].to_numpy()
     labels = table["label"].to_numpy(int)[decides]
@@ -167,7 +198,14 @@ def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions
     probs = round_probs(calibrated(raw[decides], calibration))
     if result.histograms is None:
         return Thresholds(threshold=best_f1_threshold(labels, probs), **asdict(calibration))
-    histograms, told = result.pixels(decides)[0], []
+    histograms = result.pixels(decides)[0]
+    chosen = iou_thresholds(labels, probs, histograms) if _ranked_by_iou(run) else _quiet(labels, probs, histograms)
+    return Thresholds(**dict(zip(THRESHOLDS, chosen, strict=True)), **asdict(calibration))
+
+
+def _quiet(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[float, float]:
+    """``quiet_thresholds``; prints what the limit of false alarms costs."""
+    told = []
     for limit in (1.0, FALSE_ALARMS):
         threshold, loc_threshold = quiet_thresholds(labels, probs, histograms, limit)
         found = localization_metrics(histograms, loc_threshold, probs >= threshold)
@@ -178,7 +216,7 @@ def _chosen_thresholds(table: pd.DataFrame, raw: np.ndarray, result: Predictions
     print(
         f"as submitted, at most {FALSE_ALARMS:.0%} of authentic images may be flagged: {told[1]}; without this rule: {told[0]}"
     )
-    return Thresholds(threshold=threshold, loc_threshold=loc_threshold, **asdict(calibration))
+    return threshold, loc_threshold
 
 
 def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float]:
@@ -193,7 +231,7 @@ def _calibration_scores(table: pd.DataFrame, raw: np.ndarray) -> dict[str, float
     }
 
 
-def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
+def _all_intervals(run: Run, task: str, evaluation: Evaluation, result: Predictions) -> dict[str, tuple[float, float]]:
     """Intervals of the thresholds, and of the scores of the images that decide."""
     labels, probs = evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy()
     threshold, groups = evaluation.thresholds.threshold, evaluation.judged["group"].to_numpy()
@@ -204,7 +242,10 @@ def _all_intervals(task: str, evaluation: Evaluation, result: Predictions) -> di
         )
     histograms, exact = result.pixels(evaluation.table["deciding"].to_numpy())
     called, loc_threshold = probs >= threshold, evaluation.thresholds.loc_threshold
-    return intervals | localization_intervals(histograms, loc_threshold, called, exact, groups=groups, probs=probs)
+    choose = iou_thresholds if _ranked_by_iou(run) else quiet_thresholds
+    return intervals | localization_intervals(
+        histograms, loc_threshold, called, exact, groups=groups, probs=probs, choose=choose
+    )
 
 
 def _intervals(labels: np.ndarray, probs: np.ndarray, threshold: float, groups: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -262,7 +303,7 @@ def _predict_rows(
     run: Run, task: str, rows: pd.DataFrame, calibration: Calibration
 ) -> tuple[Predictions, pd.DataFrame, list[str]]:
     """The predictions for ``rows``, a table of the readable ones, and the reasons of the others."""
-    model, _ = load_model(run.finetuned_model(task), task)
+    model = load_detector(run, task)
     result = predict_labelled(model, task, rows, run.params, choose_machine(run.params))
     good = result.good()
     table = rows.loc[good, KEPT_COLUMNS].reset_index(drop=True)
@@ -308,10 +349,12 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
         return
     write_csv(run.val_probs(task), evaluation.table)
     how = inference_settings(run.params, task)  # thresholds only hold for images that are processed in the same way
-    update_json(run.thresholds, **{task: _threshold_facts(task, evaluation) | how})
-    add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds.facts(), inference=how["inference"])
+    update_json(run.thresholds, **{task: _threshold_facts(run, task, evaluation) | how})
+    if run.params.trains:
+        add_to_checkpoint(run.finetuned_model(task), thresholds=evaluation.thresholds.facts(), inference=how["inference"])
     facts = {"validation": evaluation.metrics, "validation_intervals": evaluation.intervals}
     facts |= {"validation_without_overlap": evaluation.without_overlap, "validation_others": evaluation.others}
+    facts |= {"validation_other_kinds": evaluation.other_kinds or None}
     facts |= {"chosen_on": evaluation.chosen_on, "left_out": excluded["path"].tolist() + evaluation.errors}
     columns = {"source": ["source"], "generator": ["generator"], "platform": ["platform"], "format": ["format"]}
     facts["diagnosis"] = None  # an earlier one was of other results
@@ -321,10 +364,14 @@ def _store(run: Run, task: str, evaluation: Evaluation, excluded: pd.DataFrame) 
     run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
 
 
-def _threshold_facts(task: str, evaluation: Evaluation) -> dict[str, Any]:
+def _threshold_facts(run: Run, task: str, evaluation: Evaluation) -> dict[str, Any]:
     """The thresholds, and how they were chosen."""
     facts: dict[str, Any] = dict(evaluation.thresholds.facts())
-    facts |= {"rule": RULES[task], "f1": evaluation.metrics["f1"], "images": len(evaluation.judged)}
+    facts |= {
+        "rule": RANKED_BY_IOU if task == "B" and _ranked_by_iou(run) else RULES[task],
+        "f1": evaluation.metrics["f1"],
+        "images": len(evaluation.judged),
+    }
     facts["chosen_on"] = evaluation.chosen_on
     known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
@@ -347,10 +394,10 @@ def evaluate_robustness(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataF
         FileNotFoundError: the task is not trained and evaluated.
         BrokenModelError: predictions are not finite.
     """
-    rows = usable(manifest, "val")
+    rows = common_rows(run, task, usable(manifest, "val"))
     decides, _ = deciding(run, task, rows, usable(manifest, "train"))
     rows = sampled(rows[decides], run.params.robustness_images, run.params.seed_for())
-    model, _ = load_model(run.finetuned_model(task), task)
+    model = load_detector(run, task)
     table = robustness(model, task, rows, run.params, choose_machine(run.params), stored_thresholds(run, task))
     run.record(**{f"task{task}_robustness": table.astype(object).where(table.notna(), None).round(4).to_dict("records")})
     return table

@@ -13,7 +13,8 @@ import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
-from forensics_lib.inference.probabilities import DECIMALS, round_probs
+from forensics_lib.inference.probabilities import round_probs
+from forensics_lib.utils.files import DECIMALS
 from forensics_lib.utils.progress import progress
 
 BINS = 256  # pixel probabilities are counted in bins of 1/256, exact in float16
@@ -278,15 +279,38 @@ def quiet_thresholds(
     probs = round_probs(probs)
     order = np.argsort(-probs, kind="stable")
     ranked, manipulated = probs[order], np.asarray(labels)[order] == 1
-    if not manipulated.any():
-        raise ValueError("no manipulated image: thresholds need at least one")
     iou, _, flagged = pixel_curves(histograms[order])
-    column = int(iou[manipulated].mean(0)[1:].argmax()) + 1
+    column = _best_bin(iou[manipulated])
     alarms = ((flagged[:, column] > FLAGGED) & ~manipulated).cumsum() / max(1, (~manipulated).sum())
     f1 = 2 * manipulated.cumsum() / (np.arange(1, len(ranked) + 1) + manipulated.sum())
     f1[(alarms > limit) | np.append(ranked[1:] == ranked[:-1], False)] = 0  # or not separable: equal probabilities
     count = int(f1.argmax())  # where none is quiet enough, no image is called
     return _threshold_after(ranked, count + 1 if f1[count] > 0 else 0), bin_threshold(column)
+
+
+def iou_thresholds(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[float, float]:
+    """The image and the localization threshold of Task B where IoU alone ranks.
+
+    The localization threshold is that of ``quiet_thresholds``.  The image threshold has the best mean IoU as submitted, over
+    all images: masks of images below it are empty, which counts 1 for an authentic image and 0 for a manipulated one.
+
+    Args, returned values and errors are those of ``quiet_thresholds``.
+    """
+    probs = round_probs(probs)
+    order = np.argsort(-probs, kind="stable")
+    ranked, manipulated = probs[order], np.asarray(labels)[order] == 1
+    iou, _, _ = pixel_curves(histograms[order])
+    column = _best_bin(iou[manipulated])
+    gains = np.append(0, (iou[:, column] - ~manipulated).cumsum())  # of calling the first 0, 1, ... images
+    gains[1:-1][ranked[1:] == ranked[:-1]] = -np.inf  # no threshold separates equal probabilities
+    return _threshold_after(ranked, int(gains.argmax())), bin_threshold(column)
+
+
+def _best_bin(iou: np.ndarray) -> int:
+    """The bin from which on flagging gives the best mean IoU; ``iou`` (N, 256) is of manipulated images."""
+    if not len(iou):
+        raise ValueError("no manipulated image: thresholds need at least one")
+    return int(iou.mean(0)[1:].argmax()) + 1
 
 
 def pixel_auc(histograms: np.ndarray) -> np.ndarray:
@@ -369,15 +393,16 @@ def localization_intervals(
     seed: int = 0,
     groups: np.ndarray | None = None,
     probs: np.ndarray | None = None,
+    choose: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[float, float]] = quiet_thresholds,
 ) -> dict[str, tuple[float, float]]:
     """95% intervals of ``localization_metrics``, by bootstrap over photographs as in ``bootstrap_intervals``.
 
-    With the images' ``probs`` ``(N,)`` those of both thresholds too, which ``quiet_thresholds`` chooses on each resample.
+    With the images' ``probs`` ``(N,)`` those of both thresholds too, which ``choose`` finds on each resample.
     """
     table, lines = pixel_table(histograms, loc_threshold, called, exact), []
     manipulated = (table["truth"] > 0).to_numpy()
     for drawn in progress(_draws(manipulated, groups, rounds, seed), "bootstrap of masks", total=rounds):
         lines.append(_localization_means(table.iloc[drawn]))
         if probs is not None:
-            lines[-1] |= zip(THRESHOLDS, quiet_thresholds(manipulated[drawn], probs[drawn], histograms[drawn]), strict=True)
+            lines[-1] |= zip(THRESHOLDS, choose(manipulated[drawn], probs[drawn], histograms[drawn]), strict=True)
     return _intervals(lines)

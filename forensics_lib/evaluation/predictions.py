@@ -14,9 +14,8 @@ from forensics_lib.device import Machine
 from forensics_lib.evaluation.metrics import THRESHOLD_FREE, binned, threshold_free_scores, value_counts
 from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import read_mask
-from forensics_lib.inference.predict import predict_masks, predict_probabilities
+from forensics_lib.inference.detectors import Detector, predictions
 from forensics_lib.inference.probabilities import check_finite
-from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.utils.processes import all_gather, rank, world
 
@@ -45,7 +44,7 @@ class Predictions:
 
 
 def predict_labelled(
-    model: CombinedModel,
+    model: Detector,
     task: str,
     rows: pd.DataFrame,
     params: Params,
@@ -79,19 +78,19 @@ def predict_labelled(
 
 
 def _probabilities(
-    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+    model: Detector, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
 ) -> Predictions:
-    found = list(predict_probabilities(model, rows, params, machine, change, title or "probabilities"))
+    found = list(predictions(model, "A", rows, params, machine, change, title))
     return Predictions(np.array([p.prob for p in found]), {p.index: p.error for p in found if p.error})
 
 
 def _masks(
-    model: CombinedModel, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
+    model: Detector, rows: pd.DataFrame, params: Params, machine: Machine, change: Transform | None, title: str | None
 ) -> Predictions:
     probs, errors = np.full(len(rows), np.nan), {}
     histograms = np.zeros((len(rows), 2, 256), np.uint32)
     exact: dict[int, dict[str, float]] = {}
-    for prediction in predict_masks(model, rows, params, machine, change, title or "masks"):
+    for prediction in predictions(model, "B", rows, params, machine, change, title):
         mask, row = prediction.mask, rows.iloc[prediction.index]
         try:
             if mask is None:

@@ -13,8 +13,8 @@ from forensics_lib.evaluation.metrics import image_metrics, localization_metrics
 from forensics_lib.evaluation.predictions import Predictions, predict_labelled
 from forensics_lib.images.degradations import add_noise, blur, recompress, resize, upload
 from forensics_lib.images.io import ImageError
+from forensics_lib.inference.detectors import Detector
 from forensics_lib.inference.probabilities import calibrated, round_probs
-from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.run import Thresholds
 
@@ -63,7 +63,7 @@ class Change:
 
 
 def robustness(
-    model: CombinedModel,
+    model: Detector,
     task: str,
     rows: pd.DataFrame,
     params: Params,

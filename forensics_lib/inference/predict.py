@@ -23,18 +23,24 @@ from forensics_lib.models.combined import CombinedModel, Output
 from forensics_lib.params import Params
 from forensics_lib.utils.progress import progress
 
+BROUGHT = ("detector", "ensemble")  # parameters of runs that train no model of their own
 WAITING_PIXELS = 2**25  # of images whose tiles wait for others to fill a batch, at most: their masks take four bytes each
 
 
 def inference_settings(params: Params, task: str) -> dict[str, Any]:
     """The parameters of inference and this machine's precision, which are stored beside thresholds."""
-    return {"inference": params.of_prediction(task), "precision": choose_machine(params).precision}
+    return {"inference": _settings(params, task), "precision": choose_machine(params).precision}
+
+
+def _settings(params: Params, task: str) -> dict[str, Any]:
+    return params.of_prediction(task) | {name: value for name in BROUGHT if (value := getattr(params, name))}
 
 
 def other_settings(chosen: dict[str, Any], params: Params, task: str) -> list[str]:
     """The parameters of inference whose values differ from those that thresholds were ``chosen`` with."""
-    wanted = params.of_prediction(task) | {"tile_overlap": params.tile_overlap}  # which earlier versions could change
-    return [name for name, value in wanted.items() if name in chosen and chosen[name] != value]
+    brought = dict.fromkeys(BROUGHT)
+    wanted = brought | _settings(params, task) | {"tile_overlap": params.tile_overlap}  # which earlier versions could change
+    return [name for name, value in wanted.items() if name in brought | chosen and (brought | chosen)[name] != value]
 
 
 @dataclass
@@ -281,7 +287,7 @@ class _Tiles:
         with self._machine.autocast():
             whole_mask = torch.from_numpy(total)[None, None].to(self._machine.device)
             logits = self._model.classify(features, whole_mask).float()
-        return logits.softmax(1)[0, 1].item(), written_mask(total)
+        return sigmoid((logits[0, 1] - logits[0, 0]).item()), written_mask(total)
 
 
 class _BlendedMask:

@@ -9,8 +9,9 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from forensics_lib.run import Calibration
+from forensics_lib.utils.files import DECIMALS
 
-EDGE = 1e-12  # probabilities are kept this far from 0 and 1, so that their log-odds are finite
+EDGE = 10.0**-DECIMALS  # probabilities are kept this far from 0 and 1, so that their log-odds are finite
 
 
 def calibrated(probs: np.ndarray, calibration: Calibration) -> np.ndarray:
@@ -27,15 +28,27 @@ def calibrated(probs: np.ndarray, calibration: Calibration) -> np.ndarray:
     return expit(odds / calibration.temperature + calibration.intercept)
 
 
-DECIMALS = 6  # of probabilities, where they are written and where they are compared
-
-
 def round_probs(probs: np.ndarray) -> np.ndarray:
     """Round probabilities as files hold them, so that labels agree with what a reader computes; NaN stays NaN.
 
     They stay one unit of the last decimal away from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
     """
     return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
+
+
+def new_ties(probs: np.ndarray, written: np.ndarray) -> int:
+    """How many different values of ``probs`` (N,) are no longer different as they are ``written`` (N,); NaN do not count."""
+    before, after = (len(np.unique(values[np.isfinite(values)])) for values in (probs, written))
+    return max(0, before - after)
+
+
+def warn_of_ties(probs: np.ndarray, written: np.ndarray) -> None:
+    """Print a warning where writing probabilities made some of them equal, so that they have no order among themselves."""
+    if ties := new_ties(probs, written):
+        print(
+            f"WARNING: {ties} of {len(probs)} probabilities equal others since they are written with {DECIMALS} decimals: the "
+            "model is so sure of these images that files do not hold their order"
+        )
 
 
 SHOWN = 5  # images that an error names

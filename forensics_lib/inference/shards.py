@@ -14,18 +14,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from forensics_lib.data.layouts import mask_names
 from forensics_lib.data.manifest import build_test_manifest, data_fingerprint
-from forensics_lib.device import Machine, choose_machine, compile_where_it_pays
+from forensics_lib.device import Machine, choose_machine
 from forensics_lib.images.headers import read_header
 from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import load_mask, save_mask
-from forensics_lib.inference.predict import inference_settings, other_settings, predict_masks, predict_probabilities
-from forensics_lib.inference.probabilities import FALLBACK_PROB, BrokenModelError, calibrated, check_finite, round_probs
-from forensics_lib.models.checkpoint import load_model
-from forensics_lib.models.combined import CombinedModel
+from forensics_lib.inference.detectors import Detector, identify, load_detector, predictions, prepare
+from forensics_lib.inference.predict import inference_settings, other_settings
+from forensics_lib.inference.probabilities import (
+    FALLBACK_PROB,
+    BrokenModelError,
+    calibrated,
+    check_finite,
+    round_probs,
+    warn_of_ties,
+)
+from forensics_lib.models.checkpoint import read_checkpoint
 from forensics_lib.params import settings_text
 from forensics_lib.run import Run, require_same_kind, require_trained, stored_thresholds
 from forensics_lib.utils.cores import usable_cores
@@ -72,14 +78,15 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     require_trained(run, task)
     require_same_kind(run, task)
     thresholds = stored_thresholds(run, task)
-    model, content = load_model(run.finetuned_model(task), task)
-    _require_same_settings(run, task, content)
+    _require_same_settings(run, task, read_checkpoint(run.finetuned_model(task)) if run.params.trains else None)
+    model = load_detector(run, task)
     if should_launch(run.params.processes):
         launch(run.params.processes, "infer", "--params", str(run.write_params()), "--tasks", task)
     table = _predicted(run, task, model)
     failed = table["error"].notna()
-    probs = calibrated(table["prob"].to_numpy(), thresholds)
-    table["prob"] = round_probs(np.where(failed, FALLBACK_PROB, probs))
+    raw = table["prob"].to_numpy()
+    table["prob"] = round_probs(np.where(failed, FALLBACK_PROB, calibrated(raw, thresholds)))
+    warn_of_ties(raw[~failed], table.loc[~failed, "prob"].to_numpy())
     table.insert(0, "image_id", [Path(path).name for path in table["path"]])
     if failed.any():
         print(f"{failed.sum()} test image(s) could not be read and get probability {FALLBACK_PROB}:")
@@ -93,38 +100,38 @@ def _infer(run: Run, task: str) -> pd.DataFrame:
     return table[["image_id", "prob", "error", "path"]]
 
 
-def _predicted(run: Run, task: str, model: CombinedModel) -> pd.DataFrame:
+def _predicted(run: Run, task: str, model: Detector) -> pd.DataFrame:
     """The predictions for all test images, not yet calibrated: path, prob and error, from shards done before or now."""
     rows = build_test_manifest(run, task)
     machine = choose_machine(run.params)
     print(f"Task {task}: {len(rows)} test images on {machine}")
-    shards = Shards(run, task, rows, _key(run, model, rows))
+    shards = Shards(run, task, rows, _key(run, task, model, rows))
     shards.prepare()
     missing = shards.missing()
     if missing:
-        model = model.to(machine.device).to(memory_format=torch.channels_last)
-        compile_where_it_pays(model, _pixels(run, task, rows))
+        prepare(model, machine, _pixels(run, task, rows))
     shards.complete(missing, model, machine)
     wait_for_all()
     return shards.merged()
 
 
-def _require_same_settings(run: Run, task: str, content: dict[str, Any]) -> None:
+def _require_same_settings(run: Run, task: str, content: dict[str, Any] | None) -> None:
     """Raise ``InferenceError`` where thresholds were chosen with other parameters of inference than this run's.
 
-    ``content`` is the checkpoint's.  Another precision is only noted: a model may be trained on a GPU and used on a CPU.
+    ``content`` is the checkpoint's, None for a run without one.  Another precision is only noted: a model may be trained on a
+    GPU and used on a CPU.
     """
     kept, now = read_json(run.thresholds)[task], inference_settings(run.params, task)
     again = f"run {'notebook 02' if task == 'A' else 'notebook 03'} or 'train' of this run again"
-    if "thresholds" not in content:
+    if content is not None and "thresholds" not in content:
         raise InferenceError(
             f"{run.finetuned_model(task)} was trained after the thresholds in {run.thresholds} were chosen: {again}, which "
             "chooses them for it"
         )
-    chosen = kept.get("inference") or content.get("inference") or {}
+    chosen = kept.get("inference") or (content or {}).get("inference") or {}
     if names := other_settings(chosen, run.params, task):
-        found = "\n".join(f"  {name}: {chosen[name]} there, {getattr(run.params, name)} here" for name in names)
-        same = settings_text({name: chosen[name] for name in names})
+        found = "\n".join(f"  {name}: {chosen.get(name)} there, {getattr(run.params, name)} here" for name in names)
+        same = settings_text({name: chosen.get(name) for name in names})
         raise InferenceError(
             f"the Task {task} thresholds of run {run.name} were chosen with other parameters of inference:\n{found}\n"
             f"Give the same ({same}), or {again} with the new ones: what is trained stays, thresholds are chosen anew."
@@ -142,13 +149,11 @@ def _pixels(run: Run, task: str, rows: pd.DataFrame) -> float:
     return len(rows) * run.params.crops_per_image * run.params.crop_size**2
 
 
-def _key(run: Run, model: CombinedModel, rows: pd.DataFrame) -> str:
+def _key(run: Run, task: str, model: Detector, rows: pd.DataFrame) -> str:
     """A hash of the model's weights, the parameters that predictions depend on, and the test images."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(repr([run.params.of_prediction(model.config["task"]), run.params.precision]).encode())
+    identify(model, digest)
+    digest.update(repr([run.params.of_prediction(task), run.params.precision]).encode())
     digest.update(data_fingerprint(rows).encode())
     return digest.hexdigest()[:16]
 
@@ -196,7 +201,7 @@ class Shards:
         """The shards that are not done."""
         return [number for number in range(len(self)) if not self.done(number)]
 
-    def complete(self, missing: list[int], model: CombinedModel, machine: Machine) -> None:
+    def complete(self, missing: list[int], model: Detector, machine: Machine) -> None:
         """Predict this process's share of the ``missing`` shards."""
         if self.task == "B":
             self._check_space(missing)
@@ -209,9 +214,9 @@ class Shards:
         rows = pd.concat([self.part(number) for number in mine])
         with ThreadPoolExecutor(min(WRITERS, usable_cores())) as pool:
             written: deque[Future] = deque()
-            predictions = self._predictions(rows, model, machine, pool, written)
+            lines = self._lines(rows, model, machine, pool, written)
             for number in mine:
-                part = pd.DataFrame(islice(predictions, len(self.part(number))), columns=["path", "prob", "error"])
+                part = pd.DataFrame(islice(lines, len(self.part(number))), columns=["path", "prob", "error"])
                 check_finite(part["path"], part["prob"], part["error"])
                 while written:
                     written.popleft().result()
@@ -229,12 +234,11 @@ class Shards:
                 "or put outputs elsewhere (FORENSICS_HOME); the same command goes on"
             )
 
-    def _predictions(
-        self, rows: pd.DataFrame, model: CombinedModel, machine: Machine, pool: Executor, written: deque[Future]
+    def _lines(
+        self, rows: pd.DataFrame, model: Detector, machine: Machine, pool: Executor, written: deque[Future]
     ) -> Iterator[dict[str, Any]]:
         """The line of each image; its mask is compressed and ``written`` by the pool while the model goes on."""
-        predict = predict_probabilities if self.task == "A" else predict_masks
-        for found in predict(model, rows, self.run.params, machine):
+        for found in predictions(model, self.task, rows, self.run.params, machine):
             path = Path(rows["path"].iloc[found.index])
             if self.task == "B" and (found.error or np.isfinite(found.prob)):
                 mask = np.zeros(_declared_size(path), np.float16) if found.mask is None else found.mask

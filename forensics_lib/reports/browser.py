@@ -28,9 +28,9 @@ from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.predictions import truth_mask
 from forensics_lib.images.io import ImageError, read_image
 from forensics_lib.images.masks import load_mask
-from forensics_lib.inference.predict import predict_mask
+from forensics_lib.inference.detectors import answer, load_detector
 from forensics_lib.inference.predictor import Predictor
-from forensics_lib.models.checkpoint import load_model
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.reports.figures import MaskExample, crop_outlines, decision_overlay
 from forensics_lib.reports.pictures import as_html, first_look, try_changes
@@ -268,8 +268,9 @@ class ImageBrowser(Browser):
 
     def __init__(self, run: Run, table: pd.DataFrame, filters: list[str], orders: dict[str, tuple[str, bool]]) -> None:
         self._run, self._machine = run, choose_machine(run.params)
-        self._model = load_model(run.finetuned_model("A"), "A")[0].to(self._machine.device)
-        super().__init__(table, filters, orders, IMAGE_VIEWS, run.folder / "figures")
+        self._model = load_detector(run, "A")
+        views = IMAGE_VIEWS if isinstance(self._model, CombinedModel) else ("image",)  # which has no crops to show
+        super().__init__(table, filters, orders, views, run.folder / "figures")
 
     def load(self, index: int) -> None:
         self._row = self._table.loc[index]
@@ -287,6 +288,8 @@ class ImageBrowser(Browser):
         return crop_outlines(self._image, self._run.params) / 255
 
     def _attribution(self) -> np.ndarray:
+        if not isinstance(self._model, CombinedModel):
+            return self._image / 255
         if self._heat is None:
             shown, heat = grad_cam(self._model, self._image, self._machine)
             grey = np.repeat(shown.mean(2, keepdims=True) / 255, 3, 2)
@@ -383,14 +386,12 @@ def browse_evaluated_masks(run: Run, evaluation: Evaluation) -> MaskBrowser | Ma
     ]
     table["name"] = said
     machine = choose_machine(run.params)
-    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
+    model = load_detector(run, "B")
 
     def example(index: int) -> MaskExample:
         row = table.loc[index]
         image = read_image(Path(row["path"]))
-        return MaskExample(
-            said[index], image, predict_mask(model, image, run.params, machine)[1], truth_mask(row, image.shape[:2])
-        )
+        return MaskExample(said[index], image, answer(model, image, run.params, machine)[1], truth_mask(row, image.shape[:2]))
 
     orders = {"worst": ("score", True), "best": ("score", False), "borderline": ("doubt", True), "name": ("image_id", True)}
     filters = ["kind", "method", "source", "size", "verdict"]

@@ -25,9 +25,9 @@ from forensics_lib.evaluation.predictions import truth_mask
 from forensics_lib.images.crops import chosen_places
 from forensics_lib.images.io import read_image
 from forensics_lib.images.masks import load_mask
-from forensics_lib.inference.predict import predict_mask
+from forensics_lib.inference.detectors import answer, load_detector
 from forensics_lib.inference.probabilities import calibrated
-from forensics_lib.models.checkpoint import load_model
+from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.run import Run
@@ -88,7 +88,9 @@ def hide_axes(axes: np.ndarray) -> None:
 
 
 def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
-    """Training loss and validation scores over the epochs of both steps."""
+    """Training loss and validation scores over the epochs of both steps; the figure says so where there are none."""
+    if metrics.empty:
+        return _no_image(f"Task {task}: learning", "nothing was trained")
     figure, axes = new_figure(1, 2, 8, 2.8)
     epochs = np.arange(1, len(metrics) + 1)
     axes[0, 0].plot(epochs, metrics["train_loss"], color=BLUE, marker=".")
@@ -171,9 +173,11 @@ def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     """Task A images of an evaluation, and below each its attribution map; the figure says so where there are none."""
     if rows.empty:
         return _no_image(title)
+    model, machine = load_detector(run, "A"), choose_machine(run.params)
+    if not isinstance(model, CombinedModel):
+        return _no_image(title, "attribution needs a model of the run's own")
     figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
     hide_axes(axes)
-    model, machine = load_model(run.finetuned_model("A"), "A")[0], choose_machine(run.params)
     for column, (_, row) in zip(axes.T, rows.iterrows(), strict=False):
         shown, heat = grad_cam(model, read_image(row["path"]), machine)
         column[0].imshow(shown, interpolation="nearest")
@@ -184,11 +188,11 @@ def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _no_image(title: str) -> Figure:
+def _no_image(title: str, why: str = "no such image") -> Figure:
     """The figure of a gallery without an image."""
     figure, axes = new_figure(1, 1, 5, 0.9)
     hide_axes(axes)
-    axes[0, 0].text(0.5, 0.5, "no such image", ha="center", va="center", transform=axes[0, 0].transAxes)
+    axes[0, 0].text(0.5, 0.5, why, ha="center", va="center", transform=axes[0, 0].transAxes)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -293,11 +297,11 @@ def mask_examples(run: Run, evaluation: Evaluation, which: str, count: int = 6) 
     ``alarms`` (authentic images with the most flagged pixels).
     """
     machine = choose_machine(run.params)
-    model = load_model(run.finetuned_model("B"), "B")[0].to(machine.device)
+    model = load_detector(run, "B")
     examples = []
     for _, row in _chosen(evaluation, which).head(count).iterrows():
         image = read_image(Path(row["path"]))
-        prob, mask = predict_mask(model, image, run.params, machine)
+        prob, mask = answer(model, image, run.params, machine)
         truth = truth_mask(row, image.shape[:2])
         said = f"IoU {row['iou']:.2f}" if row["label"] else f"{row['flagged']:.0%} flagged"
         what = manipulation(row) if row["label"] else "authentic"

@@ -125,6 +125,8 @@ def _sentence(run: Run, tasks: list[str], facts: dict[str, Any]) -> str:
     params = run.params.model_dump() | parameters_in_force(run)
     backbone = params["backbone"]
     named = " and ".join(f"{name} ({task})" for task, name in backbone.items()) if isinstance(backbone, dict) else backbone
+    if not run.params.trains:
+        named = run.params.detector or f"the mean of {', '.join(run.params.ensemble or [])}"
     return f"A {run.params.run_type} run of Task {' and '.join(tasks)} with {named}, {facts.get('updated', '')}."
 
 
@@ -180,6 +182,7 @@ def _score_table(found: dict[str, Any]) -> pd.DataFrame:
         "validation": validation,
         "95% from": {key: value[0] for key, value in ends.items()},
         "to": {key: value[1] for key, value in ends.items()},
+        **{f"{kind} beside": scores for kind, scores in (found.get("validation_other_kinds") or {}).items()},
         "without overlap": found.get("validation_without_overlap"),
         "other validation images": found.get("validation_others"),
         "held out": found.get("held_out"),

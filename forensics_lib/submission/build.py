@@ -14,10 +14,10 @@ import pandas as pd
 
 from forensics_lib.data.layouts import mask_names
 from forensics_lib.images.masks import MASK_KEY, load_mask
-from forensics_lib.inference.probabilities import DECIMALS
+from forensics_lib.inference.probabilities import round_probs
 from forensics_lib.run import Run, Thresholds, require_same_kind, stored_thresholds
 from forensics_lib.submission.validate import HEADERS, SCORES, SHOWN_FAULTS, Validation, validate_submission
-from forensics_lib.utils.files import atomic_write, home, read_json, update_json
+from forensics_lib.utils.files import atomic_write, decimal_text, home, read_json, update_json
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
 
@@ -69,7 +69,7 @@ def build_submission(run: Run, task: str) -> Validation:
     """
     target = archive_path(run, task)
     table = submission_table(run, task)
-    text = table.to_csv(index=False, float_format=_exactly)
+    text = table.to_csv(index=False, float_format=decimal_text)  # exact: a rounded threshold could equal a probability
     with atomic_write(target) as temporary:
         if target.suffix == ".csv":
             temporary.write_text(text, encoding="utf-8")
@@ -86,11 +86,6 @@ def build_submission(run: Run, task: str) -> Validation:
             _claim(run, scores_path(run), temporary)
     run.record(**{f"task{task}_submission": str(target)})
     return result
-
-
-def _exactly(value: float) -> str:
-    """The shortest text that reads back as the same number: a rounded threshold could equal a probability."""
-    return np.format_float_positional(value, min_digits=DECIMALS)
 
 
 def _claim(run: Run, path: Path, new: Path) -> None:
@@ -155,7 +150,7 @@ def submission_table(run: Run, task: str) -> pd.DataFrame:
         raise SubmissionError(
             f"{path} holds no probability of {len(missing)} image(s): {named}; run 04_infer of this run again"
         )
-    table["prob"] = probs
+    table["prob"] = round_probs(probs)
     table["label"] = (table["prob"] >= thresholds.threshold).astype(int)
     for name in HEADERS[task][3:]:
         table[name] = getattr(thresholds, name)

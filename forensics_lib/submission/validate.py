@@ -50,9 +50,10 @@ class Validation:
     notes: list[str] = field(default_factory=list)  # not faults, but worth knowing
     rows: int = 0
     masks: int = 0
+    named: set[str] = field(default_factory=set)  # the images that the table names
     authentic: set[str] = field(default_factory=set)  # the images whose label is 0
     marked: list[str] = field(default_factory=list)  # those of them whose masks are not empty
-    full: list[str] = field(default_factory=list)  # images whose masks are 1 everywhere
+    uniform: dict[str, float] = field(default_factory=dict)  # images whose masks have one value all over, and the value
 
     @property
     def valid(self) -> bool:
@@ -101,6 +102,19 @@ def validate_submission(path: Path, task: str, test_folder: Path) -> Validation:
     return result
 
 
+def _uniform_masks(result: Validation) -> list[str]:
+    """Notes on masks with one value all over: of images called manipulated if it is 0, of any if it is another one."""
+    empty = [name for name, value in result.uniform.items() if value == 0 and name not in result.authentic]
+    filled = [name for name, value in result.uniform.items() if value > 0]
+    notes = []
+    if filled:
+        value = f"{result.uniform[filled[0]]:g}"
+        notes.append(f"{len(filled)} mask(s) have one value all over, such as that of {filled[0]}, which is {value} everywhere")
+    if empty:
+        notes.append(f"{len(empty)} mask(s) of images with label 1 mark nothing (zeros all over), such as that of {empty[0]}")
+    return notes
+
+
 Entries = list[tuple[str, zipfile.ZipInfo]]  # names without folders
 
 
@@ -124,8 +138,7 @@ def _check_archive(archive: zipfile.ZipFile, task: str, images: dict[str, Path],
             f"{len(result.marked)} image(s) with label 0 have masks that are not all zero, such as {result.marked[0]}; "
             "the challenge asks for zeros where nothing is detected"
         )
-    if result.full:
-        result.notes.append(f"{len(result.full)} mask(s) are 1 everywhere, such as that of {result.full[0]}")
+    result.notes += _uniform_masks(result)
 
 
 def _check_members(archive: zipfile.ZipFile, result: Validation) -> Entries:
@@ -234,6 +247,7 @@ def _remedy(found: list[str], header: list[str], images: dict[str, Path]) -> str
 
 def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dict[str, Path], result: Validation) -> None:
     near, seen = _by_near_name(images), Counter[str]()
+    result.faults += _odd_names([row[0] for row in rows if row], images, near, name)
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             remedy = "" if row else ": take the empty line out"
@@ -253,7 +267,8 @@ def _check_rows(rows: list[list[str]], name: str, header: list[str], images: dic
         result.faults += [f"{name} row {number} ({row[0]}): {fault}" for fault in faults]
     result.faults += [f"{name}: {image} stands in {times} rows" for image, times in seen.items() if times > 1]
     missing = [image for image in images if image not in seen]
-    result.faults += _dropped_endings(missing, list(images), name)
+    result.faults += _dropped_endings(missing, list(images), name, len(rows))
+    result.named = set(seen)
     result.faults += [f"{name}: {image} is missing" for image in missing]
     if list(seen) != sorted(seen):
         result.notes.append(f"{name}: rows are not sorted by image_id")
@@ -275,6 +290,25 @@ def _check_columns(rows: list[list[str]], name: str, header: list[str], result: 
     result.notes += _turned_around(rows, name)
 
 
+def _odd_names(written: list[str], images: dict[str, Path], near: dict[str, str], name: str) -> list[str]:
+    """Faults of the names as a whole: without extensions, or of other images; from two rows on."""
+    wrong = [image for image in written if image not in images]
+    bare = [image for image in wrong if not Path(image).suffix and _meant(image, near)]
+    unknown = [image for image in wrong if not _meant(image, near)]
+    faults = []
+    if len(bare) > 1:
+        faults.append(
+            f"{name}: {len(bare)} of {len(written)} image_id are without extension, such as {bare[0]}; write the exact file "
+            f"name, {_meant(bare[0], near)}"
+        )
+    if len(unknown) > 1 and 2 * len(unknown) > len(written):
+        faults.append(
+            f"{name}: {len(unknown)} of {len(written)} names are of no test image, such as {unknown[0]}: is it the table of "
+            f"another folder? The test images are called as {min(images)}"
+        )
+    return faults
+
+
 def _by_near_name(images: dict[str, Path]) -> dict[str, str]:
     """Test images by their names in lower case, with and without extensions."""
     return {Path(image).stem.casefold(): image for image in images} | {image.casefold(): image for image in images}
@@ -286,14 +320,17 @@ def _meant(written: str, near: dict[str, str]) -> str | None:
     return near.get(name) or near.get(Path(name).stem)
 
 
-def _dropped_endings(missing: list[str], images: list[str], name: str) -> list[str]:
+def _dropped_endings(missing: list[str], images: list[str], name: str, rows: int) -> list[str]:
     """A fault for extensions without any row, where others have rows: the folder was filtered by extension."""
     absent, there = (Counter(Path(image).suffix or "no ending" for image in names) for names in (missing, images))
     dropped = {ending: count for ending, count in absent.items() if count == there[ending]}
     if not dropped or len(missing) == len(images):
         return []
     found = ", ".join(f"{ending} ({count})" for ending, count in sorted(dropped.items()))
-    return [f"{name}: no row for any test image with the ending {found}: was the folder listed by other endings alone?"]
+    return [
+        f"{name}: {rows} rows for {len(images)} test images, none for any with the ending {found}: was the folder listed by "
+        "other endings alone?"
+    ]
 
 
 def _turned_around(rows: list[list[str]], name: str) -> list[str]:
@@ -336,6 +373,10 @@ def _check_masks(archive: zipfile.ZipFile, entries: Entries, images: dict[str, P
     expected = {f"{Path(name).stem}.npz": path for name, path in images.items()}
     near, names = _by_near_name(images), {name for name, _ in entries}
     wanted = {name: name if name in expected else _mask_meant(name, near, names) for name in names}
+    if names and result.named and names.isdisjoint(f"{Path(image).stem}.npz" for image in result.named):
+        result.faults.append(
+            f"{SCORES} is of another folder than the masks: it names {min(result.named)}, the masks are those of {min(names)}"
+        )
     there = set(wanted.values())
     result.faults += [f"{name}: mask is missing" for name in expected if name not in there]
     for name, info in progress(entries, "checking masks"):
@@ -379,8 +420,8 @@ def _mask_faults(content: bytes, image: Path, result: Validation) -> list[str]:
         return [f"values outside [0, 1] or not finite: {low} to {high}{'; divide by 255' if 1 < high <= 255 else ''}"]
     if image.name in result.authentic and high > 0:
         result.marked.append(image.name)
-    if low == 1:
-        result.full.append(image.name)
+    if low == high:
+        result.uniform[image.name] = float(low)
     return _size_faults(mask.shape, image, result)
 
 

@@ -57,12 +57,24 @@ def train(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything up to the last batch is saved.
     """
     check_test_names(run, task)
+    if not run.params.trains:
+        return _take_as_it_is(run, task, manifest)
     if should_launch(run.params.processes):
         launch(run.params.processes, "train", "--params", str(run.write_params()), "--tasks", task)
     else:
         with resume.only_trainer(run, task, partial(resume.epoch_lines, run, task)):
             _train(run, task, manifest)
     return resume.read_history(run, task)
+
+
+def _take_as_it_is(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Record a run that brings what predicts, and so trains nothing; returns a history without epochs."""
+    what = run.params.detector or f"the mean of {', '.join(run.params.ensemble or [])}"
+    print(f"Task {task}: {what} is used as it is, nothing is trained")
+    facts = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
+    record_trained(run, task, {"detector": run.params.detector, "ensemble": run.params.ensemble}, taken_up=False)
+    run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
+    return pd.DataFrame(columns=["step", "epoch", "train_loss", "val_auc"])
 
 
 @lost_device_is_told()

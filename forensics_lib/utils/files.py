@@ -18,11 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import pandas as pd
 
+DECIMALS = 12  # of numbers in tables, at most
 HOST = re.sub(r"[^\w.-]", "", platform.node())[:40]
 TEMPORARY = re.compile(r"\..*~(?P<host>[\w.-]*)~\w{8}(\.[^~]*)?")  # names given by ``atomic_write``
 ABANDONED = 24 * 3600  # seconds without a change after which another machine's temporary file counts as abandoned
@@ -189,9 +191,14 @@ def write_traceback(folder: Path, error: BaseException) -> Path:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write ``table`` as CSV without its index, floats with six decimals, atomically."""
+    """Write ``table`` as CSV without its index, floats with six to twelve decimals, atomically."""
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f")
+        table.round(DECIMALS).to_csv(temporary, index=False, float_format=decimal_text)
+
+
+def decimal_text(value: float) -> str:
+    """The shortest text that reads back as the same number, with six decimals at least."""
+    return np.format_float_positional(value, min_digits=6)
 
 
 def write_json(path: Path, value: Any) -> None:

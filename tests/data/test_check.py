@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import OFFICIAL, records, tally, touch, with_data
+from conftest import OFFICIAL, changed, records, tally, touch, with_data
 from PIL import Image
 
 from forensics_lib.__main__ import main
@@ -47,6 +47,15 @@ def test_check_data_says_what_is_missing(tiny_run, capsys, monkeypatch):
     assert "INCOMPLETE" in capsys.readouterr().out
 
 
+def test_edition_2026_counts_regenerated_images(tiny_run, monkeypatch):
+    monkeypatch.setitem(official.REGENERATED, "tgif", {"train": 2, "val": 2, "test": 3})
+    table = official.check_data(changed(tiny_run, edition=2026, tasks=["B"])).table
+    found = table[table["class"].eq("positive, fr")].set_index(["layout", "split"])[["found", "missing"]]
+    assert found.loc[("tgif", "train")].tolist() == [2, 0] and found.loc[("tgif", "test")].tolist() == [2, 1]
+    assert found.loc[("task_b_validation", "val")].tolist() == [0, 3_169]
+    assert "positive, fr" not in set(official.check_data(tiny_run).table["class"])
+
+
 @pytest.mark.parametrize("task", [None, "B"])
 def test_published_counts_hold_for_the_official_set_alone(task, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setitem(official.EXPECTED, "own", {("val", 0): 4, ("val", 1): 4})
@@ -73,13 +82,12 @@ def test_check_data_of_nothing_names_every_set(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_official_tgif_and_validation_are_complete_by_count(official_tree, tmp_path):
-    expected = dict.fromkeys(official.EXPECTED["tgif"], 0)
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"), official.EXPECTED["tgif"])
-    assert {line["found"] for line in lines} == set(official.EXPECTED["tgif"].values())
-    assert [line["missing"] for line in lines] == [0] * len(expected)
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "TGIF"), layout="tgif"), official.EXPECTED["tgif"], True)
+    sizes = {*official.EXPECTED["tgif"].values(), *official.REGENERATED["tgif"].values()}
+    assert {line["found"] for line in lines} == sizes and not any(line["missing"] for line in lines)
     published = official.EXPECTED["task_b_validation"]
-    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"), published)
-    assert [(line["found"], line["missing"]) for line in lines] == [(3_227, 0), (6_212, 0)]
+    lines, _ = official._check_set(DataSet(root=str(official_tree / "val"), layout="task_b_validation"), published, True)
+    assert [(line["found"], line["missing"]) for line in lines] == [(3_227, 0), (6_212, 0), (3_169, 0)]
 
 
 @pytest.fixture(scope="module")

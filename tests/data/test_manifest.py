@@ -330,10 +330,12 @@ def test_a_readers_own_paths_that_are_not_utf8():
     assert table["mask_path"].tolist()[0] == "/masks/caf\\xe9.png"
 
 
-def listed(*groups: tuple[int, str, int], layout: str = "own", data_set: str = "elsewhere") -> pd.DataFrame:
+def listed(
+    *groups: tuple[int, str, int], layout: str = "own", data_set: str = "elsewhere", kind: str | None = None
+) -> pd.DataFrame:
     """Rows of (label, source, images)."""
     rows = [(label, source) for label, source, count in groups for _ in range(count)]
-    table = pd.DataFrame(rows, columns=["label", "source"]).assign(layout=layout, data_set=data_set)
+    table = pd.DataFrame(rows, columns=["label", "source"]).assign(layout=layout, data_set=data_set, kind=kind)
     return table.assign(path=[f"{data_set}/{number}.png" for number in range(len(table))])
 
 
@@ -416,6 +418,24 @@ def test_too_few_official_images_leave_the_choice_to_the_next_rule_and_it_is_sai
     decides, rule = deciding(tiny_run, "B", rows, TRAINED)
     assert decides.all()
     assert f"too few of the official validation set: {authentic} authentic, {positive} positive" in rule
+
+
+@pytest.mark.parametrize(
+    ("values", "official", "kinds", "said"),
+    [
+        ({}, "fr", {"fr", "sp"}, "the official validation set"),
+        ({"edition": 2026}, "fr", {"fr"}, "the official validation set, fr alone"),
+        ({"edition": 2026}, "sp", {"fr"}, "sources that training lacks, fr alone; too few of the official validation set"),
+        ({"edition": 2026, "kind": "both"}, "fr", {"fr", "sp"}, "the official validation set"),
+        ({"kind": "sp"}, "fr", {"sp"}, "the official validation set, sp alone"),
+    ],
+)
+def test_the_kind_asked_for_decides(tiny_run, values, official, kinds, said):
+    of_kind = [listed((0, "web", 12), (1, "web", 12), kind=kind, layout="task_b_validation") for kind in ("sp", official)]
+    rows = pd.concat([*of_kind, listed((0, "x", 12), (1, "x", 12), kind="fr")], ignore_index=True)
+    decides, rule = deciding(changed(tiny_run, **values), "B", rows, TRAINED)
+    assert set(rows.loc[decides & rows["label"].eq(1), "kind"]) == kinds and rule.startswith(said)
+    assert rows["label"][decides].eq(0).any()
 
 
 def test_where_all_are_few_the_first_rule_with_both_classes_decides(tiny_run):

@@ -8,7 +8,7 @@ from conftest import TINY, changed, make_tiny_data, picture, save, touch, with_d
 
 from forensics_lib.data.manifest import build_manifest, data_sets
 from forensics_lib.data.rows import LayoutError
-from forensics_lib.params import Params
+from forensics_lib.params import Params, ParamsError, make_params
 from forensics_lib.run import Run
 
 
@@ -390,6 +390,27 @@ def test_what_lies_above_the_data_root_tells_nothing(tmp_path, above):
     touch(tmp_path / "gi" / "train" / "ai", "1.png")
     link(run, "train/1_fake/gi", tmp_path / "gi" / "train" / "ai")
     refuses(run, "GenImage")
+
+
+def test_edition_2026_takes_any_data_for_task_b_and_official_data_alone_for_task_a(tiny_run, tmp_path):
+    folder = tiny_run.data / "dataset_taskB"
+    (tmp_path / "own.csv").write_text("path,label,mask_path\nx.png,0,\n")
+    b = [
+        {"root": str(folder / "TGIF")},
+        {"root": str(folder / "validation")},
+        {"root": str(tmp_path / "own.csv"), "split": "train"},
+    ]
+    a = [{"root": str(tiny_run.data / "dataset")}]
+    refuses(with_data(tiny_run, *a, *b), r"own\.csv \(table\)", "B")
+    run = with_data(tiny_run, *a, *b, edition=2026)
+    assert [entry.layout for entry in data_sets(run, "B")] == ["tgif", "task_b_validation", "table"]
+    assert [entry.layout for entry in data_sets(run, "A")] == ["own"]
+    (tmp_path / "more.csv").write_text("path,label\nx.png,0\n")
+    run = with_data(tiny_run, *a, *b, {"root": str(tmp_path / "more.csv"), "split": "train"}, edition=2026)
+    refuses(run, r"more\.csv \(table\)", "A")
+    assert make_params(run.params.model_dump() | {"forgeries": {}}, "test").forgeries
+    with pytest.raises(ParamsError, match="aligned twins are for open runs"):
+        make_params(run.params.model_dump() | {"aligned": {}}, "test")
 
 
 def test_a_constrained_run_names_what_it_refuses(tiny_run, tmp_path):

@@ -802,7 +802,14 @@ def test_edition_2026_trains_on_tgif_and_sagi_d(tiny_run, rng, capsys, name):
     assert set(build_manifest(run, "B")["layout"]) == {"tgif", "task_b_validation"}
     assert f"{folder / 'SAGI-D'} is not there" in capsys.readouterr().out
     sagi_d(folder / name, rng)
-    assert set(build_manifest(run, "B")["layout"]) == {"tgif", "sagi_d", "task_b_validation"}
+    manifest = build_manifest(run, "B")
+    assert set(manifest["layout"]) == {"tgif", "sagi_d", "task_b_validation"}
+    assert manifest[manifest["label"].eq(1)].groupby("split")["kind"].agg(set).to_dict() == {
+        "train": {"fr"},
+        "val": {"sp", "fr"},
+        "test": {"sp", "fr"},
+    }
+    assert "2 manipulated training images are not trained on: kind asks for fr" in capsys.readouterr().out
     assert "sagi_d" in set(official.check_data(run).table["layout"])
     (folder / "TGIF").rename(folder / "gone")
     assert run.missing() == {}

@@ -115,6 +115,22 @@ def few(run: Run, counts: tuple[int, int]) -> pd.DataFrame:
     return pd.concat([manifest[manifest["split"] != "val"], kept], ignore_index=True)
 
 
+def test_edition_2026_chooses_by_iou_of_regenerated_images_and_reports_spliced_ones_beside(tiny_run, answers):
+    """The model sees spliced images surely, and one authentic image among the regenerated ones."""
+    surely = {"sp": 0.9, "fr": 0.5, "orig": 0.1}
+    alarm = "0_orig.png"
+    answers(lambda rows: np.where(rows["path"].str.endswith(alarm), 0.6, rows["kind"].map(surely)))
+    run, manifest = prepared(changed(tiny_run, edition=2026), "B")
+    found = evaluation.evaluate(run, "B", manifest)
+    assert set(found.judged["kind"]) == {"orig", "fr"} and list(found.other_kinds) == ["sp"]
+    assert found.other_kinds["sp"]["recall"] == 1 and "sp beside" in found.summary()
+    assert "IoU as submitted" in read_json(run.thresholds)["B"]["rule"]
+    assert "sp beside" in build_report(run).read_text()
+    earlier = changed(tiny_run, run_name="earlier")
+    before = evaluation.evaluate(earlier, "B", prepared(earlier, "B")[1])
+    assert not before.other_kinds and "F1" in read_json(earlier.thresholds)["B"]["rule"]
+
+
 @pytest.mark.parametrize(("counts", "prob"), [((1, 1), None), ((1, 1), 0.0), ((2, 1), 0.4), ((1, 2), 1.0)])
 def test_everything_is_reported_of_a_handful_of_images(tiny_run, answers, counts, prob, rng):
     answers((lambda rows: rng.random(len(rows))) if prob is None else (lambda rows: np.full(len(rows), prob)))

@@ -16,6 +16,7 @@ from forensics_lib.evaluation.metrics import (
     equal_error_rate,
     f1_score,
     image_metrics,
+    iou_thresholds,
     localization_intervals,
     localization_metrics,
     pixel_curves,
@@ -28,7 +29,8 @@ from forensics_lib.evaluation.metrics import (
     value_counts,
 )
 from forensics_lib.images.masks import written_mask
-from forensics_lib.inference.probabilities import round_probs
+from forensics_lib.inference.probabilities import new_ties, round_probs
+from forensics_lib.utils.files import decimal_text
 
 
 @pytest.fixture
@@ -43,9 +45,9 @@ def test_threshold_is_the_best_of_all(scored):
     assert best == max(sklearn_f1(labels, probs >= t) for t in np.unique(probs))
 
 
-def test_threshold_survives_being_written_with_six_decimals():
-    labels, probs = np.array([0, 1]), np.array([0.123456, 0.123457])
-    threshold = float(f"{best_f1_threshold(labels, probs):.6f}")
+def test_threshold_survives_being_written_as_probabilities_are():
+    labels, probs = np.array([0, 1]), np.array([0.123456789012, 0.123456789013])
+    threshold = float(f"{best_f1_threshold(labels, probs):.12f}")
     assert (probs >= threshold).tolist() == [False, True]
 
 
@@ -54,22 +56,29 @@ def test_no_probability_equals_the_threshold(seed):
     """Probabilities of other images neither, nor after they went through a CSV."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, 60) | (np.arange(60) == 0)
-    probs = [rng.random(60) ** 30, rng.integers(0, 3, 60) / 2, 0.3 + rng.integers(0, 4, 60) * 1e-6, rng.random(60)][seed % 4]
+    probs = [rng.random(60) ** 30, rng.integers(0, 3, 60) / 2, 0.3 + rng.integers(0, 4, 60) * 1e-12, rng.random(60)][seed % 4]
     threshold = best_f1_threshold(labels, probs)
     assert 0 < threshold < 1
-    near = threshold + np.arange(-5, 6) * 1e-6
-    for values in (round_probs(probs), round_probs(near), [float(f"{p:.6f}") for p in round_probs(probs)]):
-        for written in (threshold, float(f"{threshold:.8f}")):
+    near = threshold + np.arange(-5, 6) * 1e-12
+    for values in (round_probs(probs), round_probs(near), [float(decimal_text(p)) for p in round_probs(probs)]):
+        for written in (threshold, float(decimal_text(threshold))):
             assert ((np.array(values) > written) == (np.array(values) >= written)).all()
     best = max(sklearn_f1(labels, round_probs(probs) >= p) for p in np.unique(round_probs(probs)))
     assert sklearn_f1(labels, round_probs(probs) > threshold) == best
 
 
-@pytest.mark.parametrize("prob", [0.0, 1e-6, 1e-7, 0.5, 1.0])
+@pytest.mark.parametrize("prob", [0.0, 1e-12, 1e-13, 0.5, 1.0])
 def test_equal_probabilities_are_all_called_positive(prob):
     threshold = best_f1_threshold(np.array([0, 1, 1]), np.full(3, prob))
     assert 0 < threshold < round_probs(prob) < 1
     assert image_metrics(np.array([0, 1, 1]), np.full(3, prob), threshold)["recall"] == 1
+
+
+def test_probabilities_keep_their_order_down_to_twelve_decimals_and_new_ties_are_counted():
+    sure = np.array([0.5, 1 - 2e-12, 1 - 3e-12, 2e-12, 1e-9, np.nan, 0.5])
+    assert new_ties(sure, round_probs(sure)) == 0
+    surer = np.append(sure, [1e-14, 2e-14, 1e-13])
+    assert new_ties(surer, round_probs(surer)) == 2
 
 
 HALVES = np.arange(15361, dtype=np.uint16).view(np.float16)  # every float16 number in [0, 1]
@@ -125,6 +134,14 @@ def test_thresholds_with_few_false_alarms_are_the_best_of_all(seed):
         ]
         assert _alarms(histograms, loc_threshold, probs >= threshold) <= limit
         assert f1_score(labels, probs >= threshold) == pytest.approx(max(f1 for f1, share in tried if share <= limit))
+
+    threshold, loc_threshold = iou_thresholds(labels, probs, histograms)
+    by_iou = [
+        localization_metrics(histograms, loc_threshold, probs >= at)["submitted_iou_all"] for at in np.arange(0.05, 1.1, 0.1)
+    ]
+    assert localization_metrics(histograms, loc_threshold)["iou_manipulated"] == pytest.approx(max(ious))
+    found = localization_metrics(histograms, loc_threshold, probs >= threshold)["submitted_iou_all"]
+    assert found == pytest.approx(max(by_iou))
 
 
 def _alarms(histograms, loc_threshold, called):

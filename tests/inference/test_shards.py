@@ -226,9 +226,8 @@ def broken(after: int, model_answers):
 
 def test_a_model_that_answers_no_number_is_refused_by_name(trained_run, monkeypatch):
     run, task = trained_run
-    names = {"A": "predict_probabilities", "B": "predict_masks"}
     for place in (module, scoring):
-        monkeypatch.setattr(place, names[task], broken(3, getattr(module, names[task])))
+        monkeypatch.setattr(place, "predictions", broken(3, module.predictions))
     with pytest.raises(BrokenModelError, match=r"1 of 2 images, such as .*[ab]3\.jpg"):
         infer(run, task)
     assert len(shards(run)) == 1 and not run.test_probs(task).exists()

@@ -2,23 +2,29 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, picture, save
+from conftest import TINY, changed, picture, save
+from PIL import Image
 
-from forensics_lib.data.manifest import build_manifest
+from forensics_lib.data.manifest import build_manifest, build_test_manifest, usable
 from forensics_lib.data.readers import read_data_set, task_of
 from forensics_lib.data.rows import LayoutError
+from forensics_lib.evaluation.evaluate import evaluate
 from forensics_lib.images.degradations import degrade
+from forensics_lib.images.io import read_image
+from forensics_lib.inference.export import export
+from forensics_lib.inference.predictor import predict
 from forensics_lib.inference.shards import infer
 from forensics_lib.models import combined as model_module
 from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import DataSet, Degradations, ParamsError, make_params
-from forensics_lib.run import Run
+from forensics_lib.run import Run, stored_thresholds
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, project_root
 
@@ -100,6 +106,46 @@ def test_a_degradation_of_ones_own(modules):
     assert 0.05 < share < 0.4
     again = degrade(image, None, settings, np.random.default_rng(3))[0]
     assert np.array_equal(again, changed[3])
+
+
+@pytest.mark.parametrize(("task", "name"), [("A", "smoothness"), ("B", "smooth_regions")])
+def test_a_detector_of_ones_own(modules, tiny_run, task, name):
+    run = changed(tiny_run, detector=f"my_detectors:{name}", tasks=[task])
+    manifest = build_manifest(run, task)
+    train(run, task, manifest)
+    assert len(evaluate(run, task, manifest).table) == len(usable(manifest, "val"))
+    assert len(infer(run, task)) == 4
+
+
+def test_a_detector_from_an_onnx_file(modules, tiny_run, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    mean = onnx.helper.make_node("ReduceMean", ["image"], ["logit"], keepdims=0)
+    value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph([mean], "mean", [value("image", shape=[1, 3, 224, 224])], [value("logit", shape=[])])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), home() / "detector.onnx")
+    monkeypatch.chdir(home())
+    run = changed(tiny_run, detector="my_onnx:from_onnx", tasks=["A"])
+    manifest = build_manifest(run, "A")
+    found = evaluate(run, "A", manifest)
+    image = np.asarray(Image.open(found.table["path"][0]).resize((224, 224)), float) / 255
+    assert found.uncalibrated[0] == pytest.approx(1 / (1 + np.exp(-image.mean())), abs=1e-5)
+
+
+def test_an_exported_model_without_the_library(trained):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    run, _ = trained("A")
+    spaces: dict = {}
+    exec(next(block for block in blocks("extending.md") if block.startswith("# my_export")), spaces)  # noqa: S102
+    threshold = stored_thresholds(run, "A").threshold
+    small = [read_image(path)[:32, :20] for path in build_test_manifest(run, "A")["path"]]  # of one crop each
+    table, _ = predict(small, run.finetuned_model("A"), device="cpu")
+    file = export(run, "A")
+    for image, prob in zip(small, table["prob"], strict=True):
+        found, called = spaces["probability"](image, file)
+        assert found == pytest.approx(prob, abs=0.02) and called == (found >= threshold)
 
 
 def test_a_decoder_of_ones_own(modules, tiny_run, monkeypatch):

@@ -14,9 +14,9 @@ from forensics_lib.evaluation.metrics import best_f1_threshold, bin_threshold
 from forensics_lib.images.masks import load_mask, save_mask
 from forensics_lib.inference.probabilities import round_probs
 from forensics_lib.run import Run
-from forensics_lib.submission.build import SubmissionError, _exactly, archive_path, build_submission, scores_path
+from forensics_lib.submission.build import SubmissionError, archive_path, build_submission, scores_path
 from forensics_lib.submission.validate import validate_submission
-from forensics_lib.utils.files import read_json, update_json, write_csv
+from forensics_lib.utils.files import decimal_text, read_json, update_json, write_csv
 
 
 def test_constrained_archive(submittable):
@@ -169,13 +169,13 @@ def test_ids_that_look_like_numbers_or_nothing_stay_text(submittable, rng):
 @pytest.mark.parametrize("number", range(1, 256))
 def test_thresholds_are_written_exactly(number):
     for threshold in (bin_threshold(number), number / 256, number / 256 + 5.1e-7):
-        assert float(_exactly(threshold)) == threshold
+        assert float(decimal_text(threshold)) == threshold
 
 
 @pytest.mark.parametrize("loc_threshold", [bin_threshold(137), 137 / 256])
 def test_a_submission_reads_the_same_by_both_rules(submittable, loc_threshold):
-    """Also of probabilities next to the threshold, and at both ends."""
-    probs = round_probs(np.array([0.123457, 0.123456]))
+    """Also of probabilities next to the threshold."""
+    probs = round_probs(np.array([0.123456789013, 0.123456789012]))
     threshold = best_f1_threshold(np.array([1, 0]), probs)
     write_csv(submittable.test_probs("B"), pd.DataFrame({"image_id": list(SIZES), "prob": probs}))
     update_json(submittable.thresholds, B={"threshold": threshold, "loc_threshold": loc_threshold})

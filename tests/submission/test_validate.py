@@ -160,7 +160,11 @@ BROKEN_TABLES = [
     (table(lambda text: text + b"\n"), "row 4: 0 fields", "empty line"),
     (table(lambda text: text + text.split(b"\n")[1] + b"\n"), "a.jpg stands in 2 rows", ""),
     (table(lambda text: text + text.split(b"\n")[1].replace(b"a.", b"z.") + b"\n"), "(z.jpg): extra", ""),
-    (table(lambda text: b"\n".join(text.split(b"\n")[:2]) + b"\n"), "the ending .png (1)", "other endings"),
+    (
+        table(lambda text: b"\n".join(text.split(b"\n")[:2]) + b"\n"),
+        "1 rows for 2 test images, none for any with the ending .png (1)",
+        "other endings",
+    ),
     (edit(b"b.png,0.2", b"c.png,0.2"), "row 3 (c.png): extra", ""),
     (edit(b"b.png,0.2", b"c.png,0.2"), "b.png is missing", ""),
     (edit(b"b.png,0.2", b"a.jpg,0.2"), "a.jpg stands in 2 rows", ""),
@@ -339,11 +343,73 @@ def test_probabilities_of_something_else_are_noted(rows, note, submittable, rng)
     assert (note in result.notes[0]) if note else not result.notes
 
 
-def test_masks_that_are_one_everywhere_are_noted(submittable):
-    archive = rewritten(build_submission(submittable, "B").path, mask(npz(np.ones((20, 30), np.float16))))
+def scores(*rows: str, header: str = "image_id,prob,label,threshold,loc_threshold"):
+    return table(lambda _: "\n".join([header, *rows, ""]).encode())
+
+
+def both(first, second):
+    def changed(members):
+        first(members)
+        second(members)
+
+    return changed
+
+
+GOOD = ("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.5,0.25")
+ACCIDENTS = {  # seen in submissions of participants: a change of a valid archive, and the words that must be in the report
+    "no extensions": (edit(b".jpg", b"") , "a.jpg seems to be meant"),
+    "no extensions at all": (scores("a,0.9,1,0.5,0.25", "b,0.2,0,0.5,0.25"), "2 of 2 image_id are without extension"),
+    "other extensions": (scores("a.png,0.9,1,0.5,0.25", GOOD[1]), "a.jpg seems to be meant"),
+    "names of masks": (scores("a.npz,0.9,1,0.5,0.25", "b.npz,0.2,0,0.5,0.25"), "b.png seems to be meant"),
+    "paths": (scores("test/a.jpg,0.9,1,0.5,0.25", GOOD[1]), "without folders"),
+    "filtered by extension": (scores(GOOD[0]), "1 rows for 2 test images, none for any with the ending .png"),
+    "filtered, with masks": (both(scores(GOOD[0]), lambda members: members.pop("b.npz")), "b.npz: mask is missing"),
+    "no rows": (scores(), "a.jpg is missing"),
+    "rows twice": (scores(*GOOD, GOOD[0]), "a.jpg stands in 2 rows"),
+    "confidence": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.8,0,0.5,0.25"), "label 0 contradicts prob 0.8"),
+    "probability of real": (scores("a.jpg,0.1,1,0.5,0.25", "b.png,0.8,0,0.5,0.25"), "is prob the probability of label 0?"),
+    "labels turned": (scores("a.jpg,0.9,0,0.5,0.25", "b.png,0.2,1,0.5,0.25"), "every label contradicts its prob"),
+    "log-odds": (scores("a.jpg,2.1,1,0.5,0.25", GOOD[1]), "prob is '2.1'; expected a number in [0, 1]"),
+    "percent": (scores("a.jpg,90%,1,0.5,0.25", GOOD[1]), "prob is '90%'"),
+    "names as labels": (scores("a.jpg,0.9,fake,0.5,0.25", GOOD[1]), "label is 'fake'; expected 0 or 1"),
+    "another folder": (scores("x.jpg,0.9,1,0.5,0.25", "y.jpg,0.2,0,0.5,0.25"), "is it the table of another folder?"),
+    "not the masks' images": (
+        scores("x.jpg,0.9,1,0.5,0.25", "y.jpg,0.2,0,0.5,0.25"), "scores.csv is of another folder than the masks",
+    ),
+    "masks of another folder": (both(renamed("a.npz", "x.npz"), renamed("b.npz", "y.npz")), "x.npz: extra, belongs to no test"),
+    "several thresholds": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.6,0.25"), "values of threshold (0.5, 0.6)"),
+    "several mask thresholds": (scores("a.jpg,0.9,1,0.5,0.25", "b.png,0.2,0,0.5,0.3"), "2 different values of loc_threshold"),
+    "no mask threshold": (scores("a.jpg,0.9,1,0.5", header="image_id,prob,label,threshold"), "it lacks loc_threshold"),
+    "resized masks": (mask(npz(np.zeros((224, 224), np.float16))), "shape (224, 224); its image has (20, 30)"),
+    "masks as grey values": (mask(npz(np.full((20, 30), 255, np.uint8))), "uint8 array of shape (20, 30)"),
+    "masks as grey floats": (mask(npz(np.full((20, 30), 255, np.float16))), "divide by 255"),
+    "masks with channels": (mask(npz(np.zeros((1, 20, 30), np.float16))), "shape (1, 20, 30)"),
+    "masks of booleans": (mask(npz(np.ones((20, 30), bool))), "bool array"),
+    "masks in a folder": (both(renamed("a.npz", "masks/a.npz"), renamed("b.npz", "masks/b.npz")), "zip the files, not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_accidents_of_participants_are_named_in_their_words(accident, submittable):
+    change, words = ACCIDENTS[accident]
+    result = validate_submission(rewritten(build_submission(submittable, "B").path, change), "B", submittable.test_folder("B"))
+    assert not result.valid
+    assert words in result.report()
+
+
+@pytest.mark.parametrize(
+    ("value", "note"),
+    [
+        (1, "1 mask(s) have one value all over, such as that of a.jpg, which is 1 everywhere"),
+        (0.5, "1 mask(s) have one value all over, such as that of a.jpg, which is 0.5 everywhere"),
+        (0, "1 mask(s) of images with label 1 mark nothing (zeros all over), such as that of a.jpg"),
+    ],
+)
+def test_masks_of_one_value_are_noted(value, note, submittable):
+    archive = rewritten(build_submission(submittable, "B").path, mask(npz(np.full((20, 30), value, np.float16))))
     result = validate_submission(archive, "B", submittable.test_folder("B"))
     assert result.valid
-    assert "1 mask(s) are 1 everywhere, such as that of a.jpg" in result.notes
+    assert result.notes == [note]
 
 
 def test_test_images_that_share_a_mask_are_a_fault(submittable, rng):
