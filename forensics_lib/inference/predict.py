@@ -38,6 +38,7 @@ class Prediction:
     prob: float
     error: str | None = None
     mask: np.ndarray | None = None  # Task B: (H, W) float16 in [0, 1]
+    margins: list[float] | None = None  # Task A: the logit margin of each of ``chosen_crops``
 
 
 def predict_probabilities(
@@ -118,7 +119,7 @@ def _complete(waiting: deque[tuple[Prediction, int, list[float]]]) -> Iterator[P
     """Take the first images from the queue whose crops all have their margins."""
     while waiting and len(waiting[0][2]) == waiting[0][1]:
         prediction, count, margins = waiting.popleft()
-        yield replace(prediction, prob=sigmoid(float(np.mean(margins)))) if count else prediction
+        yield replace(prediction, prob=sigmoid(float(np.mean(margins))), margins=margins) if count else prediction
 
 
 def predict_masks(
@@ -170,10 +171,10 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     Returns:
         The probability of being manipulated (not calibrated), and the mask ``(H, W)`` float16 in [0, 1].
     """
-    scales = _scales(params, image.shape[:2])
-    total, features = _mask_at_scale(model, image, scales[0], params, machine)
+    scales = used_scales(params, image.shape[:2])
+    total, features = mask_at_scale(model, image, scales[0], params, machine)
     for scale in scales[1:]:
-        mask, more_features = _mask_at_scale(model, image, scale, params, machine)
+        mask, more_features = mask_at_scale(model, image, scale, params, machine)
         total += mask
         features += more_features
     total /= len(scales)
@@ -184,24 +185,25 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
     return logits.softmax(1)[0, 1].item(), written_mask(total)
 
 
-def _scales(params: Params, shape: tuple[int, int]) -> list[float]:
+def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
     """The scales at which an image is looked at: of a pyramid, halves as long as the longer side has ``crop_size`` pixels."""
     if params.mask_scales != "pyramid":
         return params.mask_scales
     return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
 
 
-def _mask_at_scale(
+@torch.inference_mode()
+def mask_at_scale(
     model: CombinedModel, image: np.ndarray, scale: float, params: Params, machine: Machine
 ) -> tuple[np.ndarray, list[torch.Tensor]]:
     """The mask ``(H, W)`` float32 of an image that is processed at another scale, and the features of the tiles."""
-    mask, features = _blended_mask(model, _scaled(image, scale), params, machine)
+    mask, features = _blended_mask(model, at_scale(image, scale), params, machine)
     if mask.shape != image.shape[:2]:
         mask = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
     return mask, features
 
 
-def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
+def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
     if scale == 1:
         return image
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
