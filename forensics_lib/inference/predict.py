@@ -204,6 +204,7 @@ def mask_at_scale(
 
 
 def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image ``(H, W, 3)`` uint8 as the model sees it at one of ``used_scales``."""
     if scale == 1:
         return image
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]

@@ -31,7 +31,7 @@ CHANGES = {  # of the robustness sweep, with their strength
 }
 PERIOD_NAMES = {2: "half", 4: "a quarter", 8: "an eighth"}
 FEWEST = 10  # images of a group of which a share says something
-LOWEST = 4  # of a spectrum's frequencies to compare: lower ones are blurred by the window, and vary with the pictures
+LOWEST = 8  # of a spectrum's frequencies to compare: lower ones are blurred by the window, and vary with the pictures
 SLIGHT = 0.01  # differences of scores that are not worth a sentence
 NEAR = 0.05  # of a threshold
 
@@ -78,7 +78,7 @@ def file_distributions(manifest: pd.DataFrame, task: str) -> str:
 
 def _enough(labels: pd.Series) -> bool:
     """Whether there are enough images of both classes to compare them."""
-    return bool(labels.value_counts().reindex([0, 1]).min() >= FEWEST)
+    return bool(labels.value_counts().reindex([0, 1], fill_value=0).min() >= FEWEST)
 
 
 def _higher(values: pd.Series, labels: pd.Series) -> float:

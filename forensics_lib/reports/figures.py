@@ -332,24 +332,21 @@ def on_its_way(run: Run, row: pd.Series) -> Figure:
     places = chosen_places(image, size, run.params.crops_per_image)
     crop = chosen_crops(image, size, 1)[0]
     degraded, done = _as_in_training(run, crop)
+    panels = {
+        f"{image.shape[1]} x {image.shape[0]} pixels,\n{len(places)} native crops of {size}": pad_to(image, size, size),
+        "crop 1,\nas it is": crop,
+        f"as training may see it:\n{done}": degraded,
+        "noise residual of crop 1:\nwhat a median filter removes": residual(crop),
+    }
     figure, axes = new_figure(1, 5, 12, 3)
     hide_axes(axes[:, :4])
-    for axis, panel, title in (
-        (
-            axes[0, 0],
-            pad_to(image, size, size),
-            f"{image.shape[1]} x {image.shape[0]} pixels,\n{len(places)} native crops of {size}",
-        ),
-        (axes[0, 1], crop, "crop 1,\nas it is"),
-        (axes[0, 2], degraded, f"as training may see it:\n{done}"),
-        (axes[0, 3], residual(crop), "noise residual of crop 1:\nwhat a median filter removes"),
-    ):
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": -16, "vmax": 16}), interpolation="nearest")
         axis.set_title(title, fontsize=8)
     for number, (y, x) in enumerate(places):
         _outline(axes[0, 0], (x, y, size, size), number, str(number + 1))
     prob = _crop_bars(run, row, axes[0, 4])
-    what = f"{CLASS_NAMES['A'][int(row['label'])]} image of {row['source']}"
+    what = f"{CLASS_NAMES['A'][int(row['label'])]} image ({row['source']})"
     figure.suptitle(f"Task A: how this {what} gets its probability of being synthetic, {prob:.2f}", fontsize=10)
     return figure
 
@@ -370,7 +367,7 @@ def _crop_bars(run: Run, row: pd.Series, axis: Axes) -> float:
     """Draw the calibrated probability of each crop and of the image, and return the latter."""
     model, machine = load_model(run.finetuned_model("A"), "A")[0], replace(choose_machine(run.params), workers=0)
     thresholds = stored_thresholds(run, "A")
-    found = next(predict_probabilities(model, row.to_frame().T, run.params, machine))
+    (found,) = predict_probabilities(model, row.to_frame().T, run.params, machine)
     probs = calibrated(np.array([*expit(found.margins or []), found.prob]), thresholds)
     names = [f"crop {number}" for number in range(1, len(probs))] + ["image"]
     colours = [*(CYCLE[number % len(CYCLE)] for number in range(len(probs) - 1)), GREY]
@@ -399,9 +396,8 @@ def tiling(run: Run, row: pd.Series) -> Figure:
     prob, mask = predict_mask(model, image, params, machine)
     truth, (above, below) = truth_mask(row, image.shape[:2]), axes[:, -1]
     above.imshow(image)
-    above.set_title(
-        "truth: the line encloses\nwhat is manipulated" if truth.any() else "truth:\nnothing is manipulated", fontsize=8
-    )
+    told = "the line encloses\nwhat is manipulated" if truth.any() else "\nnothing is manipulated"
+    above.set_title(f"truth: {told}", fontsize=8)
     _draw_mask(below, mask, f"mean mask; the line encloses\nthe pixels from {thresholds.loc_threshold:.2f} on")
     for axis, region in ((above, truth), (below, mask >= thresholds.loc_threshold)):
         if region.any() and not region.all():
