@@ -1,6 +1,7 @@
 """One sentence on what a figure shows, computed from the numbers behind it.
 
-The functions have the names of the figures and take what these take.  A sentence is empty where the numbers allow none.
+A function with the name of a figure takes what that takes; ``group_table`` is of ``Evaluation.by``, ``most_wrong`` of its
+namesake.  A sentence is empty where the numbers allow none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from forensics_lib.data.audit import SHORTCUT_LIMIT, Audit, ShortcutAudit
 from forensics_lib.data.duplicates import NearDuplicates
 from forensics_lib.data.manifest import usable
-from forensics_lib.evaluation.calibration import reliability as reliability_bins
+from forensics_lib.evaluation.calibration import reliability
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import FLAGGED
 from forensics_lib.images.spectra import Peak, periodic_peak, radial_profile
@@ -68,7 +69,8 @@ def file_distributions(manifest: pd.DataFrame, task: str) -> str:
     name = max(higher, key=lambda fact: abs(higher[fact] - 0.5))
     share, medians = max(higher[name], 1 - higher[name]), facts[name].groupby(labels).median()
     if share <= SHORTCUT_LIMIT:
-        return f"The classes hardly differ in file facts: most in {name}, which tells apart {_percent(share)} of all pairs."
+        most = f"even in {name} only in {_percent(share)} of all pairs of both classes"
+        return f"No file fact is clearly higher in one class than in the other, {most}."
     return (
         f"The classes differ most in {name}, with a median of {medians[0]:.3g} for {authentic} and {medians[1]:.3g} for "
         f"{positive} images: in {_percent(share)} of all pairs of both classes the {positive} image has the "
@@ -211,7 +213,7 @@ def confusion(evaluation: Evaluation, task: str) -> str:
 
 def reliability_diagram(evaluation: Evaluation, task: str) -> str:
     """The bin that adds most to the calibration error, and this error before and after calibration."""
-    found = reliability_bins(evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy())
+    found = reliability(evaluation.judged["label"].to_numpy(int), evaluation.judged["prob"].to_numpy())
     if not len(found):
         return ""
     prob, share, images = found[(np.abs(found[:, 0] - found[:, 1]) * found[:, 2]).argmax()]
