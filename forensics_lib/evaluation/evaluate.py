@@ -102,6 +102,16 @@ class Evaluation:
         positive, authentic = ranked[ranked["label"] == 1], ranked[ranked["label"] == 0]
         return pd.concat([authentic.tail(count // 2)[::-1], positive.head(count // 2)])
 
+    def typical(self) -> pd.Series:
+        """Of the positive images that decide the one with the median probability, for Task B with the median IoU.
+
+        Raises ``ValueError`` where none is positive.
+        """
+        positive = self.judged[self.judged["label"] == 1]
+        if positive.empty:
+            raise ValueError("no positive image among those that decide: none of them is typical")
+        return positive.sort_values("iou" if "iou" in positive else "prob", kind="stable").iloc[len(positive) // 2]
+
     def by(self, *columns: str) -> pd.DataFrame:
         """Scores of each group of images: their number, the share called positive, and for Task B the mean IoU.
 

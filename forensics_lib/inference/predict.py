@@ -55,6 +55,7 @@ class Prediction:
     prob: float
     error: str | None = None
     mask: np.ndarray | None = None  # Task B: (H, W) float16 in [0, 1]
+    margins: list[float] | None = None  # Task A: the logit margin of each of ``chosen_crops``
 
 
 def predict_probabilities(
@@ -157,7 +158,7 @@ def _complete(waiting: deque[tuple[Prediction, int, list[float]]]) -> Iterator[P
     """Take the first images from the queue whose crops all have their margins."""
     while waiting and len(waiting[0][2]) == waiting[0][1]:
         prediction, count, margins = waiting.popleft()
-        yield replace(prediction, prob=sigmoid(float(np.mean(margins)))) if count else prediction
+        yield replace(prediction, prob=sigmoid(float(np.mean(margins))), margins=margins) if count else prediction
 
 
 def predict_masks(
@@ -244,8 +245,8 @@ class _Tiles:
     def of(self, image: np.ndarray) -> _TiledImage:
         """Cut an image ``(H, W, 3)`` uint8 into tiles, at all scales; whole tiles wait for a full batch, or for ``flush``."""
         masks = []
-        for scale in _scales(self._params, image.shape[:2]):
-            scaled = _scaled(image, scale)
+        for scale in used_scales(self._params, image.shape[:2]):
+            scaled = at_scale(image, scale)
             mask = _BlendedMask(scaled.shape[:2], self._params.tile_size, self._params.tile_overlap)
             height, width = mask.tile
             whole = height == width == self._params.tile_size
@@ -332,14 +333,15 @@ class _TiledImage:
         return sum(mask.total.size for mask in self.masks)
 
 
-def _scales(params: Params, shape: tuple[int, int]) -> list[float]:
+def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
     """The scales at which an image is looked at: of a pyramid, halves as long as the longer side has ``crop_size`` pixels."""
     if params.mask_scales != "pyramid":
         return params.mask_scales
     return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
 
 
-def _scaled(image: np.ndarray, scale: float) -> np.ndarray:
+def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image ``(H, W, 3)`` uint8 as the model sees it at one of ``used_scales``."""
     if scale == 1:
         return image
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]

@@ -52,11 +52,17 @@ def balance_bars(manifest: pd.DataFrame, task: str) -> Figure:
     return figure
 
 
+def file_facts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Megapixels, bytes per pixel and JPEG quality of images, missing where a file is no JPEG."""
+    pixels = rows["width"] * rows["height"]
+    facts = {"megapixels": pixels / 1e6, "bytes per pixel": rows["bytes"] / pixels, "JPEG quality": rows["jpeg_quality"]}
+    return pd.DataFrame(facts)
+
+
 def file_distributions(manifest: pd.DataFrame, task: str) -> Figure:
     """Size, bytes per pixel and JPEG quality of both classes: a difference here is a shortcut that a model may learn."""
     good = manifest[manifest["error"].isna()]
-    pixels = good["width"] * good["height"]
-    facts = {"megapixels": pixels / 1e6, "bytes per pixel": good["bytes"] / pixels, "JPEG quality": good["jpeg_quality"]}
+    facts = file_facts(good)
     figure, axes = new_figure(1, 3, 10, 2.6)
     for axis, (title, values) in zip(axes.flat, facts.items(), strict=True):
         if values.notna().any():
@@ -85,9 +91,8 @@ def shortcut_bars(audit: ShortcutAudit, task: str) -> Figure:
     return figure
 
 
-def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> Figure:
-    """Unusable and duplicate images, as shares of each split."""
-    sizes = manifest.groupby("split").size()
+def soundness(audit: Audit, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Unusable and duplicate images in % of their split: a row per split, a column per finding."""
     pairs = audit.near.pairs
     alike = pd.concat([pairs[[f"path_{end}", f"split_{end}"]].set_axis(["path", "split"], axis=1) for end in "ab"])
     counts = {
@@ -96,14 +101,20 @@ def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> Figure:
         "look-alikes": alike.drop_duplicates().groupby("split").size(),
         "photographs also in another split": (audit.groups > 0).sum(),
     }
-    shares = pd.DataFrame(counts).reindex(sizes.index).fillna(0).div(sizes, axis=0) * 100
+    sizes = manifest.groupby("split").size()
+    return pd.DataFrame(counts).reindex(sizes.index).fillna(0).div(sizes, axis=0) * 100
+
+
+def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> Figure:
+    """Unusable and duplicate images, as shares of each split."""
+    sizes, shares = manifest.groupby("split").size(), soundness(audit, manifest)
     figure, axes = new_figure(1, 1, 7, 2.6)
     axis, height = axes[0, 0], 0.8 / len(shares)
     for number, (split, colour) in enumerate(zip(shares.index, (BLUE, ORANGE, GREEN), strict=False)):
-        places = np.arange(len(counts)) + number * height
+        places = np.arange(len(shares.columns)) + number * height
         bars = axis.barh(places, shares.loc[split], height, color=colour, label=f"{split}, {sizes[split]:,} images")
         axis.bar_label(bars, fmt=lambda share: f"{share:.3g}%", padding=2, fontsize=7)
-    axis.set_yticks(np.arange(len(counts)) + 0.4 - height / 2, list(counts))
+    axis.set_yticks(np.arange(len(shares.columns)) + 0.4 - height / 2, list(shares))
     axis.set(xlabel="% of the split", xlim=(0, max(1.0, shares.to_numpy().max() * 1.2)))
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=8)
@@ -148,10 +159,15 @@ def class_samples(manifest: pd.DataFrame, task: str, count: int = 6, seed: int =
     return figure
 
 
+def class_spectra(manifest: pd.DataFrame, count: int = 200, seed: int = 0) -> list[np.ndarray]:
+    """The average residual spectra of the authentic and of the other training images; see ``average_spectrum``."""
+    train = usable(manifest, "train")
+    return [average_spectrum(train[train["label"] == label], count=count, seed=seed) for label in (0, 1)]
+
+
 def spectra(manifest: pd.DataFrame, task: str, count: int = 200, seed: int = 0) -> Figure:
     """The average residual spectrum of each class, their difference, and all as curves over frequency."""
-    train = usable(manifest, "train")
-    both = [average_spectrum(train[train["label"] == label], count=count, seed=seed) for label in (0, 1)]
+    both = class_spectra(manifest, count, seed)
     figure, axes = new_figure(1, 4, 12, 2.9)
     low, high = np.nanpercentile(both, [1, 99.5]) if np.isfinite(both).any() else (0, 1)
     for axis, spectrum, name in zip(axes.flat, both, CLASS_NAMES[task], strict=False):

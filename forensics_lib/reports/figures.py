@@ -5,16 +5,19 @@ Colours are from the Okabe-Ito palette, which colour-blind readers can tell apar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageDraw
+from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from forensics_lib.device import choose_machine
@@ -22,18 +25,23 @@ from forensics_lib.evaluation.calibration import reliability
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import counts
 from forensics_lib.evaluation.predictions import truth_mask
-from forensics_lib.images.crops import chosen_places
+from forensics_lib.images.crops import chosen_crops, chosen_places, pad_to
+from forensics_lib.images.degradations import degrade
 from forensics_lib.images.io import read_image
 from forensics_lib.images.masks import load_mask
+from forensics_lib.images.spectra import residual
 from forensics_lib.inference.detectors import answer, load_detector
+from forensics_lib.inference.predict import at_scale, predict_mask, predict_probabilities, tile_starts, used_scales
 from forensics_lib.inference.probabilities import calibrated
+from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
 from forensics_lib.reports.attribution import grad_cam
-from forensics_lib.run import Run
-from forensics_lib.utils.files import atomic_write
+from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.utils.files import atomic_write, read_json
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
+CYCLE = (ORANGE, BLUE, GREEN, RED, "#CC79A7")  # of crops and tiles
 CLASS_COLOURS = {0: BLUE, 1: ORANGE}
 CLASS_NAMES = {"A": ("authentic", "synthetic"), "B": ("authentic", "manipulated")}
 EXAMPLES = {  # choices of ``mask_examples``: what their galleries are called
@@ -197,10 +205,15 @@ def _no_image(title: str, why: str = "no such image") -> Figure:
     return figure
 
 
+def decisions(evaluation: Evaluation) -> tuple[int, int, int, int]:
+    """True positives, false positives, false negatives, true negatives at the threshold, of the images that decide."""
+    called = evaluation.judged["prob"] >= evaluation.thresholds.threshold
+    return counts(evaluation.judged["label"].to_numpy(), called.to_numpy())
+
+
 def confusion(evaluation: Evaluation, task: str) -> Figure:
     """The confusion matrix at the chosen threshold, as counts."""
-    called = evaluation.judged["prob"] >= evaluation.thresholds.threshold
-    tp, fp, fn, tn = counts(evaluation.judged["label"].to_numpy(), called.to_numpy())
+    tp, fp, fn, tn = decisions(evaluation)
     matrix = np.array([[tn, fp], [fn, tp]])
     figure, axes = new_figure(1, 1, 3.4, 3)
     axis, names = axes[0, 0], CLASS_NAMES[task]
@@ -317,6 +330,119 @@ def _chosen(evaluation: Evaluation, which: str) -> pd.DataFrame:
     if which == "alarms":
         return table[table["label"] == 0].sort_values("flagged", ascending=False, kind="stable")
     return table[table["label"] == 1].sort_values("iou", ascending=which == "worst", kind="stable")
+
+
+def on_its_way(run: Run, row: pd.Series) -> Figure:
+    """A Task A image of an evaluation on its way through the method, of a run that trained a model.
+
+    From left to right: the image with the native crops that are scored, the first of them, the same as a training crop may
+    have become, its noise residual, and the probability of each crop beside that of the image.
+    """
+    image, size = read_image(row["path"]), run.params.crop_size
+    places = chosen_places(image, size, run.params.crops_per_image)
+    crop = chosen_crops(image, size, 1)[0]
+    degraded, done = _as_in_training(run, crop)
+    panels = {
+        f"{image.shape[1]} x {image.shape[0]} pixels,\n{len(places)} native crops of {size}": pad_to(image, size, size),
+        "crop 1,\nas it is": crop,
+        f"as training may see it:\n{done}": degraded,
+        "noise residual of crop 1:\nwhat a median filter removes": residual(crop),
+    }
+    figure, axes = new_figure(1, 5, 12, 3)
+    hide_axes(axes[:, :4])
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        axis.imshow(panel, **({} if panel.ndim == 3 else {"cmap": "gray", "vmin": -16, "vmax": 16}), interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+    for number, (y, x) in enumerate(places):
+        _outline(axes[0, 0], (x, y, size, size), number, str(number + 1))
+    prob = _crop_bars(run, row, axes[0, 4])
+    what = f"{CLASS_NAMES['A'][int(row['label'])]} image ({row['source']})"
+    figure.suptitle(f"Task A: how this {what} gets its probability of being synthetic, {prob:.2f}", fontsize=10)
+    return figure
+
+
+def _as_in_training(run: Run, crop: np.ndarray) -> tuple[np.ndarray, str]:
+    """The first random degradation of training that changes a crop, and what it left behind; the crop where none does."""
+    equalize = bool(read_json(run.folder / "run.json").get("taskA_equalized"))
+    for draw in range(100):
+        rng = np.random.default_rng([run.params.seed_for(), draw])
+        image, _, encoding = degrade(crop, None, run.params.degrade, rng, equalize=equalize)
+        if not np.array_equal(image, crop):
+            last = f", {encoding.format} {encoding.quality}" if encoding else ""
+            return image, f"{image.shape[1]} x {image.shape[0]} pixels{last}"
+    return crop, "unchanged in this run"
+
+
+def _crop_bars(run: Run, row: pd.Series, axis: Axes) -> float:
+    """Draw the calibrated probability of each crop and of the image, and return the latter."""
+    model, machine = load_model(run.finetuned_model("A"), "A")[0], replace(choose_machine(run.params), workers=0)
+    thresholds = stored_thresholds(run, "A")
+    (found,) = predict_probabilities(model, row.to_frame().T, run.params, machine)
+    probs = calibrated(np.array([*expit(found.margins or []), found.prob]), thresholds)
+    names = [f"crop {number}" for number in range(1, len(probs))] + ["image"]
+    colours = [*(CYCLE[number % len(CYCLE)] for number in range(len(probs) - 1)), GREY]
+    axis.bar_label(axis.barh(names, probs, color=colours), fmt="%.2f", padding=2, fontsize=8)
+    axis.axvline(thresholds.threshold, color="black", lw=1, label=f"threshold {thresholds.threshold:.2f}")
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])
+    axis.set_title("probabilities: the image's is of\nthe mean log-odds of its crops", fontsize=8)
+    axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return float(probs[-1])
+
+
+def tiling(run: Run, row: pd.Series) -> Figure:
+    """A Task B image of an evaluation as the method looks at it, of a run that trained a model.
+
+    Above, the image at each scale with its tiles, and the truth; below, the mask of each scale, and their mean.
+    """
+    image, params, machine = read_image(row["path"]), run.params, choose_machine(run.params)
+    model, thresholds = load_model(run.finetuned_model("B"), "B")[0].to(machine.device), stored_thresholds(run, "B")
+    scales = used_scales(params, image.shape[:2])
+    figure, axes = new_figure(2, len(scales) + 1, 2.8 * (len(scales) + 1), 5.8)
+    hide_axes(axes)
+    for column, scale in zip(axes.T, scales, strict=False):
+        _draw_tiles(column[0], at_scale(image, scale), scale, params)
+        alone = params.model_copy(update={"mask_scales": [scale]})
+        _draw_mask(column[1], predict_mask(model, image, alone, machine)[1], "mask of these tiles")
+    prob, mask = predict_mask(model, image, params, machine)
+    truth, (above, below) = truth_mask(row, image.shape[:2]), axes[:, -1]
+    above.imshow(image)
+    told = "the line encloses\nwhat is manipulated" if truth.any() else "\nnothing is manipulated"
+    above.set_title(f"truth: {told}", fontsize=8)
+    _draw_mask(below, mask, f"mean mask; the line encloses\nthe pixels from {thresholds.loc_threshold:.2f} on")
+    for axis, region in ((above, truth), (below, mask >= thresholds.loc_threshold)):
+        if region.any() and not region.all():
+            axis.contour(region, levels=[0.5], colors=ORANGE, linewidths=1.2)
+    what = f"{row['source']}, {manipulation(row) if row['label'] else 'authentic'}"
+    said = f"probability of being manipulated {calibrated(np.array(prob), thresholds):.2f}"
+    figure.suptitle(f"Task B: how an image gets its mask\n{what}: {said}", fontsize=10)
+    return figure
+
+
+def _draw_tiles(axis: Axes, view: np.ndarray, scale: float, params: Params) -> None:
+    (height, width), tile = view.shape[:2], params.tile_size
+    tops, lefts = (tile_starts(length, tile, params.tile_overlap) for length in (height, width))
+    axis.imshow(view)
+    for number, (top, left) in enumerate(product(tops, lefts)):
+        _outline(axis, (left, top, min(tile, width), min(tile, height)), number)
+    tiles = f"{len(tops) * len(lefts)} tile{'' if len(tops) * len(lefts) == 1 else 's'}"
+    axis.set_title(f"scale {scale:g}: {width} x {height} pixels,\n{tiles} of up to {tile}", fontsize=8)
+
+
+def _draw_mask(axis: Axes, mask: np.ndarray, title: str) -> None:
+    axis.imshow(mask.astype(np.float32), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+
+
+def _outline(axis: Axes, box: tuple[int, int, int, int], number: int, name: str = "") -> None:
+    """Draw a box (left, top, width, height; pixels) a little inside, so that boxes that share an edge can be told apart."""
+    left, top, width, height = box
+    colour, inset = CYCLE[number % len(CYCLE)], (1 + number % len(CYCLE)) * min(width, height) / 100
+    sides = (width - 2 * inset, height - 2 * inset)
+    axis.add_patch(Rectangle((left + inset, top + inset), *sides, fill=False, edgecolor=colour, lw=1.6))
+    if name:
+        field: Any = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+        axis.text(left + width / 2, top + height / 2, name, color="white", fontsize=7, ha="center", va="center", bbox=field)
 
 
 def manipulation(row: pd.Series) -> str:

@@ -68,6 +68,8 @@ _CAPTIONS = {
     "files": "File facts by class",
     "learning": "Loss and validation scores over the epochs",
     "validation": "ROC, precision and recall, probabilities on validation images",
+    "way": "An image on its way through the method: crops, a degradation of training, noise residual, probabilities",
+    "tiling": "An image as the method looks at it: tiles and mask of each scale, the mean mask, the truth",
     "calibration": "Calibration: predicted probabilities against observed shares",
     "robustness": "Scores after recompression, scaling, blur, noise and an upload",
     "wrong": "The most wrong images, and where the model sees signs of generation",

@@ -23,6 +23,7 @@ from forensics_lib.data.check import check_data
 from forensics_lib.data.manifest import build_manifest, usable
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params, make_params
+from forensics_lib.reports import captions
 from forensics_lib.reports import data_figures as data_plots
 from forensics_lib.run import Run
 
@@ -271,3 +272,8 @@ def test_every_figure_of_the_data_can_be_drawn(tiny_run, task):
         figures += [unknown, data_plots.mask_area_distribution(mask_areas(manifest.assign(method=None)))]
     for figure in figures:
         figure.canvas.draw()
+    told = [captions.soundness_bars(found, manifest, task), captions.near_duplicate_pairs(found.near)]
+    told += [captions.balance_bars(manifest, task), captions.file_distributions(manifest, task)]
+    told += [captions.shortcut_bars(found.shortcut, task), captions.spectra(manifest, task)]
+    told += [captions.mask_area_distribution(found.masks)]
+    assert not any("nan" in sentence for sentence in told)

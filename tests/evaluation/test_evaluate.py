@@ -16,14 +16,14 @@ from forensics_lib.evaluation.metrics import FALSE_ALARMS, THRESHOLD_FREE, binne
 from forensics_lib.evaluation.predictions import Predictions
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import build_model
-from forensics_lib.reports import compare
+from forensics_lib.reports import captions, compare
 from forensics_lib.reports import figures as plots
 from forensics_lib.reports.browser import browse_evaluated_masks
 from forensics_lib.reports.compare import compare as compare_runs
 from forensics_lib.reports.figures import mask_examples
 from forensics_lib.reports.model_card import build_card
 from forensics_lib.reports.report import build_report
-from forensics_lib.run import Run, stored_thresholds
+from forensics_lib.run import Run, Thresholds, stored_thresholds
 from forensics_lib.utils.files import read_json, update_json
 
 
@@ -149,6 +149,12 @@ def test_everything_is_reported_of_a_handful_of_images(tiny_run, answers, counts
         figures += [plots.example_gallery(run, found, which) for which in ("worst", "borderline", "alarms")]
         for figure in figures:
             figure.canvas.draw()
+        told = [
+            getattr(captions, name)(found, "B") for name in ("score_curves", "confusion", "reliability_diagram", "most_wrong")
+        ]
+        told += [captions.robustness_curves(sweep, "B"), captions.group_table(found.by("source", "kind"), "B")]
+        told += [captions.example_gallery(found, which) for which in plots.EXAMPLES]
+        assert not any("nan" in sentence for sentence in told)
     browse_evaluated_masks(run, found)
     assert "Limits" in build_card(run, "B").read_text() and build_report(run).is_file()
 
@@ -257,6 +263,17 @@ def test_without_a_mistake_the_gallery_of_mistakes_is_empty(trained):
     evaluation.table["prob"] = evaluation.table["label"].astype(float)
     assert evaluation.most_wrong().empty
     plots.attribution_gallery(run, evaluation.most_wrong(), "none").canvas.draw()
+
+
+def test_the_typical_image_is_the_median_of_the_positive_ones_that_decide():
+    table = pd.DataFrame({"label": [0, 1, 1, 1, 1], "prob": [0.8, 0.7, 0.9, 0.1, 0.8], "deciding": [True] * 4 + [False]})
+    found = evaluation.Evaluation(table, Thresholds(threshold=0.5), {}, [])
+    assert found.typical()["prob"] == 0.7
+    found.table = table.assign(iou=[0.0, 0.2, 0.4, 0.3, 0.9])
+    assert found.typical()["iou"] == 0.3
+    found.table = table[table["label"] == 0]
+    with pytest.raises(ValueError, match="no positive image"):
+        found.typical()
 
 
 def test_platforms_are_known_by_source_or_name():

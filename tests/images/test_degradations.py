@@ -7,7 +7,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from forensics_lib.images.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
-from forensics_lib.inference.predict import _scaled
+from forensics_lib.inference.predict import at_scale
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
@@ -48,7 +48,7 @@ UNBIASED = {
         for quality in (50, 75, 90, 100)
         for sampling in (0, 1, 2)
     },
-    **{f"scale for masks {scale}": partial(_scaled, scale=scale) for scale in (0.5, 0.75, 1.5, 2.0)},
+    **{f"scale for masks {scale}": partial(at_scale, scale=scale) for scale in (0.5, 0.75, 1.5, 2.0)},
     **{f"upload {scale}": (lambda image, s=scale: upload(image, None, s, 75)[0]) for scale in (0.5, 0.7, 1.0)},
 }
 
