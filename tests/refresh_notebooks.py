@@ -1,4 +1,4 @@
-"""Execute the notebooks on the sample and keep the outputs that nbval compares, small pictures and tables; strip the rest.
+"""Execute the notebooks on the sample and keep the outputs that nbval compares, small pictures, tables and sentences.
 
 They run in a folder of their own, ``build/notebooks``, whatever lies in ``data``.  Names of notebooks as arguments execute
 those alone.
@@ -43,7 +43,7 @@ def refresh(path: Path) -> None:
 
 
 def shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    """The output as it is kept: a picture made small, or a table; None for anything else and what names a folder of here."""
+    """The output as it is kept: a small picture, a table, sentences; None for anything else and what names a folder of here."""
     data = output.get("data", {})
     if "image/png" in data:
         kind, content = small(base64.b64decode(data["image/png"]))
@@ -51,6 +51,12 @@ def shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
         output.metadata = {}
         return output
     if "<table" in data.get("text/html", "") and str(NOTEBOOKS.parent) not in data["text/html"]:
+        return output
+    if data.get("text/markdown"):
+        output.data = {"text/markdown": data["text/markdown"], "text/plain": data["text/plain"]}
+        return output
+    if data.get("text/markdown"):
+        output.data = {"text/markdown": data["text/markdown"], "text/plain": data["text/plain"]}
         return output
     return None
 

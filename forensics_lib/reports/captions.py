@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from sklearn.metrics import roc_auc_score
 
 from forensics_lib.data.audit import SHORTCUT_LIMIT, Audit, ShortcutAudit
@@ -35,6 +36,12 @@ FEWEST = 10  # images of a group of which a share says something
 LOWEST = 8  # of a spectrum's frequencies to compare: lower ones are blurred by the window, and vary with the pictures
 SLIGHT = 0.01  # differences of scores that are not worth a sentence
 NEAR = 0.05  # of a threshold
+
+
+def said(*sentences: str, task: str = "") -> Markdown:
+    """Sentences as a notebook shows them, after the name of a task if there is one, without those that are empty."""
+    named = f"Task {task}: " if task else ""
+    return Markdown("\n\n".join(f"*{named}{sentence}*" for sentence in sentences if sentence))
 
 
 def balance_bars(manifest: pd.DataFrame, task: str) -> str:
