@@ -299,8 +299,12 @@ def close_shortcut(run: Run, task: str, rows: pd.DataFrame) -> bool:
     return equalize
 
 
-def training_crops(rows: pd.DataFrame, task: str, params: Params, *, equalize: bool) -> TrainingCrops:
-    """The training crops of a task."""
+def training_crops(
+    rows: pd.DataFrame, task: str, params: Params, *, equalize: bool, donors: pd.DataFrame | None = None
+) -> TrainingCrops:
+    """The training crops of a task; for Task B ``donors`` are rows of synthetic images."""
     if task == "A":
         return TrainingCrops(rows, params.crop_size, params.degrade, masks=False, equalize=equalize)
-    return TrainingCrops(rows, params.crop_size, params.degrade_b, masks=True, equalize=equalize, paste=params.paste)
+    return TrainingCrops(
+        rows, params.crop_size, params.degrade_b, masks=True, equalize=equalize, paste=params.paste, donors=donors
+    )

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
-from forensics_lib.images.degradations import Encoding, degrade, recompress
+from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
 from forensics_lib.params import Degradations, Params
@@ -27,6 +27,8 @@ from forensics_lib.synthesis.forgeries import pasted
 SMALL = 0.05  # share of images that may be smaller than the squares from which crops are cut
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
+GENERATED = 0.5  # Task B: share of pasted regions that come from synthetic images, where there are any
+OVERVIEW = 0.5  # Task B: share of squares that are as large as the image allows, up to 4 times, and shrunk to the others' size
 
 
 class Columns:
@@ -61,6 +63,7 @@ class TrainingCrops(Dataset):
             files was, and the last compression has one distribution, with randomly placed blocks.
         paste: share of authentic crops that get a region from elsewhere in the image or from another authentic image,
             and count as spliced.
+        donors: rows of synthetic images, from which a share ``GENERATED`` of these regions comes; None: there are none.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class TrainingCrops(Dataset):
         masks: bool,
         equalize: bool = False,
         paste: float = 0.0,
+        donors: pd.DataFrame | None = None,
     ) -> None:
         self.rows = Columns(manifest, ["path", "label", "mask_path", "kind", "format"])
         self.crop_size, self.masks = crop_size, masks
         self.degradations, self.equalize, self.paste = degradations, equalize, paste
+        self.donors = Columns(manifest.head(0) if donors is None else donors, ["path"])
         self.authentic = np.flatnonzero(manifest["label"].to_numpy() == 0)
         self.qualities = manifest["jpeg_quality"].dropna().to_numpy(float)  # of the JPEG files
         self.window = _window(manifest, crop_size)
@@ -128,6 +133,8 @@ class TrainingCrops(Dataset):
         image, mask = self._square(row, rng)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
+        if min(image.shape[:2]) > self.window:
+            image, mask = resize(image, mask, self.window / min(image.shape[:2]), KERNELS[rng.integers(len(KERNELS))])
         if self.equalize and len(self.qualities) and row["format"] != "JPEG":
             quality = round(self.qualities[rng.integers(len(self.qualities))])
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
@@ -140,16 +147,23 @@ class TrainingCrops(Dataset):
             size = (rgb.height, rgb.width)
             if self.masks:
                 mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
-            place = _place(size, mask, self.window, rng)
+            side = self.window
+            if self.masks and rng.random() < OVERVIEW:
+                side *= np.exp(rng.uniform(0, np.log(np.clip(min(size) / side, 1, 4))))
+            place = _place(size, mask, round(side), rng)
             return pixels_in(rgb, *place), None if mask is None else mask[place]
 
     def _with_pasted_region(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        donor = None
-        if rng.random() < 0.5:
-            with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
-                other = read_image(self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))["path"])
-                donor = fitted(other, image.shape[:2], rng)
-        return pasted(image, donor, rng)
+        donor, generated = None, len(self.donors) > 0 and rng.random() < GENERATED
+        if generated:
+            other = self.donors.row(int(rng.integers(len(self.donors))))
+        elif rng.random() < 0.5:
+            other = self.rows.row(int(self.authentic[rng.integers(len(self.authentic))]))
+        else:
+            other = None
+        with suppress(ImageError):  # the region then comes from the image itself; the bad file's own sample reports it
+            donor = None if other is None else fitted(read_image(other["path"]), image.shape[:2], rng)
+        return pasted(image, donor, rng, as_it_is=generated and donor is not None)
 
 
 def _window(manifest: pd.DataFrame, crop_size: int) -> int:

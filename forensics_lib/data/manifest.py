@@ -16,7 +16,7 @@ from forensics_lib.data.headers import read_headers
 from forensics_lib.data.layouts import mask_names, masks_alike, read_test
 from forensics_lib.data.official import refuse_misuse, refuse_validation_rows
 from forensics_lib.data.readers import of_itw_sm, own_task, read_data_set, recognised, task_of
-from forensics_lib.data.rows import LayoutError, Rows
+from forensics_lib.data.rows import DONOR, LayoutError, Rows
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run, task_b_training_folders
 from forensics_lib.utils.files import from_home, home
@@ -121,7 +121,7 @@ def data_sets(run: Run, task: str) -> list[DataSet]:
     tasks = [task_of(entry) for entry in entries]
     if task not in tasks:
         listed = "; ".join(f"{entry.root} ({entry.layout}) serves Task {of}" for entry, of in zip(entries, tasks, strict=True))
-        ways = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set's authentic images)"
+        ways = " (a table serves Task B where it has a column mask_path; task: B in an entry takes a set of Task A for it)"
         raise LayoutError(
             f"Task {task}: no data set of data: serves it. {listed}. Add one{ways if task == 'B' else ''}, or take the "
             f"task out: tasks: [{'A' if task == 'B' else 'B'}]"
@@ -141,7 +141,7 @@ def unused(run: Run) -> list[str]:
     (task,) = run.params.tasks
     return [
         f"data: {entry.root} ({entry.layout}) serves Task {task_of(entry)} and is not used, since tasks is [{task}]: take it "
-        f"out{', or set task: B in its entry to use its authentic images' if task == 'B' else ''}"
+        f"out{', or set task: B in its entry to paste regions of its training images' if task == 'B' else ''}"
         for entry in _named(run)
         if task_of(entry) != task
     ]
@@ -206,7 +206,7 @@ def test_images(folder: Path) -> pd.DataFrame:
 
 
 def usable(manifest: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split (train, val or test) that have no error, with a new index from 0."""
+    """The rows of a split (train, val, test or ``rows.DONOR``) that have no error, with a new index from 0."""
     return manifest[(manifest["split"] == split) & manifest["error"].isna()].reset_index(drop=True)
 
 
@@ -360,7 +360,7 @@ def _contradictions(table: pd.DataFrame, task: str) -> pd.Series:
     both = twice.index[twice.groupby(keys[twice.index]).transform("nunique") > 1]
     problems[both] = table["path"][both] + ": listed as authentic and as synthetic; take it out of one class"
     manipulated = table["label"].eq(1) if task == "B" else table["kind"].isin(["sp", "fr"])
-    unknown = table["mask_path"].isna() & manipulated
+    unknown = table["mask_path"].isna() & manipulated & table["split"].ne(DONOR)
     problems[unknown] = table["path"][unknown] + ": no mask is known: neither its name and size nor a table leads to one"
     return problems
 
@@ -379,7 +379,8 @@ def _image_keys(table: pd.DataFrame) -> pd.Series:
 
 
 REPEATED = ": the same image as "  # in the error of an image that is listed several times
-_ROLES = {"train": "trained on", "val": "in validation", "test": "held out"}  # the first of an image's splits counts
+# What images of each split are; the first of an image's splits counts
+_ROLES = {"train": "trained on", "val": "in validation", "test": "held out", DONOR: "a donor of pasted regions"}
 
 
 def _repeats(table: pd.DataFrame) -> pd.Series:

@@ -22,6 +22,7 @@ from forensics_lib.utils.names import SPLITS, class_of, split_of
 
 COLUMNS = ["path", "label", "mask_path", "split", "source", "generator", "method", "kind", "group"]
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+DONOR = "donor"  # in Task B the split of synthetic training images, whose regions are pasted into photographs
 NAMED = 20  # most files that a message names; further ones are counted
 
 
@@ -170,17 +171,22 @@ class Rows:
         return images, folders
 
     def serve(self, task: str) -> None:
-        """Use rows of Task B for Task A, without their masks, or the authentic rows of Task A for Task B."""
+        """Use rows of Task B for Task A, without their masks, or rows of Task A for Task B.
+
+        In Task B synthetic training images become donors of pasted regions; other synthetic images are left out.
+        """
         if task == "A":
             self._masks = [None] * len(self.paths)
             self._runs = [run._replace(kind="full" if run.label else "orig") for run in self._runs]
             return
-        kept = np.repeat([not run.label for run in self._runs], [run.images for run in self._runs])
+        self._runs = [run._replace(split=DONOR) if run.label and run.split == "train" else run for run in self._runs]
+        used = [not run.label or run.split == DONOR for run in self._runs]
+        kept = np.repeat(used, [run.images for run in self._runs])
         if not kept.all():
             self._left_out.append(f"{np.count_nonzero(~kept)} synthetic image(s), which have no masks, are left out of Task B")
         self.paths, self._groups = list(compress(self.paths, kept)), list(compress(self._groups, kept))
         self._masks = list(compress(self._masks, kept))
-        self._runs = [run for run in self._runs if not run.label]
+        self._runs = list(compress(self._runs, used))
 
     def state_split(self, stated: str | None, root: Path) -> None:
         """Set the split that the entry states, or keep the one that folder or file names tell.

@@ -100,21 +100,24 @@ def enlarged(autoencode: Autoencode) -> Autoencode:
     return through
 
 
-def pasted(base: np.ndarray, donor: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def pasted(
+    base: np.ndarray, donor: np.ndarray | None, rng: np.random.Generator, *, as_it_is: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """``base`` with object-like regions of ``donor`` (None: of itself), and their mask; all of one size.
 
     Mostly one region, else up to four.  A third are holes filled from their surroundings; half of the others are retouched
     first (rescaled, smoothed, noisy or recompressed), since pasted content has another processing history than its
-    surroundings.  Some are matched in colour, and edges range from hard to soft.
+    surroundings.  With ``as_it_is`` neither is done, since the donor is a generator's.  Some are matched in colour, and edges
+    range from hard to soft.
     """
     mask = np.zeros(base.shape[:2], bool)
     for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
         mask |= object_mask(base.shape[:2], rng)
-    if rng.random() < 1 / 3:
+    if not as_it_is and rng.random() < 1 / 3:
         content = filled(base, mask, rng)
     else:
         content = moved(base, mask, rng) if donor is None else donor
-        content = _retouched(content, rng) if rng.random() < 0.5 else content
+        content = _retouched(content, rng) if not as_it_is and rng.random() < 0.5 else content
         if rng.random() < 1 / 3:
             return composed(base, mask, content), mask
     return blended(base, content, mask, float(rng.uniform(0.5, 2.0)) if rng.random() < 0.5 else 0.0), mask

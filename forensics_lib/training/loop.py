@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3
 
 from forensics_lib.data.audit import close_shortcut, findings_of
 from forensics_lib.data.manifest import check_test_names, data_fingerprint, deciding, deciding_first, sources, usable
+from forensics_lib.data.rows import DONOR
 from forensics_lib.device import Machine, choose_machine, compiled_for_training, lost_device_is_told
 from forensics_lib.models.checkpoint import read_checkpoint, save_checkpoint
 from forensics_lib.models.combined import CombinedModel, build_model
@@ -94,20 +95,23 @@ def _train(run: Run, task: str, manifest: pd.DataFrame) -> None:
 
 def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tuple[TrainingState, SavedState | None]:
     """A training's state, and the saved state that it resumes from, if there is one."""
-    train_rows, val_rows = usable(manifest, "train"), usable(manifest, "val")
+    train_rows, val_rows, donors = (usable(manifest, split) for split in ("train", "val", DONOR))
     decides, rule = deciding(run, task, val_rows, train_rows)
-    print(f"{len(train_rows)} training and {len(val_rows)} validation images")
+    pasted = f"; regions of {len(donors)} synthetic images are pasted into authentic ones" if len(donors) else ""
+    print(f"{len(train_rows)} training and {len(val_rows)} validation images{pasted}")
     print(f"the best epoch is chosen on {min(decides.sum(), run.params.val_limit)} validation images: {rule}")
     for found in findings_of(run, task, manifest):
         print(f"WARNING {found['finding']}: {found['count']}. {found['remedy']}")
     equalize = all_gather(close_shortcut(run, task, train_rows) if is_main() else None)[0]
-    trained_with = resume.training_inputs(run.params, task, pd.concat([train_rows, val_rows]))
+    trained_with = resume.training_inputs(run.params, task, pd.concat([train_rows, val_rows, donors]))
     saved, begun = resume.find_resumable(run, task, trained_with)
     without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
     params = run.params.model_copy(update=without_weights) if saved else run.params
     model = build_model(params, task).to(machine.device)
     val_rows = deciding_first(val_rows, decides, run.params.val_limit, run.params.seed_for())
-    state = TrainingState(run, task, model, machine, train_rows, val_rows, equalize, trained_with=trained_with, begun=begun)
+    state = TrainingState(
+        run, task, model, machine, train_rows, val_rows, equalize, donors, trained_with=trained_with, begun=begun
+    )
     if saved:
         state.errors, state.seconds, state.machine_then = dict(saved.errors), saved.seconds, saved.machine
     state.started = time.monotonic() - state.seconds

@@ -36,6 +36,7 @@ class TrainingState:
     train: pd.DataFrame
     val: pd.DataFrame  # scored after each epoch; the images of it that decide choose the best one
     equalize: bool  # recompress every crop, see degradations.degrade
+    donors: pd.DataFrame | None = None  # Task B: synthetic images whose regions are pasted into authentic ones
     errors: dict[str, str] = field(default_factory=dict)  # path to reason, images that failed while training
     trained: nn.Module = field(init=False)  # the model, or its view that is compiled or averages gradients over processes
     stopping: Callable[[], bool] = lambda: False  # whether a stop is requested
@@ -54,7 +55,7 @@ class TrainingState:
 
     @cached_property
     def batches(self) -> TrainingBatches:
-        crops = training_crops(self.train, self.task, self.params, equalize=self.equalize)
+        crops = training_crops(self.train, self.task, self.params, equalize=self.equalize, donors=self.donors)
         return TrainingBatches(crops, self.machine.workers, pinned=self.machine.device.type == "cuda")
 
     @property

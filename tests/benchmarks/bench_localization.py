@@ -276,7 +276,7 @@ def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, A
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    run = Run(params_for(data, seed, name, settings | {"pretrained_file": str(weights_file())}), CORPUS)
+    run = Run(params_for(data, seed, name, {"pretrained_file": str(weights_file())} | settings), CORPUS)
     manifest = build_manifest(run, "B")
     if recipe == "ours":
         facts = ours(run, manifest)

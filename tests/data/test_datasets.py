@@ -191,6 +191,41 @@ def test_pasted_regions_are_marked_and_count_as_manipulated(rows):
     assert not any(plain[0, index, 0]["mask"].any() for index in range(len(authentic)))
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_half_of_the_pasted_regions_come_from_synthetic_images(rows, tmp_path, readable):
+    save(tmp_path / "red.png", np.full((80, 80, 3), (255, 0, 0), np.uint8))
+    if not readable:
+        (tmp_path / "red.png").write_bytes(b"no image")
+    authentic = rows.assign(label=0, mask_path=None, kind="orig")
+    donors = pd.DataFrame({"path": [str(tmp_path / "red.png")]})
+    crops = TrainingCrops(authentic, 48, masks=True, degradations=NOTHING, paste=1.0, donors=donors)
+    samples = [crops[seed, index, 0] for seed in range(12) for index in range(len(authentic))]
+    marked = [sample["image"].numpy()[:, sample["mask"][0].numpy()] for sample in samples if sample["mask"].sum() > 50]
+    reds = np.mean([np.median(pixels[0].astype(int) - pixels[1]) > 200 for pixels in marked])
+    assert 0.2 < reds < 0.5 if readable else reds == 0  # a third is matched in colour
+
+
+def test_half_of_task_bs_squares_are_shrunk_from_larger_ones(tmp_path):
+    ramp = np.repeat(np.arange(512)[None, :, None] // 2, 512, 0).repeat(3, 2).astype(np.uint8)
+    mask = ramp[..., 0] >= 128
+    save(tmp_path / "ramp.png", ramp)
+    save(tmp_path / "mask.png", mask.astype(np.uint8) * 255)
+    facts = {"path": str(tmp_path / "ramp.png"), "mask_path": str(tmp_path / "mask.png"), "format": "PNG", "kind": "sp"}
+    row = pd.DataFrame([facts | {"label": 1, "width": 512, "height": 512, "jpeg_quality": np.nan}])
+    small = row.assign(width=64, height=64)  # what sets the common size of squares
+    spans = {}
+    for task in "AB":
+        crops = TrainingCrops(pd.concat([row, small], ignore_index=True), 64, NOTHING, masks=task == "B")
+        samples = [crops[seed, 0, 0] for seed in range(200)]
+        spans[task] = np.array([np.ptp(sample["image"][0].numpy().astype(int)) for sample in samples])
+        for sample in samples if task == "B" else []:
+            grey = sample["image"][0].numpy().astype(int)
+            clear = np.abs(grey - 127.5) > 6
+            assert (sample["mask"][0].numpy() == (grey >= 128))[clear].all(), "the mask is shrunk with its image"
+    assert (spans["A"] <= 32).all(), "Task A sees native pixels alone"
+    assert 0.35 < (spans["B"] > 34).mean() < 0.6 and 110 < spans["B"].max() <= 128
+
+
 def test_spliced_and_regenerated_images_are_drawn_equally_often():
     rows = pd.DataFrame({"label": [0] * 40 + [1] * 60, "kind": ["orig"] * 40 + ["sp"] * 10 + ["fr"] * 50, "source": "s"})
     drawn = rows.iloc[epoch_order(rows["label"].to_numpy(), 0, 0, *drawing_strata(rows, "B", Params()))]
