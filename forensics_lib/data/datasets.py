@@ -28,7 +28,7 @@ SMALL = 0.05  # share of images that may be smaller than the squares from which 
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 GENERATED = 0.5  # Task B: share of pasted regions that come from synthetic images, where there are any
-OVERVIEW = 0.5  # Task B: share of squares that are as large as the image allows, up to 4 times, and shrunk to the others' size
+OVERVIEW = 0.5  # Task B: share of squares of large images that are up to 4 times larger, and shrunk to the others' size
 
 
 class Columns:
@@ -148,7 +148,7 @@ class TrainingCrops(Dataset):
             if self.masks:
                 mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
             side = self.window
-            if self.masks and rng.random() < OVERVIEW:
+            if self.masks and min(size) >= 2 * self.crop_size and rng.random() < OVERVIEW:  # inference halves these too
                 side *= np.exp(rng.uniform(0, np.log(np.clip(min(size) / side, 1, 4))))
             place = _place(size, mask, round(side), rng)
             return pixels_in(rgb, *place), None if mask is None else mask[place]

@@ -334,10 +334,10 @@ class _TiledImage:
 
 
 def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
-    """The scales at which an image is looked at: of a pyramid, halves until the longer side is nearest to ``crop_size``."""
+    """The scales at which an image is looked at: of a pyramid, halves as long as the longer side has ``crop_size`` pixels."""
     if params.mask_scales != "pyramid":
         return params.mask_scales
-    return [0.5**level for level in range(1 + max(0, round(np.log2(max(shape) / params.crop_size))))]
+    return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
 
 
 def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
