@@ -433,7 +433,9 @@ def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
         row |= {"val flagged": run["val"]["flagged_authentic"]}
         row |= {"simulated IoU SP": run["simulated"]["iou_sp"], "simulated IoU FR": run["simulated"]["iou_fr"]}
         row |= {f"real {name}": run["real"][key] for key, name in (("iou", "IoU"), ("pixel_auc", "pixel AUC"), ("auc", "AUC"))}
-        rows.append(row | {"edits pixel AUC": run.get("edits", {}).get("pixel_auc"), "seconds": run["seconds"]})
+        edits = run.get("edits", {})
+        row |= {f"edits {name}": edits.get(key) for key, name in (("iou", "IoU"), ("pixel_auc", "pixel AUC"), ("auc", "AUC"))}
+        rows.append(row | {"seconds": run["seconds"]})
     return pd.DataFrame(rows)
 
 
@@ -465,9 +467,12 @@ Medians over seeds; 95% intervals of single runs, over photographs. The saliency
 training has official data alone, images were looked at in one scale, and thresholds chosen without the limit on false alarms.
 """
 _ABLATIONS = """One run each, most of them shorter than those above. *Differs*: what a run tried or had and the recipe has not
-now. Choices were made on the validation split alone, but that of `mask_scales`: of the last two rows, which
-differ in nothing but scales from the open run above and in `tried`. `former` are three seeds of the recipe before an image that
-an epoch draws several times gave other crops each time and blur no longer darkened.
+now. Choices were made on the validation split alone, but two: `mask_scales`, of `one scale` and `other pastes`, which differ in
+nothing but scales from the open run above and in `tried`; and what `donors` had over `overview`, and this over the open run
+above, on real pairs and edits. The recipe has the donors now, and shrinks squares of images of at least twice `crop_size`, with
+the pyramid of the open run above: measured in that form it was not yet. `former` are three seeds of the recipe before an image
+that an epoch draws several times gave other crops each time and blur no longer darkened. These runs shared the machine with
+other work, so their seconds say little.
 """
 
 
