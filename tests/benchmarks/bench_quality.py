@@ -405,10 +405,11 @@ _HEAD = """# Quality of Task A
 Made by `make bench-quality`; every run behind it is in [quality.json](quality.json). Machines: {machines}.
 
 Trained on the corpus' `dataset` (constrained), on `dataset_open` too (open), or on more (modern); epoch, temperature and
-threshold chosen on `val`; `test/taskA` and `test/taskA_modern` (modern) read only for these tables. All of them hold generators,
-sources and a social-media pipeline that training lacks. The *naive* recipe squeezes whole images to 224 pixels, mirrors them, trains with Adam from the same weights for the
-same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR: photographs called synthetic at the stored
-threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the runs had and the recipe has not now. With 150 +
+threshold chosen on `val`; `test/taskA` and `test/taskA_modern` (modern) read only for these tables. All of them hold
+generators, sources and a social-media pipeline that training lacks. The *naive* recipe squeezes whole images to 224 pixels,
+mirrors them, trains with Adam from the same weights for the same time, and decides at 0.5. AUC: median over seeds (lowest to
+highest). FPR: photographs called synthetic at the stored threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75.
+*Differs*: what the runs had and the recipe has not now. With 150 +
 150 images (val) and 60 + 60 (test) a difference below about 0.04 is noise. Pretrained: `tf_efficientnet_lite0` with ImageNet
 weights. Scratch: `convnext_atto` with random weights, ours with noise residuals beside RGB and a higher rate, as
 [backbones.md](backbones.md) says for training without weights.
