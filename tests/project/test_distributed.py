@@ -146,7 +146,9 @@ def test_processes_stopped_within_an_epoch_end_as_those_that_were_not(task, sett
     expected = read_history(undisturbed, task)
 
     run = homes("two", **values)
-    together(run, "train", "--tasks", task, change=partial(signalled, LOSS, 2, signal.SIGTERM, "1"), status=130)
+    together(
+        run, "train", "--tasks", task, change=partial(signalled, LOSS, 3, signal.SIGTERM, "1"), status=130
+    )  # after a probe
     assert read_checkpoint(run.folder / "checkpoints" / f"task{task}_state.pt")["part"]["batches"] == 2
     together(run, "train", "--tasks", task)
     columns = ["train_loss", "val_auc", "lr"]
