@@ -112,7 +112,7 @@ def soundness_bars(audit: Audit, manifest: pd.DataFrame, task: str) -> str:
     """What is left out and what stands twice, each by the split that has most of it."""
     shares = data_figures.soundness(audit, manifest) / 100
     found = [
-        f"{name}, {_percent(share)} of the {SPLITS[split]} images"
+        f"{name}, {_percent(share)} of the {SPLITS.get(split, split)} images"
         for name, split, share in zip(shares, shares.idxmax(), shares.max(), strict=True)
         if share
     ]

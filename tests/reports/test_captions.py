@@ -9,6 +9,7 @@ from conftest import photo_table, picture, save
 
 from forensics_lib.data.audit import ShortcutAudit
 from forensics_lib.data.duplicates import NearDuplicates
+from forensics_lib.data.rows import DONOR
 from forensics_lib.evaluation.calibration import expected_calibration_error
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import image_metrics
@@ -99,6 +100,12 @@ def test_soundness_names_what_is_found_where_there_is_most_of_it():
         "Highest shares: left out, 0.2% of the training images; equal files, 20% of the validation images; look-alikes, 10% of "
         "the validation images."
     )
+
+
+def test_soundness_names_donors_of_pasted_regions():
+    rows = pd.concat([images(200, 200), images(0, 5, split=DONOR)], ignore_index=True)
+    rows.loc[len(rows) - 1, "error"] = "cut off"
+    assert captions.soundness_bars(audit_of(near()), rows, "B") == "Highest shares: left out, 20% of the donor images."
 
 
 @pytest.mark.parametrize(
