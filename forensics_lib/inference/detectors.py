@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from forensics_lib.inference.predict import Prediction, predict_mask, predict_ma
 from forensics_lib.inference.probabilities import calibrated
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
-from forensics_lib.params import Params, make_params, without_removed
-from forensics_lib.run import Run, Thresholds, require_trained, stored_thresholds, trained_by
+from forensics_lib.params import Params
+from forensics_lib.run import Run, Thresholds, recorded_run, require_trained, stored_thresholds
 from forensics_lib.utils.callables import load_callable, source_of
 from forensics_lib.utils.files import home
 from forensics_lib.utils.progress import progress
@@ -171,10 +170,9 @@ def members(run: Run, task: str) -> list[Run]:
     found = []
     for name in run.params.ensemble or []:
         require_trained(Run(Params(run_name=name), home()), task)
-        trained = trained_by(Run(Params(run_name=name), home()), task)
-        params = make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}")
+        member = recorded_run(name, task)
         machine = run.params.model_dump(include={"device", "precision", "workers"})
-        found.append(Run(params.model_copy(update=machine), Path(trained["data"])))
+        found.append(Run(member.params.model_copy(update=machine), member.data))
     return found
 
 

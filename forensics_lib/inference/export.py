@@ -21,8 +21,8 @@ from forensics_lib.inference.predict import predict_mask, predict_probabilities
 from forensics_lib.inference.probabilities import EDGE
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
-from forensics_lib.params import Params, make_params, without_removed
-from forensics_lib.run import Run, require_trained, stored_thresholds, trained_by, trained_tasks
+from forensics_lib.params import Params
+from forensics_lib.run import Run, recorded_run, require_trained, stored_thresholds, trained_by, trained_tasks
 from forensics_lib.utils.files import atomic_write, home, read_json
 
 NEEDED = ("onnx", "onnxscript")
@@ -53,9 +53,7 @@ def run_to_export(name: str) -> tuple[Run, list[str]]:
     tasks = trained_tasks(read_json(record))
     if not tasks:
         raise ExportError(f"no trained run {name} (looked at {record})")
-    trained = trained_by(Run(Params(run_name=name), home()), tasks[0])
-    params = make_params(without_removed(trained["params"]) | {"run_name": name}, f"run.json of {name}")
-    return Run(params, Path(trained["data"])), tasks
+    return recorded_run(name, tasks[0]), tasks
 
 
 def export(run: Run, task: str) -> Path:

@@ -36,11 +36,13 @@ def _settings(params: Params, task: str) -> dict[str, Any]:
     return params.of_prediction(task) | {name: value for name in BROUGHT if (value := getattr(params, name))}
 
 
-def other_settings(chosen: dict[str, Any], params: Params, task: str) -> list[str]:
-    """The parameters of inference whose values differ from those that thresholds were ``chosen`` with."""
-    brought = dict.fromkeys(BROUGHT)
-    wanted = brought | _settings(params, task) | {"tile_overlap": params.tile_overlap}  # which earlier versions could change
-    return [name for name, value in wanted.items() if name in brought | chosen and (brought | chosen)[name] != value]
+def other_settings(chosen: dict[str, Any], params: Params, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters of inference that differ: as thresholds were ``chosen`` with, and as they are; empty where none does."""
+    there = dict.fromkeys(BROUGHT) | chosen
+    wanted = dict.fromkeys(BROUGHT) | _settings(params, task)
+    wanted |= {"tile_overlap": params.tile_overlap}  # which earlier versions could change
+    here = {name: value for name, value in wanted.items() if name in there and there[name] != value}
+    return {name: there[name] for name in here}, here
 
 
 @dataclass

@@ -17,7 +17,8 @@ from PIL import Image
 from forensics_lib.data.rows import LayoutError, Rows, contents
 from forensics_lib.device import choose_machine
 from forensics_lib.images.io import ImageError, as_file
-from forensics_lib.inference.predict import Prediction, predict_masks, predict_probabilities
+from forensics_lib.inference.detectors import predictions
+from forensics_lib.inference.predict import Prediction
 from forensics_lib.inference.probabilities import calibrated, check_finite, round_probs
 from forensics_lib.models.checkpoint import CheckpointError, load_model
 from forensics_lib.params import Params
@@ -113,9 +114,8 @@ class Predictor:
         names = _distinct(item.name for item in items)
         bytes_of = pd.arrays.ArrowExtensionArray(pa.array([item.content for item in items], pa.large_binary()))
         sources = pd.DataFrame({"path": [item.name for item in items], "content": bytes_of})
-        predicted = predict_probabilities if self.task == "A" else predict_masks
         probs, errors = [], []
-        for prediction in predicted(self._model, sources, self.params, self._machine, change, title):
+        for prediction in predictions(self._model, self.task, sources, self.params, self._machine, change, title):
             answer = self._answer(prediction, names[prediction.index], items[prediction.index].error)
             probs.append(answer.prob)
             errors.append(answer.error)

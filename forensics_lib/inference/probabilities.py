@@ -33,7 +33,7 @@ def round_probs(probs: np.ndarray) -> np.ndarray:
 
     They stay one unit of the last decimal away from 0 and 1, so that a threshold in [0, 1] can lie below all of them.
     """
-    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), 10.0**-DECIMALS, 1 - 10.0**-DECIMALS)
+    return np.clip(np.round(np.asarray(probs, np.float64), DECIMALS), EDGE, 1 - EDGE)
 
 
 def new_ties(probs: np.ndarray, written: np.ndarray) -> int:

@@ -129,12 +129,13 @@ def _require_same_settings(run: Run, task: str, content: dict[str, Any] | None) 
             "chooses them for it"
         )
     chosen = kept.get("inference") or (content or {}).get("inference") or {}
-    if names := other_settings(chosen, run.params, task):
-        found = "\n".join(f"  {name}: {chosen.get(name)} there, {getattr(run.params, name)} here" for name in names)
-        same = settings_text({name: chosen.get(name) for name in names})
+    there, here = other_settings(chosen, run.params, task)
+    if here:
+        found = "\n".join(f"  {name}: {there[name]} there, {value} here" for name, value in here.items())
         raise InferenceError(
             f"the Task {task} thresholds of run {run.name} were chosen with other parameters of inference:\n{found}\n"
-            f"Give the same ({same}), or {again} with the new ones: what is trained stays, thresholds are chosen anew."
+            f"Give the same ({settings_text(there)}), or {again} with the new ones: what is trained stays, thresholds are "
+            "chosen anew."
         )
     precision = kept.get("precision", now["precision"])
     if precision != now["precision"]:

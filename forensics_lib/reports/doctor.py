@@ -292,16 +292,16 @@ def _masks(stored: Stored) -> Iterator[Finding]:
             "true masks are white where an image was manipulated: see the outlines in notebook 01, invert the training masks "
             "that are the wrong way round, and train again",
         )
-    for share, kind in (((flagged < EMPTY).mean(), "empty"), ((flagged > FULL).mean(), "full")):
-        if share > 0.5:
-            limit = f"under {EMPTY:.1%}" if kind == "empty" else f"over {FULL:.0%}"
-            yield Finding(
-                WRONG,
-                f"masks are nearly {kind}: {limit} of the pixels are flagged in {share:.0%} of {len(rows)} manipulated images",
-                f"the mean IoU {iou:.3f} is then about that of a mask that is always {kind}",
-                "train longer, raise mask_weight, and look at the outlines in notebook 01; for empty masks lower "
-                "authentic_weight too",
-            )
+    for kind, count in _nearly_all(flagged.to_numpy()):
+        limit = f"under {EMPTY:.1%}" if kind == "empty" else f"over {FULL:.0%}"
+        share = f"{count / len(rows):.0%} of {len(rows)} manipulated images"
+        yield Finding(
+            WRONG,
+            f"masks are nearly {kind}: {limit} of the pixels are flagged in {share}",
+            f"the mean IoU {iou:.3f} is then about that of a mask that is always {kind}",
+            "train longer, raise mask_weight, and look at the outlines in notebook 01; for empty masks lower "
+            "authentic_weight too",
+        )
     if iou <= truth + MARGIN:
         yield Finding(
             DOUBTFUL,
@@ -352,14 +352,20 @@ def _test_masks(stored: Stored) -> Iterator[Finding]:
 
 def _alike(flagged: np.ndarray) -> Iterator[Finding]:
     """``flagged`` (N,) are the shares of flagged pixels of test images that are called manipulated."""
-    for share, kind in (((flagged < EMPTY), "empty"), ((flagged > FULL), "full")):
-        if len(flagged) and share.mean() > 0.5:
-            yield Finding(
-                DOUBTFUL,
-                f"masks of test images are nearly {kind}: {share.sum()} of {len(flagged)} that are called manipulated",
-                "image decision and mask contradict each other" if kind == "empty" else "no region was found",
-                "compare the masks of validation images in notebook 03; test images may be of another size or kind",
-            )
+    for kind, count in _nearly_all(flagged):
+        yield Finding(
+            DOUBTFUL,
+            f"masks of test images are nearly {kind}: {count} of {len(flagged)} that are called manipulated",
+            "image decision and mask contradict each other" if kind == "empty" else "no region was found",
+            "compare the masks of validation images in notebook 03; test images may be of another size or kind",
+        )
+
+
+def _nearly_all(flagged: np.ndarray) -> Iterator[tuple[str, int]]:
+    """What more than half of the masks nearly are, empty or full, and how many; ``flagged`` (N,) shares of pixels."""
+    for kind, count in (("empty", int((flagged < EMPTY).sum())), ("full", int((flagged > FULL).sum()))):
+        if count > len(flagged) / 2:
+            yield kind, count
 
 
 def _other_size(mask: np.ndarray, image: Path) -> str | None:
@@ -474,8 +480,8 @@ def _settings(stored: Stored) -> Iterator[Finding]:
     """Thresholds hold for the inference that they were chosen with."""
     run, task, chosen = stored.run, stored.task, stored.kept.get("inference") or {}
     again = f"run {stored.notebook} (or train) again, which chooses thresholds anew and trains nothing"
-    if names := other_settings(chosen, run.params, task):
-        there, here = ({name: values[name] for name in names} for values in (chosen, run.params.model_dump(mode="json")))
+    there, here = other_settings(chosen, run.params, task)
+    if here:
         yield Finding(
             WRONG,
             f"thresholds were chosen with other inference settings than those in use: {settings_text(there)} then, "

@@ -72,9 +72,8 @@ def _take_as_it_is(run: Run, task: str, manifest: pd.DataFrame) -> pd.DataFrame:
     """Record a run that brings what predicts, and so trains nothing; returns a history without epochs."""
     what = run.params.detector or f"the mean of {', '.join(run.params.ensemble or [])}"
     print(f"Task {task}: {what} is used as it is, nothing is trained")
-    facts = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
     record_trained(run, task, {"detector": run.params.detector, "ensemble": run.params.ensemble}, taken_up=False)
-    run.record(**{f"task{task}_{name}": value for name, value in facts.items()})
+    run.record(**{f"task{task}_{name}": value for name, value in _data_facts(manifest).items()})
     return pd.DataFrame(columns=["step", "epoch", "train_loss", "val_auc"])
 
 
@@ -122,9 +121,13 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     return state, saved
 
 
+def _data_facts(manifest: pd.DataFrame) -> dict[str, Any]:
+    return {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
+
+
 def _record(state: TrainingState, manifest: pd.DataFrame) -> None:
     """Keep the facts of a finished training in ``run.json``; resuming it again changes none of them."""
-    facts: dict[str, Any] = {"data_fingerprint": data_fingerprint(manifest), "data": sources(manifest).to_dict("records")}
+    facts = _data_facts(manifest)
     if state.seconds:  # unknown of trainings of earlier versions, whose facts stay
         facts |= {"training_seconds": round(state.seconds, 1), "machine": state.machine_then}
         facts |= {"unreadable_in_training": sorted(state.errors)}
