@@ -9,7 +9,7 @@ PARAMS ?= params/constrained.yaml# for 'make run' and 'make check-data'
 DATA ?=# data root instead of the parameter file's
 SET ?=# further parameters, such as SET="batch_size=8 tasks=[A, B]"
 RUN ?= constrained_sample# for 'make reproduce': name of a run in outputs/
-RUNS ?=# for 'make compare': names of runs in outputs/
+RUNS ?=# for 'make compare' and 'make analysis': names of runs in outputs/
 FROM ?=# notebook to begin with, such as FROM=03
 
 ifeq ($(wildcard forensics_lib/__main__.py),)
@@ -37,7 +37,7 @@ RUN_OPTIONS = $(if $(strip $(DATA)),--data $(call quoted,$(DATA))) $(if $(strip 
 PIPELINE = $(PY) -m forensics_lib run --params $(call quoted,$(1)) $(RUN_OPTIONS) $(if $(strip $(FROM)),--from $(call quoted,$(FROM)))
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup run run-constrained run-open sample check-data test test-quick bench bench-quality gpu-check compare reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
+.PHONY: help setup run run-constrained run-open sample check-data test test-quick bench bench-quality gpu-check compare analysis reproduce chaos load fuzz docs lock lab lint format notebooks clean clean-env
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -102,6 +102,9 @@ gpu-check: setup ## Compare a GPU with the CPU, train both tasks on it and measu
 
 compare: setup ## Put runs side by side: make compare RUNS="constrained_sample open_sample"
 	@$(PY) -m forensics_lib compare $(call quoted_each,$(RUNS))
+
+analysis: setup ## Compare a constrained with an open run for a paper (RUNS="a b", default: the latest of each)
+	@$(PY) -m forensics_lib analyze $(call quoted_each,$(RUNS))
 
 reproduce: setup ## Do a run again from its run.json and compare: make reproduce RUN=constrained
 	$(PY) -m forensics_lib reproduce $(call quoted,$(RUN))

@@ -72,6 +72,8 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("run", help="name of a trained run in outputs/")
     if command == "compare":
         parser.add_argument("runs", nargs="+", help="names of runs in outputs/")
+    if command == "analyze":
+        parser.add_argument("runs", nargs="*", help="names of two runs in outputs/ (default: latest constrained, latest open)")
     if command in ("reproduce", "doctor"):
         parser.add_argument("run", help="name of a run in outputs/")
     if command == "predict":
@@ -196,6 +198,17 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _analyze(options: argparse.Namespace) -> int:
+    from forensics_lib.reports.analysis import analyze
+    from forensics_lib.reports.analysis_page import answer, write_analysis
+
+    analyses = analyze(options.runs)
+    for analysis in analyses:
+        print(f"Task {analysis.task}", *answer(analysis), sep="\n  ")
+    print(write_analysis(analyses))
+    return 0
+
+
 def _reproduce(options: argparse.Namespace) -> int:
     from forensics_lib.pipeline import reproduce
 
@@ -286,6 +299,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
     "compare": (
         _compare,
         "scores, differences with intervals, parameters and cost of several runs side by side",
+        "constrained open",
+    ),
+    "analyze": (
+        _analyze,
+        "compare two runs by group, error and trait of images: a page, and tables in CSV and LaTeX for a paper",
         "constrained open",
     ),
     "doctor": (_doctor, "tell why a run's scores are what they are: what is wrong or doubtful, and what to do", "constrained"),

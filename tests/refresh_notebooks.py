@@ -55,9 +55,6 @@ def shown(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     if data.get("text/markdown"):
         output.data = {"text/markdown": data["text/markdown"], "text/plain": data["text/plain"]}
         return output
-    if data.get("text/markdown"):
-        output.data = {"text/markdown": data["text/markdown"], "text/plain": data["text/plain"]}
-        return output
     return None
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
 from forensics_lib.inference.probabilities import round_probs
@@ -108,9 +109,20 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
 
 
 def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
-    """Area under the ROC curve; NaN where one class is missing."""
-    labels = np.asarray(labels)
-    return float(roc_auc_score(labels, round_probs(probs))) if 0 < labels.sum() < len(labels) else math.nan
+    """Area under the ROC curve of probabilities, rounded as they are stored; NaN where one class is missing."""
+    return rank_auc(labels, round_probs(probs))
+
+
+def rank_auc(labels: np.ndarray, values: np.ndarray) -> float:
+    """The share of pairs of a positive and another image in which the positive one has the higher value; ties count half.
+
+    Computed from ranks (Mann and Whitney): bootstraps call it often, and scikit-learn takes many times as long.
+    """
+    positive = np.asarray(labels).astype(bool)
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    return float((rankdata(values)[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
 def equal_error_rate(labels: np.ndarray, probs: np.ndarray) -> float:

@@ -32,11 +32,11 @@ def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
     """
     if len(set(runs)) < 2:
         raise ComparisonError(f"two or more different runs are needed; found {runs or 'none'}")
-    facts = {run: read_json(_paths(run).folder / "run.json") for run in runs}
-    missing = [run for run, fact in facts.items() if not _evaluated(fact, "AB")]
+    there = evaluated_runs()
+    missing = [run for run in runs if run not in there]
     if missing:
-        there = sorted(path.parent.name for path in (home() / "outputs").glob("*/run.json"))
-        raise ComparisonError(f"no evaluated run {', '.join(missing)}; there are {', '.join(there) or 'none'}")
+        raise ComparisonError(f"no evaluated run {', '.join(missing)}; there are {', '.join(sorted(there)) or 'none'}")
+    facts = {run: there[run] for run in runs}
     return {
         "scores": _scores(facts),
         "differences": _differences(facts),
@@ -47,16 +47,15 @@ def compare(runs: list[str]) -> dict[str, pd.DataFrame]:
 
 def recent_runs(run: Run, others: int = 2) -> list[str]:
     """Names of up to ``others`` further runs in ``outputs`` that were evaluated last, the latest last, then this one's."""
-    found = {}
-    for path in (home() / "outputs").glob("*/run.json"):
-        facts = read_json(path)
-        if path.parent.name != run.name and _evaluated(facts, run.params.tasks):
-            found[path.parent.name] = path.stat().st_mtime
-    return [*sorted(found, key=lambda name: found[name])[-others:], run.name]
+    found = [name for name in evaluated_runs(run.params.tasks) if name != run.name]
+    return [*found[-others:], run.name]
 
 
-def _evaluated(facts: dict[str, Any], tasks: Iterable[str]) -> bool:
-    return any(f"task{task}_validation" in facts for task in tasks)
+def evaluated_runs(tasks: Iterable[str] = "AB") -> dict[str, dict[str, Any]]:
+    """What ``run.json`` holds of each run in ``outputs`` that was evaluated on any of some tasks, the latest last."""
+    paths = sorted((home() / "outputs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    found = {path.parent.name: read_json(path) for path in paths}
+    return {name: facts for name, facts in found.items() if any(f"task{task}_validation" in facts for task in tasks)}
 
 
 def _scores(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -75,33 +74,37 @@ def _differences(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for first, second in pairwise(facts):
         for task in SHOWN:
-            tables = [table for run in (first, second) if (table := _probs(run, task)) is not None]
+            tables = [table for run in (first, second) if (table := validation_table(run, task)) is not None]
             if len(tables) < 2:
                 continue
-            both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
+            first_table, second_table = (table[["label", "prob", "group"]] for table in tables)
+            both = first_table.add_suffix("_first").join(second_table.add_suffix("_second"), how="inner")
             if both.empty or both["label_first"].nunique() < 2:
                 continue
-            thresholds = [stored_thresholds(_paths(run), task).threshold for run in (first, second)]
+            thresholds = [stored_thresholds(paths_of(run), task).threshold for run in (first, second)]
             for key, (value, low, high) in _paired(both, thresholds).items():
                 rows.append([task, key, f"{second} minus {first}", value, low, high, len(both)])
     columns = ["task", "score", "difference of", "value", "from", "to", "images"]
     return pd.DataFrame(rows, columns=columns).round(4)
 
 
-def _paths(run: str) -> Run:
+def paths_of(run: str) -> Run:
     """A run of this name, for where its files are."""
     return Run(Params(run_name=run), home())
 
 
-def _probs(run: str, task: str) -> pd.DataFrame | None:
-    """The validation images that decided, by path; all of them where a run's file does not tell."""
-    path = _paths(run).val_probs(task)
+def validation_table(run: str, task: str) -> pd.DataFrame | None:
+    """A run's validation images that decided, by path, as evaluated; all of them where its file does not tell.
+
+    None where the run was not evaluated on the task.
+    """
+    path = paths_of(run).val_probs(task)
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype={"group": str}, keep_default_na=False)
+    table = pd.read_csv(path, dtype={"group": str}, keep_default_na=False, na_values=[""])
     table = table[table["deciding"]] if "deciding" in table else table
     table = table.assign(group=table.get("group", table["path"])).drop_duplicates("path")
-    return table.set_index("path")[["label", "prob", "group"]]
+    return table.set_index("path")
 
 
 def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[float, float, float]]:
@@ -119,7 +122,7 @@ def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[floa
 
 def _parameters(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """The parameters in which the runs differ."""
-    table = pd.DataFrame({run: pd.Series(parameters_in_force(_paths(run)), dtype=object) for run in facts})
+    table = pd.DataFrame({run: pd.Series(parameters_in_force(paths_of(run)), dtype=object) for run in facts})
     told = table.drop("run_name", errors="ignore").astype(str)
     return told[told.ne(told.iloc[:, 0], axis=0).any(axis=1)]
 

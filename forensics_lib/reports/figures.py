@@ -98,7 +98,7 @@ def hide_axes(axes: np.ndarray) -> None:
 def learning_curves(metrics: pd.DataFrame, task: str) -> Figure:
     """Training loss and validation scores over the epochs of both steps; the figure says so where there are none."""
     if metrics.empty:
-        return _no_image(f"Task {task}: learning", "nothing was trained")
+        return no_image(f"Task {task}: learning", "nothing was trained")
     figure, axes = new_figure(1, 2, 8, 2.8)
     epochs = np.arange(1, len(metrics) + 1)
     axes[0, 0].plot(epochs, metrics["train_loss"], color=BLUE, marker=".")
@@ -180,10 +180,10 @@ def robustness_curves(table: pd.DataFrame, task: str) -> Figure:
 def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     """Task A images of an evaluation, and below each its attribution map; the figure says so where there are none."""
     if rows.empty:
-        return _no_image(title)
+        return no_image(title)
     model, machine = load_detector(run, "A"), choose_machine(run.params)
     if not isinstance(model, CombinedModel):
-        return _no_image(title, "attribution needs a model of the run's own")
+        return no_image(title, "attribution needs a model of the run's own")
     figure, axes = new_figure(2, len(rows), 1.8 * max(3, len(rows)), 4.2)
     hide_axes(axes)
     for column, (_, row) in zip(axes.T, rows.iterrows(), strict=False):
@@ -196,7 +196,7 @@ def attribution_gallery(run: Run, rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _no_image(title: str, why: str = "no such image") -> Figure:
+def no_image(title: str, why: str = "no such image") -> Figure:
     """The figure of a gallery without an image."""
     figure, axes = new_figure(1, 1, 5, 0.9)
     hide_axes(axes)
@@ -237,7 +237,7 @@ def mask_gallery(examples: list[MaskExample], loc_threshold: float, title: str) 
     Images without ground truth show flagged pixels alone; without any image the figure says so.
     """
     if not examples:
-        return _no_image(title)
+        return no_image(title)
     known = examples[0].truth is not None
     names = ["image", *(["truth"] if known else []), "probability", "decision"]
     rows = len(names)

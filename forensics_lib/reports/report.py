@@ -46,7 +46,7 @@ METRIC_NAMES = {  # by a metric's key, in the order of importance
     "loc_threshold": "localization threshold",
 }
 _RANKING = {"A": ("f1", "auc", "fpr"), "B": ("f1", "iou_manipulated", "submitted_flagged_authentic")}
-_TASKS = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
+TASK_NAMES = {"A": "Task A: real or synthetic", "B": "Task B: manipulated regions"}
 TABLES = {  # by key in run.json
     "by_source": "by source",
     "by_generator": "by generator",
@@ -97,7 +97,7 @@ def build_report(run: Run) -> Path:
     tasks = sorted({*run.params.tasks, *trained_tasks(facts)})  # another command may have trained the other task
     page = template("report.html.j2").render(
         run=run,
-        html_of=_html_of,
+        html_of=html_of,
         sentence=_sentence(run, tasks, facts),
         summary=_summary(tasks, facts),
         archives={f"Task {task}, validated archive": path for task in tasks if (path := facts.get(f"task{task}_submission"))},
@@ -154,14 +154,14 @@ def _task_section(run: Run, task: str, facts: dict[str, Any]) -> dict[str, Any]:
         tables["Problems of the data"] = findings
     figures = sorted((run.folder / "figures").glob(f"task{task}_*.png"), key=_figure_order)
     return {
-        "title": _TASKS[task],
+        "title": TASK_NAMES[task],
         "scores": _score_table(found),
         "chosen_on": chosen_on(facts, task),
         "without_overlap": bool(found.get("validation_without_overlap")),
         "diagnosis": _diagnosis(found),
         "tables": {title: pd.DataFrame(rows) for title, rows in tables.items()},
         "shortcut": _shortcut_sentence(found),
-        "figures": [{"caption": _caption(path), "data": base64.b64encode(_small(path)).decode()} for path in figures],
+        "figures": [{"caption": _caption(path), "data": picture_of(path)} for path in figures],
         "unreadable": {title: found[key] for key, title in _UNREADABLE.items() if found.get(key)},
     }
 
@@ -226,10 +226,10 @@ def _caption(path: Path) -> str:
     return _CAPTIONS.get(path.stem.split("_", 1)[1], path.stem)
 
 
-def _small(path: Path) -> bytes:
-    """The figure as WebP; ``figures/`` has the original."""
+def picture_of(path: Path) -> str:
+    """A figure's file as WebP in base64."""
     with Image.open(path) as opened:
-        return webp(opened.convert("RGB"))
+        return base64.b64encode(webp(opened.convert("RGB"))).decode()
 
 
 def webp(picture: Image.Image) -> bytes:
@@ -242,7 +242,8 @@ def webp(picture: Image.Image) -> bytes:
     return min(files, key=len)
 
 
-def _html_of(table: pd.DataFrame) -> str:
+def html_of(table: pd.DataFrame) -> str:
+    """A table as HTML, with its index only where that is named."""
     named = not isinstance(table.index, pd.RangeIndex)
     return table.to_html(float_format="%.3f", border=0, na_rep="-", index=named).replace("<th></th>", "<td></td>")
 

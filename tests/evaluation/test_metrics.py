@@ -23,6 +23,7 @@ from forensics_lib.evaluation.metrics import (
     pixel_histogram,
     pixel_table,
     quiet_thresholds,
+    rank_auc,
     roc_auc,
     threshold_bin,
     threshold_free_scores,
@@ -409,3 +410,10 @@ def test_a_draw_holds_whole_photographs_and_both_classes():
 def test_an_image_without_a_photograph_is_an_error(scored):
     with pytest.raises(ValueError, match="1 of 200 images have no group"):
         bootstrap_interval(lambda y, p: y.mean(), *scored, groups=np.array([None] + ["a"] * 199, object))
+
+
+def test_auc_is_the_library_s_to_the_last_digits(rng):
+    for values in (rng.normal(size=300), rng.integers(0, 5, 300), np.zeros(300)):
+        labels = rng.random(300) < 0.3
+        assert rank_auc(labels, values) == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
+    assert np.isnan(rank_auc(np.ones(3), np.arange(3)))

@@ -1,5 +1,7 @@
 """The report is one small page that needs nothing else, fits a phone and can be read by everybody."""
 
+import base64
+
 import numpy as np
 import pytest
 from conftest import CHROMIUM
@@ -25,7 +27,7 @@ def test_a_gallery_and_a_chart_get_small(tiny_run, rng):
     save_figure(tiny_run, figure, "chart")
     for name, share in (("gallery", 0.5), ("chart", 1.0)):
         path = tiny_run.folder / "figures" / f"{name}.png"
-        assert len(report._small(path)) < share * path.stat().st_size
+        assert len(base64.b64decode(report.picture_of(path))) < share * path.stat().st_size
 
 
 @pytest.fixture
