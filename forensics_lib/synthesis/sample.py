@@ -1,11 +1,13 @@
 """The built-in sample: a small data set in the official layout, made on any machine without network.
 
 Real images are crops of freely licensed photographs shipped with installed packages.  Synthetic images are the same crops
-after the project's own autoencoder, and manipulated images have a region of other content from the autoencoder: spliced
-(``sp``: only the region is regenerated) or fully regenerated (``fr``: the whole image is).  No photograph is in two splits,
-both classes pass through the same codec with the same settings, and the same code always gives the same bytes.
+after the project's own autoencoder; a quarter of those of validation and test went through it enlarged, a way of generation
+that only ``dataset_open`` has training images of.  In manipulated images a region that follows an object, where the photograph
+has one, is spliced, copied, filled or regenerated (``sp``), or the whole image is regenerated with it (``fr``); validation has
+ways that training lacks.  No photograph is in two splits, both classes pass through the same codecs with the same settings, and
+the same code always gives the same bytes.
 
-The sample shows that everything works and what it looks like.  Its scores say nothing about real generators.
+The sample shows that everything works and what it looks like, mistakes included.  Its scores say nothing about real generators.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ import pandas as pd
 import skimage
 import sklearn
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.measure import regionprops
+from skimage.segmentation import felzenszwalb
 
+from forensics_lib.images.degradations import upload
 from forensics_lib.synthesis.autoencoder import Autoencode, load_autoencode
-from forensics_lib.synthesis.forgeries import composed, enlarged, outlined
+from forensics_lib.synthesis.forgeries import composed, enlarged, filled, moved, outlined
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
 
-VERSION = 1  # increase it when the bytes change: older copies are then rebuilt
+VERSION = 2  # increase it when the bytes change: older copies are then rebuilt
 MARKER = "sample.json"  # written last: a folder without it is no finished sample
 
 _SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -63,13 +69,16 @@ PHOTOS: dict[str, Photo] = {
     "grass": Photo(_SKIMAGE / "grass.png", "val", "CC0, linolafett"),
     "coins": Photo(_SKIMAGE / "coins.png", "test", "no known restrictions, Brooklyn Museum"),
     "hubble": Photo(_SKIMAGE / "hubble_deep_field.jpg", "test", "public domain, NASA"),
+    "motorcycle": Photo(_SKIMAGE / "motorcycle_left.png", "test", "CC0, Daniel Scharstein"),
     "tissue": Photo(_SKIMAGE / "ihc.png", "test", "no known restrictions, CMMI"),
     "moon": Photo(_SKIMAGE / "moon.png", "open_train", "public domain, NASA"),
     "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.25),
 }
 TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops per photograph
 TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # crops per photograph in the TGIF tree
-TASK_B_OFFICIAL = {"validation": 4, "test": 5}  # crops per photograph in the Task B validation and test folders
+TASK_B_OFFICIAL = {"validation": 4, "test": 6}  # crops per photograph in the Task B validation and test folders
+UPLOADED = 0.15  # share of Task A images that went through a platform: shrunk, then JPEG
+OBJECTS = (0.03, 0.3)  # smallest and largest region that follows an object, as a share of the image's area
 CATEGORIES = ("apple", "bird", "cat", "teddy bear", "vase")  # of TGIF; here names only
 TGIF_SPLITS = {"training": "train", "validation": "val", "testing": "test"}
 
@@ -141,21 +150,24 @@ def _build(root: Path) -> None:
 
 
 def _write_task_a(root: Path, name: str, rng: np.random.Generator, autoencode: Autoencode) -> None:
-    """Crops of one photograph and their synthetic twins, both as JPEG of the same quality."""
+    """Crops of one photograph and their synthetic twins, both through the same codecs."""
     photo, split = load_photo(name), PHOTOS[name].split
+    ways = (autoencode, enlarged(autoencode))
     for index in range(TASK_A_COUNTS[split]):
         real = _textured_crop(photo, tuple(rng.integers(144, 209, 2)), rng)
-        fake = enlarged(autoencode)(real) if split.startswith("open") else autoencode(real)
-        jpeg = {"quality": int(rng.integers(82, 97)), "subsampling": int(rng.choice([0, 2]))}
-        for label, image in enumerate((real, fake)):
-            _save(_task_a_path(root, split, name, label, index, rng), image, **jpeg)
+        way = 1 if split.startswith("open") else 0 if split == "train" else int(index % 4 == 3)
+        jpeg = {"quality": int(rng.integers(80, 97)), "subsampling": int(rng.choice([0, 2]))}
+        uploaded, scale, quality = rng.random() < UPLOADED, float(rng.uniform(0.8, 1)), int(rng.integers(75, 91))
+        for label, image in enumerate((real, ways[way](real))):
+            seen = upload(image, None, scale, quality, np.random.default_rng(index))[0] if uploaded else image
+            _save(_task_a_path(root, split, name, label, index, way, rng), seen, **jpeg)
 
 
-def _task_a_path(root: Path, split: str, name: str, label: int, index: int, rng: np.random.Generator) -> Path:
+def _task_a_path(root: Path, split: str, name: str, label: int, index: int, way: int, rng: np.random.Generator) -> Path:
     if split == "test":  # names tell nothing, as in the challenge
         return root / "test" / "taskA" / f"{rng.bytes(6).hex()}.jpg"
     folder = "dataset_open" if split.startswith("open") else "dataset"
-    source = ("photographs", "autoencoder")[label]
+    source = ("autoencoder", "autoencoder_enlarged")[way] if label else "photographs"
     return root / folder / split.removeprefix("open_") / ("0_real", "1_fake")[label] / source / f"{name}_{index:03d}.jpg"
 
 
@@ -175,7 +187,7 @@ class _Scene:
     base: np.ndarray
     mask: np.ndarray
     donor: np.ndarray
-    segm: bool
+    segm: bool  # whether the region follows an object or has an outline like one; else it is a rectangle
 
 
 def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
@@ -184,14 +196,50 @@ def _scene(name: str, split: str, rng: np.random.Generator) -> _Scene:
     donors = [other for other, info in PHOTOS.items() if info.split == split and other != name]
     donor = _textured_crop(load_photo(str(rng.choice(donors))), base.shape[:2], rng)
     donor = np.asarray(Image.fromarray(donor).resize((base.shape[1], base.shape[0]), Image.Resampling.LANCZOS))
-    segm = bool(rng.random() < 0.5)
+    if not np.ptp(base, axis=2).any():  # a grey photograph takes grey content
+        donor = np.repeat(donor.mean(2, keepdims=True), 3, 2).round().astype(np.uint8)
+    objects = _objects(base)
+    segm = bool(objects) or bool(rng.random() < 0.7)
     box = (base.shape[0] // 8, base.shape[1] // 8, base.shape[0] * 3 // 4, base.shape[1] * 3 // 4)
-    return _Scene(base, outlined(base.shape[:2], box, segm, rng), donor, segm)
+    mask = objects[rng.integers(len(objects))] if objects else outlined(base.shape[:2], box, segm, rng)
+    return _Scene(base, mask, donor, segm)
+
+
+def _objects(image: np.ndarray) -> list[np.ndarray]:
+    """Masks of compact regions of one colour that end within the middle three quarters of each side.
+
+    They come from segmentations of several coarsenesses (Felzenszwalb and Huttenlocher, IJCV 2004).
+    """
+    height, width = image.shape[:2]
+    area, found = height * width, []
+    for scale in (100, 500):
+        for region in regionprops(felzenszwalb(image, scale=scale, sigma=0.8, min_size=area // 60) + 1):
+            top, left, bottom, right = region.bbox
+            inside = height // 8 <= top < bottom <= height - height // 8 and width // 8 <= left < right <= width - width // 8
+            if inside and OBJECTS[0] < region.area_filled / area < OBJECTS[1] and region.extent > 0.4:
+                mask = np.zeros((height, width))
+                mask[region.slice] = region.image_filled
+                found.append(gaussian_filter(mask, 1.5) > 0.5)
+    return found
 
 
 def _spliced(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
-    """Only the region is regenerated; all other pixels are the photograph's."""
+    """Content of another photograph, regenerated; all other pixels are the photograph's."""
     return composed(scene.base, scene.mask, scene.donor, autoencode)
+
+
+def _removed(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
+    """The region filled from its surroundings, then regenerated."""
+    return composed(scene.base, scene.mask, filled(scene.base, scene.mask, _rng_of(scene)), autoencode)
+
+
+def _copied(scene: _Scene, _: Autoencode) -> np.ndarray:
+    """A distant part of the photograph itself; nothing is regenerated."""
+    return composed(scene.base, scene.mask, moved(scene.base, scene.mask, _rng_of(scene)))
+
+
+def _rng_of(scene: _Scene) -> np.random.Generator:
+    return np.random.default_rng(int(scene.mask.sum()))
 
 
 def _fully(scene: _Scene, autoencode: Autoencode) -> np.ndarray:
@@ -228,7 +276,7 @@ def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> 
             f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
             f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
             f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
-            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _spliced(scene, enlarged(autoencode)),
+            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _removed(scene, enlarged(autoencode)),
             f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
             f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": enlarged(autoencode)(_spliced(outer, autoencode)),
             f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
@@ -237,6 +285,13 @@ def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> 
         }
         for path, pixels in images.items():
             _save(tgif / path, pixels)
+
+
+Way = tuple[str, str, Callable[[_Scene, Autoencode], np.ndarray]]
+SPLICE, REDRAW = ("splice", "sp", _spliced), ("redraw", "fr", _fully)
+REMOVE, COPY = ("remove", "sp", _removed), ("copymove", "sp", _copied)
+# The ways of the official validation folder, taken in turns: name, kind, function.  Training has no copied regions
+WAYS: tuple[tuple[Way, Way], ...] = ((SPLICE, REDRAW), (REMOVE, COPY), (SPLICE, REDRAW), (REMOVE, REDRAW))
 
 
 def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
@@ -251,7 +306,7 @@ def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
         stem = f"{9_050_000 + number:012d}" if source == "coco" else f"r{9_050_000 + number:x}t_Q{quality}"
         original = f"{source}/original/{stem}.jpg"
         _save(folder / original, scene.base, quality=quality)
-        for method, kind, make in (("paste", "sp", _spliced), ("redraw", "fr", _fully)):
+        for method, kind, make in WAYS[number // len(names) % len(WAYS)]:
             name_out = f"{source}_{stem}_{method}_autoencoder_1_None"
             image, mask = f"{source}/{method}/image/{name_out}.jpg", f"{source}/{method}/mask/{name_out}_mask.png"
             _save(folder / image, make(scene, autoencode), quality=quality)
@@ -264,12 +319,12 @@ def _write_task_b_validation(root: Path, autoencode: Autoencode) -> None:
 
 
 def _write_task_b_test(root: Path, autoencode: Autoencode) -> None:
-    """Unlabelled JPEGs with random names: a third each authentic, spliced and fully regenerated."""
+    """Unlabelled JPEGs with random names: two of six authentic, the others manipulated in all ways."""
     names = [name for name, photo in PHOTOS.items() if photo.split == "test"]
-    makers = (lambda scene, _: scene.base, _spliced, _fully)
+    makers = (lambda scene, _: scene.base, _spliced, _fully, lambda scene, _: scene.base, _removed, _copied)
     for number, name in enumerate(names * TASK_B_OFFICIAL["test"]):
         rng = np.random.default_rng([4, number])
-        image = makers[number // len(names) % 3](_scene(name, "test", rng), autoencode)
+        image = makers[number // len(names) % 6](_scene(name, "test", rng), autoencode)
         _save(root / "test" / "taskB" / f"{rng.bytes(6).hex()}.jpg", image, quality=int(rng.integers(85, 97)))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import bench_quality
 import numpy as np
@@ -95,3 +96,20 @@ def test_taef2_gives_an_image_back_nearly_as_it_was():
     again = load_autoencode("taef2:load")(image)
     assert again.shape == image.shape and again.dtype == np.uint8
     assert 0 < np.abs(again.astype(int) - image).mean() < 12
+
+
+def test_the_numbers_of_the_readme_are_those_that_were_measured():
+    """The table of the first screen, against the runs that docs/*.json hold."""
+    from bench_localization import DOCS, _of
+
+    stored = {name: json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("quality", "localization")}
+    groups = bench_quality.Groups(list(stored["quality"]["runs"].values()), "pretrained")
+    main_runs = [run for run in stored["localization"]["runs"].values() if not run["label"]]
+    box = stored["localization"]["floors"]["centre box"]["real"]
+    measured = [groups.of(recipe, "constrained", split, "auc") for recipe in ("ours", "naive") for split in ("val", "test")]
+    measured += [groups.of("ours", "modern", "modern", "auc"), 0.5]
+    measured += [_of(main_runs, "ours", "real", key, "open") for key in ("pixel_auc", "iou")]
+    measured += [box["pixel_auc"], box["iou"]]
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith(("| Task A:", "| Task B:"))]
+    assert [float(number) for number in re.findall(r"\b0\.\d{3}\b", "".join(rows))] == [round(value, 3) for value in measured]

@@ -1,4 +1,4 @@
-"""Notebook 04 in a real JupyterLab, driven by headless Chromium: everything runs, and the mask browser answers.
+"""Notebooks 02 to 04 in a real JupyterLab, driven by headless Chromium: everything runs, and their widgets answer.
 
 Needs the package playwright and a Chromium (``CHROMIUM``, or on the path); skipped where one of them is missing.
 """
@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import CHROMIUM
+from conftest import CHROMIUM, save
+from conftest import picture as picture_of
 
 from forensics_lib.utils.files import project_root
 
@@ -23,14 +23,9 @@ SECONDS = 120_000  # milliseconds that anything may take
 
 
 @pytest.fixture
-def lab(trained, tmp_path):
-    """A JupyterLab on a copy of notebook 04 whose run is trained; gives its address."""
-    run, _ = trained("B")
-    notebook = json.loads((project_root() / "notebooks" / "04_infer.ipynb").read_text(encoding="utf-8"))
-    source = f'# Parameters\nparams_file: str = "{run.write_params()}"\ntasks = ["B"]'
-    notebook["cells"][1]["source"] = source.splitlines(keepends=True)
+def lab(tmp_path):
+    """A JupyterLab on the folder ``lab``; gives its address."""
     (tmp_path / "lab").mkdir()
-    (tmp_path / "lab" / "04_infer.ipynb").write_text(json.dumps(notebook))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,41 +53,86 @@ def lab(trained, tmp_path):
         process.wait()
 
 
-def test_everything_runs_and_the_slider_moves_the_picture(lab):
-    pictures = project_root() / "build" / "lab"
-    pictures.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def opened(lab, trained, tmp_path):
+    """Opens a notebook on a run that is trained for a task, runs all its cells, and gives the page."""
     with sync_api.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1500, "height": 1200})
-        page.set_default_timeout(SECONDS)
-        page.goto(f"{lab}/doc/tree/04_infer.ipynb")
-        page.wait_for_selector(".jp-Notebook")
-        # The indicator in the toolbar is idle before there is a kernel, and cells that are run then are not run at all.
-        page.locator("#jp-main-statusbar", has_text="Python 3 (ipykernel) | Idle").wait_for()
-        page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
-        page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
-        page.locator(".widget-select select").wait_for()
-        picture = page.locator("img.widget-image, .widget-image img").last
-        picture.scroll_into_view_if_needed()
-        before = picture.get_attribute("src")
 
-        value = page.locator(".widget-readout").first
-        value.click()
-        page.keyboard.press("Control+A")
-        page.keyboard.type("0.99")
-        page.keyboard.press("Enter")
-        after = changed(picture, before)
-        page.locator(".widget-text input[type=number]").focus()
-        page.keyboard.press("ArrowUp")  # the next image, by keyboard
-        changed(picture, after)
-        page.screenshot(path=pictures / "mask_browser.png")
-        page.locator(".jp-Notebook").press("Escape")
-        assert (
-            page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']", has_text="Traceback").count() == 0
-        )
-        assert page.locator("text=4 masks, float16").count() == 1, "the last cell has run"
+        def opening(name: str, task: str):
+            run, _ = trained(task)
+            notebook = json.loads((project_root() / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+            source = f'# Parameters\nparams_file: str = "{run.write_params()}"\ntasks = ["{task}"]'
+            notebook["cells"][1]["source"] = source.splitlines(keepends=True)
+            (tmp_path / "lab" / f"{name}.ipynb").write_text(json.dumps(notebook))
+            page = chromium.new_page(viewport={"width": 1500, "height": 1200})
+            page.set_default_timeout(SECONDS)
+            page.goto(f"{lab}/doc/tree/{name}.ipynb")
+            page.wait_for_selector(".jp-Notebook")
+            # The indicator in the toolbar is idle before there is a kernel, and cells that are run then are not run at all.
+            page.locator("#jp-main-statusbar", has_text="Python 3 (ipykernel) | Idle").wait_for()
+            page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+            page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+            return page
+
+        yield opening
         chromium.close()
-    assert Path(pictures / "mask_browser.png").stat().st_size > 20_000
+
+
+def shot(page, name: str) -> None:
+    """Keep a picture of the page in ``build/lab``; no cell may have ended in an error."""
+    pictures = project_root() / "build" / "lab"
+    pictures.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=pictures / f"{name}.png")
+    assert (pictures / f"{name}.png").stat().st_size > 20_000
+    errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']", has_text="Traceback")
+    assert errors.count() == 0
+
+
+def test_everything_runs_and_the_slider_moves_the_picture(opened):
+    page = opened("04_infer", "B")
+    page.locator(".widget-select select").wait_for()
+    picture = page.locator("img.widget-image, .widget-image img").last
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+
+    value = page.locator(".widget-readout").first
+    value.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("0.99")
+    page.keyboard.press("Enter")
+    after = changed(picture, before)
+    page.locator(".widget-text input[type=number]").focus()
+    page.keyboard.press("ArrowUp")  # the next image, by keyboard
+    changed(picture, after)
+    page.locator(".jp-Notebook").press("Escape")
+    shot(page, "mask_browser")
+    assert page.locator("text=4 masks, float16").count() == 1, "the last cell has run"
+
+
+@pytest.mark.parametrize(("name", "task"), [("02_train_taskA", "A"), ("03_train_taskB", "B")])
+def test_the_browser_of_a_training_notebook_goes_to_the_next_image(name, task, opened):
+    page = opened(name, task)
+    forth = page.locator("button", has_text="next").first
+    forth.wait_for()
+    picture = page.locator("img.widget-image, .widget-image img").last
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    forth.click()
+    changed(picture, before)
+    shot(page, f"browser_{name}")
+
+
+def test_own_pictures_are_judged_and_what_is_none_is_told(opened, tmp_path, rng):
+    save(tmp_path / "holiday.png", picture_of(rng, 90, 70))
+    (tmp_path / "letter.txt").write_text("no picture")
+    page = opened("04_infer", "A")
+    page.locator("input[type=file]").first.wait_for(state="attached")
+    page.locator("input[type=file]").first.set_input_files([tmp_path / "holiday.png", tmp_path / "letter.txt"])
+    page.locator("h3", has_text="holiday.png").wait_for()
+    page.locator("p", has_text="Not read").wait_for()
+    page.locator("td", has_text="saved as JPEG of quality 85").first.wait_for()
+    shot(page, "own_pictures")
 
 
 def changed(picture, before: str) -> str:

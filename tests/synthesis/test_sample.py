@@ -30,8 +30,8 @@ def test_the_sample_is_in_the_official_layout_and_the_same_every_time(small_samp
                 assert np.asarray(mask).max() == 255
     task_a = records(read_task_a(one / "dataset")) + records(read_task_a(one / "dataset_open"))
     assert {Path(row["path"]).suffix for row in task_a} == {".jpg"}, "both classes in one format"
-    assert len(read_test(one / "test" / "taskA")) == 6
-    assert len(read_test(one / "test" / "taskB")) == 3
+    assert len(read_test(one / "test" / "taskA")) == 8
+    assert len(read_test(one / "test" / "taskB")) == 4
     splits = {}
     for row in task_a:
         splits.setdefault(Path(row["path"]).name.rsplit("_", 1)[0], set()).add(row["split"])
@@ -39,7 +39,9 @@ def test_the_sample_is_in_the_official_layout_and_the_same_every_time(small_samp
 
 
 def test_a_finished_sample_is_kept_and_an_old_one_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "_build", lambda root: (root / sample.MARKER).write_text(json.dumps({"version": 1})))
+    monkeypatch.setattr(
+        sample, "_build", lambda root: (root / sample.MARKER).write_text(json.dumps({"version": sample.VERSION}))
+    )
     root = build_sample(tmp_path / "s")
     (root / "mine").touch()
     build_sample(root)
