@@ -491,8 +491,8 @@ _HEAD = """Made by `make bench-quality`; every run behind it is in [localization
 
 *Official* data is the training split of the corpus' `dataset_taskB/TGIF`, 70 photographs whose contents are simulated: a
 region's new content went through TAEF2, ClearReality4x or Real-ESRGAN (SP), or the whole image through TAEF2 (FR). *Open* data
-adds 1,037 photographs as they are, into which training pastes regions. Epoch and thresholds are chosen on TGIF's validation
-split, in the open protocol with 226 more photographs. `dataset_taskB/validation` holds real inpainting, copy-move and splices,
+adds 1,037 photographs as they are, into which training pastes regions, half of them from 677 synthetic images. Epoch and
+thresholds are chosen on TGIF's validation split, in the open protocol with 226 more photographs. `dataset_taskB/validation` holds real inpainting, copy-move and splices,
 `dataset_taskB/edits` composites, Photoshop edits and inpainting by diffusion models; training has nothing of either. The
 *naive* recipe squeezes whole images to 224 pixels and trains a small U-Net on the same backbone for the same time.
 
