@@ -10,6 +10,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import CHROMIUM, save
@@ -22,10 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chro
 SECONDS = 120_000  # milliseconds that anything may take
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """A JupyterLab on the folder ``lab``; gives its address."""
-    (tmp_path / "lab").mkdir()
+@contextmanager
+def jupyterlab(folder: Path, config: Path) -> Iterator[str]:
+    """A JupyterLab on a folder, with the environment of now; gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,9 +36,9 @@ def lab(tmp_path):
         "--no-browser",
         "--allow-root",
         "--IdentityProvider.token=",
-        f"--notebook-dir={tmp_path / 'lab'}",
+        f"--notebook-dir={folder}",
     ]
-    environment = os.environ | {"PYTHONPATH": str(project_root()), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    environment = os.environ | {"PYTHONPATH": str(project_root()), "JUPYTER_CONFIG_DIR": str(config)}
     environment.pop("FORENSICS_HEADLESS", None)
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
@@ -54,20 +56,24 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def opened(lab, trained, tmp_path):
+def opened(trained, tmp_path):
     """Opens a notebook on a run that is trained for a task, runs all its cells, and gives the page."""
-    with sync_api.sync_playwright() as driver:
+    with ExitStack() as stack:
+        driver = stack.enter_context(sync_api.sync_playwright())
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        stack.callback(chromium.close)
 
         def opening(name: str, task: str):
             run, _ = trained(task)
             notebook = json.loads((project_root() / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
             source = f'# Parameters\nparams_file: str = "{run.write_params()}"\ntasks = ["{task}"]'
             notebook["cells"][1]["source"] = source.splitlines(keepends=True)
+            (tmp_path / "lab").mkdir()
             (tmp_path / "lab" / f"{name}.ipynb").write_text(json.dumps(notebook))
+            address = stack.enter_context(jupyterlab(tmp_path / "lab", tmp_path / "config"))
             page = chromium.new_page(viewport={"width": 1500, "height": 1200})
             page.set_default_timeout(SECONDS)
-            page.goto(f"{lab}/doc/tree/{name}.ipynb")
+            page.goto(f"{address}/doc/tree/{name}.ipynb")
             page.wait_for_selector(".jp-Notebook")
             # The indicator in the toolbar is idle before there is a kernel, and cells that are run then are not run at all.
             page.locator("#jp-main-statusbar", has_text="Python 3 (ipykernel) | Idle").wait_for()
@@ -76,7 +82,6 @@ def opened(lab, trained, tmp_path):
             return page
 
         yield opening
-        chromium.close()
 
 
 def shot(page, name: str) -> None:
@@ -127,8 +132,11 @@ def test_own_pictures_are_judged_and_what_is_none_is_told(opened, tmp_path, rng)
     save(tmp_path / "holiday.png", picture_of(rng, 90, 70))
     (tmp_path / "letter.txt").write_text("no picture")
     page = opened("04_infer", "A")
-    page.locator("input[type=file]").first.wait_for(state="attached")
-    page.locator("input[type=file]").first.set_input_files([tmp_path / "holiday.png", tmp_path / "letter.txt"])
+    button = page.locator("button", has_text="choose pictures")
+    button.wait_for()
+    with page.expect_file_chooser() as chooser:
+        button.click()
+    chooser.value.set_files([tmp_path / "holiday.png", tmp_path / "letter.txt"])
     page.locator("h3", has_text="holiday.png").wait_for()
     page.locator("p", has_text="Not read").wait_for()
     page.locator("td", has_text="saved as JPEG of quality 85").first.wait_for()
