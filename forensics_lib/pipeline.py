@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 import papermill
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -122,9 +124,32 @@ def _execute(run: Run, notebook: str, parameters: dict[str, Any]) -> None:
         progress_bar=False,
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
-        iopub_timeout=OUTPUT_PATIENCE,
-        config=Config(KernelManager={"shutdown_wait_time": PATIENCE}),
+        engine_name=_Engine.__name__,
     )
+
+
+class _Client(PapermillNotebookClient):
+    """Ends the kernel at once after the last cell, and gives it ``PATIENCE`` where a run is interrupted.
+
+    A kernel that is asked to end first waits for its child processes, half a minute for some, and it now and then misses the
+    question, since it is interrupted just before.
+    """
+
+    def papermill_execute_cells(self) -> None:
+        super().papermill_execute_cells()
+        self.shutdown_kernel = "immediate"
+
+
+class _Engine(Engine):
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        streams = {name: options[name] for name in ("stdout_file", "stderr_file")}
+        patience = Config(KernelManager={"shutdown_wait_time": PATIENCE})
+        client = _Client(nb_man, kernel_name=kernel_name, iopub_timeout=OUTPUT_PATIENCE, config=patience, **streams)
+        return client.execute()
+
+
+papermill_engines.register(_Engine.__name__, _Engine)
 
 
 def _stopped(run: Run, notebook: str, error: BaseException, resume: str) -> BaseException:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -312,16 +313,41 @@ with stop_requests() as asked:
 """
 
 
+ENDLESS = """
+import atexit, subprocess, sys, time
+atexit.register(time.sleep, 60)
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"])
+"""
+
+
+@pytest.fixture
+def one_notebook(tiny_run, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes a project of one notebook, ``only``, with this code; returns the folder where it runs."""
+
+    def make(code: str) -> Path:
+        folder = tmp_path / "notebooks"
+        folder.mkdir()
+        parameters = nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]})
+        notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+        nbformat.write(notebook, folder / "only.ipynb")
+        monkeypatch.setattr(pipeline, "project_root", lambda: tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(project_root()))
+        return folder
+
+    return make
+
+
+def test_a_kernel_ends_with_its_last_cell_whatever_it_still_waits_for(tiny_run, one_notebook):
+    one_notebook(ENDLESS)
+    began = time.monotonic()
+    pipeline._execute(tiny_run, "only", {})
+    assert time.monotonic() - began < 25
+
+
 @pytest.mark.slow
-def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    parameters = nbformat.v4.new_code_cell("", metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(SLOW)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "slow.ipynb")
-    monkeypatch.setattr(pipeline, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(project_root()))
+def test_a_notebook_may_take_its_time_to_stop(tiny_run, one_notebook):
+    folder = one_notebook(SLOW)
 
     def interrupt():
         while not (folder / "begun").exists():
@@ -330,5 +356,5 @@ def test_a_notebook_may_take_its_time_to_stop(tiny_run, tmp_path, monkeypatch):
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises((KeyboardInterrupt, PapermillExecutionError, DeadKernelError)):
-        pipeline._execute(tiny_run, "slow", {})
+        pipeline._execute(tiny_run, "only", {})
     assert (folder / "saved").exists()

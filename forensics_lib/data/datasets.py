@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from forensics_lib.device import Machine
 from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
 from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
@@ -28,6 +30,8 @@ SMALL = 0.05  # share of images that may be smaller than the squares from which 
 # Places of crops of manipulated images, and their shares: at a manipulated pixel, at the region's border, or anywhere
 PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 GENERATED = 0.5  # Task B: share of pasted regions that come from synthetic images, where there are any
+POLITE = 10  # by which the priority of loader processes is lowered beside a network on the same CPU
+WORTH = 24  # images from which on a loader process pays: fewer are read before it has started
 OVERVIEW = 0.5  # Task B: share of squares of large images that are up to 4 times larger, and shrunk to the others' size
 
 
@@ -269,7 +273,7 @@ class TrainingBatches:
     also the loader's batch sampler: iterating gives the keys of each batch's crops.
     """
 
-    def __init__(self, crops: TrainingCrops, workers: int, pinned: bool = False) -> None:
+    def __init__(self, crops: TrainingCrops, workers: int, *, on_cpu: bool = True, pinned: bool = False) -> None:
         self._seed, self._draws = 0, list[np.ndarray]()
         self.loader = DataLoader(
             crops,
@@ -277,7 +281,7 @@ class TrainingBatches:
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
-            worker_init_fn=leave_process_group,
+            worker_init_fn=partial(begin_loading, on_cpu=on_cpu),
             pin_memory=pinned,  # copies to a GPU then go on beside its work
             generator=torch.Generator(),  # starting draws a number, which must not come from training's generator
         )
@@ -300,13 +304,17 @@ class TrainingBatches:
             self.loader._iterator._shutdown_workers()
 
 
-def leave_process_group(_: int) -> None:
-    """For loader processes: interrupting a notebook signals its whole process group, but a training stops after a batch.
+def begin_loading(_: int, *, on_cpu: bool) -> None:
+    """For loader processes, at their start.
 
-    A loader process exits by itself when its parent has gone.
+    They leave the process group: interrupting a notebook signals all of it, but a training stops after a batch; a loader
+    process exits by itself when its parent has gone.  Beside a network on the same CPU they have a lower priority: it would
+    else wait in every operation for the one of its threads that shares a core with them.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    if on_cpu and hasattr(os, "nice"):
+        os.nice(POLITE)
 
 
 Change = Callable[[np.ndarray], np.ndarray]  # of an image, to an image
@@ -342,6 +350,7 @@ class InferenceImages(Dataset):
         return {"index": index, "crops": torch.stack([to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}
 
 
-def stream(dataset: Dataset, workers: int) -> Iterator[dict[str, Any]]:
-    """The samples in order, prefetched by ``workers`` processes."""
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_process_group)
+def stream(dataset: InferenceImages, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The samples in order, prefetched by at most the machine's ``workers`` processes, each with ``WORTH`` images or more."""
+    workers, begin = min(machine.workers, len(dataset) // WORTH), partial(begin_loading, on_cpu=machine.device.type == "cpu")
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=begin)

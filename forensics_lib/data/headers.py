@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from forensics_lib.images.headers import facts_of, hashes_of
 from forensics_lib.images.parquet import file_of
-from forensics_lib.utils.cores import processes
+from forensics_lib.utils.cores import processes, spread
 from forensics_lib.utils.files import atomic_write
 from forensics_lib.utils.progress import progress
 
@@ -83,8 +83,8 @@ def _close(place: int | None) -> None:
 FACT_TYPES = dict.fromkeys(("width", "height", "format", "jpeg_quality", "camera", "bytes", "error"), pa.float64())
 FACT_TYPES |= {"format": pa.large_string(), "camera": pa.bool_(), "error": pa.large_string()}
 FILE_COLUMNS = list(FACT_TYPES)
-# Files per chunk of a process; fewer are read before other processes could start
-_HEADERS, _PIXELS = 4_000, 200
+# Files that are read in one go
+_HEADERS, _PIXELS = 500, 200
 
 Reading = Callable[[list[str]], list[tuple]]
 
@@ -115,8 +115,7 @@ def _cached(
     new = np.flatnonzero(rows < 0)
     unread = keys.column("path").take(pa.array(new)).to_pylist()
     chunks = [unread[i : i + chunk] for i in range(0, len(unread), chunk)]
-    results = processes().map(read, chunks) if len(chunks) > 1 else map(read, chunks)
-    values = list(chain.from_iterable(progress(results, title, total=len(chunks))))
+    values = list(chain.from_iterable(progress(spread(read, chunks), title, total=len(chunks))))
     columns = zip(*values, strict=True) if values else [()] * len(types)
     fresh = pa.table({name: pa.array(list(column), kind) for (name, kind), column in zip(types.items(), columns, strict=True)})
     rows[new] = np.arange(len(new)) + len(known)

@@ -47,7 +47,7 @@ class FunctionDetector:
         Raises ``DetectorError`` where it fails on each of them.
         """
         errors: list[str] = []
-        for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
+        for sample in progress(stream(InferenceImages(rows, change=change), machine), title, total=len(rows)):
             found = self._prediction(sample, rows)
             errors += [found.error] if found.error else []
             if len(errors) == len(rows):

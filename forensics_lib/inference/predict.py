@@ -88,7 +88,7 @@ def predict_probabilities(
     dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
     batches = _Batches(partial(_margins, model, machine), machine.images_at_once(params.crop_size**2))
     waiting: deque[tuple[Prediction, int, list[float]]] = deque()  # images in order: prediction, crops, margins so far
-    for sample in progress(stream(dataset, machine.workers), title, total=len(rows)):
+    for sample in progress(stream(dataset, machine), title, total=len(rows)):
         # copied, since each tensor of a loader process keeps a file open as long as it lives
         chosen = sample["crops"].clone() if "crops" in sample else ()
         margins: list[float] = []
@@ -187,7 +187,7 @@ def predict_masks(
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
     tiles = _Tiles(model, params, machine)
     waiting: deque[tuple[Prediction, _TiledImage | None]] = deque()  # images in order
-    for sample in progress(stream(InferenceImages(rows, change=change), machine.workers), title, total=len(rows)):
+    for sample in progress(stream(InferenceImages(rows, change=change), machine), title, total=len(rows)):
         prediction = Prediction(sample["index"], float("nan"), sample.get("error"))
         waiting.append((prediction, None if "error" in sample else tiles.of(np.asarray(sample["image"]))))
         if sum(image.pixels for _, image in waiting if image) > WAITING_PIXELS:

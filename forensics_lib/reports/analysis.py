@@ -18,7 +18,7 @@ from forensics_lib.images.traits import TRAITS, traits_of
 from forensics_lib.reports.compare import ComparisonError, compare, evaluated_runs, paths_of, validation_table
 from forensics_lib.reports.figures import CLASS_NAMES
 from forensics_lib.run import Run, stored_thresholds
-from forensics_lib.utils.cores import processes
+from forensics_lib.utils.cores import spread
 from forensics_lib.utils.files import read_json
 from forensics_lib.utils.progress import progress
 
@@ -231,8 +231,7 @@ def _traits(images: pd.DataFrame, runs: tuple[str, str], task: str) -> Iterator[
     """
     looked = pd.concat([_drawn(part) for _, part in images.groupby(["label", errors_of(images)])])
     chunks = [looked["path"].tolist()[start : start + _READ] for start in range(0, len(looked), _READ)]
-    results = processes().map(traits_of, chunks) if len(chunks) > 1 else map(traits_of, chunks)
-    values = chain.from_iterable(progress(results, "looking at images", total=len(chunks)))
+    values = chain.from_iterable(progress(spread(traits_of, chunks), "looking at images", total=len(chunks)))
     measured = pd.DataFrame(list(values), columns=list(TRAITS), index=looked.index)
     for place in sorted(looked["platform"].dropna().unique()):
         measured[place] = (looked["platform"] == place).astype(float)

@@ -16,6 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,10 +35,11 @@ from skimage.segmentation import felzenszwalb
 from forensics_lib.images.degradations import upload
 from forensics_lib.synthesis.autoencoder import Autoencode, load_autoencode
 from forensics_lib.synthesis.forgeries import composed, enlarged, filled, moved, outlined
+from forensics_lib.utils.cores import usable_cores
 from forensics_lib.utils.locks import exclusive
 from forensics_lib.utils.progress import progress
 
-VERSION = 2  # increase it when the bytes change: older copies are then rebuilt
+VERSION = 3  # increase it when the bytes change: older copies are then rebuilt
 MARKER = "sample.json"  # written last: a folder without it is no finished sample
 
 _SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -75,7 +77,7 @@ PHOTOS: dict[str, Photo] = {
     "retina": Photo(_SKIMAGE / "retina.jpg", "open_val", "CC0, Mikael Haggstrom", scale=0.25),
 }
 TASK_A_COUNTS = {"train": 24, "val": 16, "test": 8, "open_train": 24, "open_val": 8}  # real crops per photograph
-TASK_B_COUNTS = {"training": 9, "validation": 4, "testing": 4}  # crops per photograph in the TGIF tree
+TASK_B_COUNTS = {"training": 8, "validation": 4, "testing": 4}  # crops per photograph in the TGIF tree
 TASK_B_OFFICIAL = {"validation": 4, "test": 6}  # crops per photograph in the Task B validation and test folders
 UPLOADED = 0.15  # share of Task A images that went through a platform: shrunk, then JPEG
 OBJECTS = (0.03, 0.3)  # smallest and largest region that follows an object, as a share of the image's area
@@ -140,10 +142,11 @@ def _build(root: Path) -> None:
     jobs: list[Callable[[], None]] = [
         partial(_write_task_a, root, name, np.random.default_rng([1, index]), autoencode) for index, name in enumerate(PHOTOS)
     ]
-    jobs += [partial(_write_tgif, root, split, source, autoencode) for split, source in TGIF_SPLITS.items()]
+    jobs += [partial(_write_tgif, root, split, number, name, autoencode) for split, number, name in _tgif_scenes()]
     jobs += [partial(_write_task_b_validation, root, autoencode), partial(_write_task_b_test, root, autoencode)]
-    for job in progress(jobs, "sample data"):
-        job()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in progress(pool.map(lambda job: job(), jobs), "sample data", total=len(jobs)):
+            pass
     credits = [f"{name}: {photo.licence}" for name, photo in PHOTOS.items()]
     (root / "README.txt").write_text("\n".join([__doc__ or "", "Photographs:", *credits, ""]))
     (root / MARKER).write_text(json.dumps({"version": VERSION}))
@@ -261,30 +264,37 @@ def _outer(scene: _Scene) -> _Scene:
     return _Scene(scene.base[cut], scene.mask[cut], scene.donor[cut], scene.segm)
 
 
-def _write_tgif(root: Path, split: str, source: str, autoencode: Autoencode) -> None:
-    """TGIF's tree and names for one split: an original and four manipulated images of each scene, all PNG."""
-    tgif = root / "dataset_taskB" / "TGIF"
-    names = [name for name, photo in PHOTOS.items() if photo.split == source]
-    for number, name in enumerate(names * TASK_B_COUNTS[split]):
-        rng = np.random.default_rng([2, list(TGIF_SPLITS).index(split), number])
-        scene, category = _scene(name, source, rng), str(rng.choice(CATEGORIES))
-        identity = 9_000_000 + 10_000 * list(TGIF_SPLITS).index(split) + number  # beyond the ids of COCO
-        mask_name = f"{identity}_mask_{'segm' if scene.segm else 'bbox'}"
-        inner, outer = _inner(scene), _outer(scene)
-        images = {
-            f"orig/{split}/{category}/{identity}_orig.png": scene.base,
-            f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
-            f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
-            f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
-            f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _removed(scene, enlarged(autoencode)),
-            f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
-            f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": enlarged(autoencode)(_spliced(outer, autoencode)),
-            f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
-            f"masks/{split}/{category}/{mask_name}_512.png": _as_png(inner.mask),
-            f"masks/{split}/{category}/{mask_name}_1024.png": _as_png(outer.mask),
-        }
-        for path, pixels in images.items():
-            _save(tgif / path, pixels)
+def _tgif_scenes() -> list[tuple[str, int, str]]:
+    """Split, number within it, and photograph of each scene of the TGIF tree."""
+    scenes = []
+    for split, source in TGIF_SPLITS.items():
+        names = [name for name, photo in PHOTOS.items() if photo.split == source]
+        scenes += [(split, number, name) for number, name in enumerate(names * TASK_B_COUNTS[split])]
+    return scenes
+
+
+def _write_tgif(root: Path, split: str, number: int, name: str, autoencode: Autoencode) -> None:
+    """A scene under TGIF's names: an original and four manipulated images, all PNG."""
+    tgif, place = root / "dataset_taskB" / "TGIF", list(TGIF_SPLITS).index(split)
+    rng = np.random.default_rng([2, place, number])
+    scene, category = _scene(name, TGIF_SPLITS[split], rng), str(rng.choice(CATEGORIES))
+    identity = 9_000_000 + 10_000 * place + number  # beyond the ids of COCO
+    mask_name = f"{identity}_mask_{'segm' if scene.segm else 'bbox'}"
+    inner, outer = _inner(scene), _outer(scene)
+    images = {
+        f"orig/{split}/{category}/{identity}_orig.png": scene.base,
+        f"orig/{split}/{category}/{identity}_orig_512.png": inner.base,
+        f"orig/{split}/{category}/{identity}_orig_1024.png": outer.base,
+        f"sd2-sp/{split}/{category}/{mask_name}.png_ps_mask.png_sd2_0.png": _spliced(scene, autoencode),
+        f"ps-sp/{split}/{category}/{mask_name}.png_ps_0.png": _removed(scene, autoencode),
+        f"sd2-fr/{split}/{category}/{mask_name}.png_sd2-512_0.png": _fully(inner, autoencode),
+        f"sdxl-fr/{split}/{category}/{mask_name}.png_sdxl-1024_0.png": enlarged(autoencode)(_spliced(outer, autoencode)),
+        f"masks/{split}/{category}/{mask_name}.png_ps_mask.png": _as_png(scene.mask),
+        f"masks/{split}/{category}/{mask_name}_512.png": _as_png(inner.mask),
+        f"masks/{split}/{category}/{mask_name}_1024.png": _as_png(outer.mask),
+    }
+    for path, pixels in images.items():
+        _save(tgif / path, pixels)
 
 
 Way = tuple[str, str, Callable[[_Scene, Autoencode], np.ndarray]]

@@ -56,7 +56,8 @@ class TrainingState:
     @cached_property
     def batches(self) -> TrainingBatches:
         crops = training_crops(self.train, self.task, self.params, equalize=self.equalize, donors=self.donors)
-        return TrainingBatches(crops, self.machine.workers, pinned=self.machine.device.type == "cuda")
+        kind = self.machine.device.type
+        return TrainingBatches(crops, self.machine.workers, on_cpu=kind == "cpu", pinned=kind == "cuda")
 
     @property
     def updates(self) -> int:

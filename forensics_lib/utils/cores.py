@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from typing import TypeVar
 
 from loky import cpu_count, get_reusable_executor
+
+T = TypeVar("T")
+R = TypeVar("R")
+WORTH = 8  # pieces of work from which on processes pay: they start in seconds, and a kernel that has some ends late
 
 
 def usable_cores() -> int:
@@ -20,3 +26,8 @@ def usable_cores() -> int:
 def processes() -> Executor:
     """A pool with one process per usable core, started on first use; idle processes exit after some seconds."""
     return get_reusable_executor(max_workers=usable_cores())
+
+
+def spread(work: Callable[[T], R], pieces: list[T]) -> Iterator[R]:
+    """The results of ``work`` on each piece, in order; of ``WORTH`` pieces or more by ``processes``."""
+    return processes().map(work, pieces) if len(pieces) >= WORTH else map(work, pieces)

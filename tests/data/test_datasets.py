@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import EVERYTHING, NOTHING, picture, save
 
+from forensics_lib.data import datasets
 from forensics_lib.data.datasets import (
     Columns,
     TrainingBatches,
@@ -19,6 +21,7 @@ from forensics_lib.data.datasets import (
     numbered_draws,
 )
 from forensics_lib.data.manifest import build_manifest, usable
+from forensics_lib.device import Machine
 from forensics_lib.params import Degradations, Params
 
 
@@ -80,6 +83,24 @@ def test_loader_processes_serve_every_epoch(rows, batches_of):
     assert loader_processes() == processes
     source.close()
     assert not loader_processes()
+
+
+@pytest.mark.parametrize(("on_cpu", "below"), [(True, 10), (False, 0)])
+def test_loader_processes_yield_to_a_network_on_the_same_cpu(rows, on_cpu, below):
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with closing(TrainingBatches(crops(rows), 2, on_cpu=on_cpu)) as batches:
+        next(iter(batches.epoch(0, [numbered_draws(np.arange(2))])))
+        priorities = {os.getpriority(os.PRIO_PROCESS, process.pid) for process in loader_processes()}
+    assert priorities == {min(usual + below, 19)}
+
+
+def test_few_images_are_loaded_without_processes(rows, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "DataLoader", lambda images, num_workers, **_: asked.append(num_workers) or [])
+    for images in (4, 25, 600):
+        machine = Machine(torch.device("cpu"), "fp32", workers=2)
+        list(datasets.stream(datasets.InferenceImages(pd.concat([rows] * images).head(images)), machine))
+    assert asked == [0, 1, 2]
 
 
 def test_a_share_of_a_batch_may_be_empty(batches_of):
