@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from forensics_lib.inference.predictor import predict as predict
     from forensics_lib.run import open_run as open_run
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what Apple's GPUs lack, the CPU computes
+# Before torch: what Apple's GPUs lack, the CPU computes; and threads of an operation that wait for one whose core another
+# process has give theirs up after microseconds, not milliseconds
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

@@ -88,8 +88,11 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
     Returns:
         auc, ap, eer and tpr_at_5_fpr (NaN where one class is missing); f1, accuracy, balanced_accuracy, precision, recall
         and fpr at the threshold; threshold.
+
+    Raises:
+        ValueError: values outside [0, 1].
     """
-    labels, probs = np.asarray(labels), round_probs(probs)
+    labels, probs = np.asarray(labels), _as_written(probs)
     tp, fp, fn, tn = counts(labels, probs >= threshold)
     recall, specificity = tp / max(tp + fn, 1), tn / max(tn + fp, 1)
     both = 0 < labels.sum() < len(labels)
@@ -109,8 +112,19 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
 
 
 def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
-    """Area under the ROC curve of probabilities, rounded as they are stored; NaN where one class is missing."""
-    return rank_auc(labels, round_probs(probs))
+    """Area under the ROC curve of probabilities, rounded as they are stored; NaN where one class is missing.
+
+    Raises ``ValueError`` for values outside [0, 1], as ``image_metrics`` does.
+    """
+    return rank_auc(labels, _as_written(probs))
+
+
+def _as_written(probs: np.ndarray) -> np.ndarray:
+    values = np.asarray(probs, np.float64)
+    if ((values < 0) | (values > 1)).any():
+        found = f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
+        raise ValueError(f"found values from {found}: probabilities lie in [0, 1]; are these logits?")
+    return round_probs(values)
 
 
 def rank_auc(labels: np.ndarray, values: np.ndarray) -> float:

@@ -178,6 +178,8 @@ class CombinedModel(nn.Module):
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last feature map of the backbone, and those of its stages, finest first."""
+        if not images.is_floating_point():
+            raise TypeError(f"images of {images.dtype}: the model takes floats in [0, 1]; divide 8-bit images by 255")
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)

@@ -140,10 +140,10 @@ def main() -> None:
     asked = Asked(load_model(checkpoint, "A")[0], params, choose_machine(params))
     found = sets(build_manifest(Run(params, CORPUS), "A"))
     labels, probs = found["val"]["label"].to_numpy(int), asked.probs(found["val"])
-    facts: dict[str, Any] = {"joins": crops_and_joins(asked, found["val"])}
+    facts: dict[str, Any] = {"joins": crops_and_joins(asked, found["val"])} if data == "constrained" else {}
     facts["sets"] = {name: unsure(asked, rows, best_f1_threshold(labels, probs)) for name, rows in found.items()}
     write_json(BUILD / "decisions" / f"{data}.json", facts)
-    print(pd.DataFrame(facts["joins"]).to_string(), {name: found["unsure"] for name, found in facts["sets"].items()})
+    print(pd.DataFrame(facts.get("joins", [])).to_string(), {name: found["unsure"] for name, found in facts["sets"].items()})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import re
 
+import bench_decisions
 import bench_quality
 import numpy as np
+import pandas as pd
 import pytest
 import taef2
 
@@ -75,6 +77,33 @@ def test_without_a_corpus_it_says_so_and_stops(folders, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench_quality.py", "run"])
     bench_quality.main()
     assert "set FORENSICS_CORPUS" in capsys.readouterr().out
+
+
+def test_how_far_decisions_hold_is_told_by_set(folders):
+    alarms = [{"source": "phones", "photographs": 40, "rate": 0.25, "from": 0.14, "to": 0.4}]
+    found = {"recall": 0.8, "unsure": 0.2, "right if sure": 0.9, "right if unsure": 0.6, "alarms": alarms}
+    joins = [{"crops": "the centre", "crops per image": 1.0, "AUC": 0.71}]
+    (folders / "build" / "decisions").mkdir()
+    (folders / "build" / "decisions" / "constrained.json").write_text(json.dumps({"joins": joins, "sets": {"val": found}}))
+    text = report(folders, a=made_run(0.9))
+    assert "| constrained | val | 0.800 | 0.200 | 0.900 | 0.600 |" in text
+    assert "| val | phones | 40 | 0.250 | 0.140 | 0.400 |" in text and "| the centre | 1.000 | 0.710 |" in text
+    (folders / "build" / "decisions" / "constrained.json").unlink()
+    assert "| the centre | 1.000 | 0.710 |" in report(folders)  # as the last report held it
+
+
+def test_an_image_is_unsure_where_a_change_turns_its_decision():
+    rows = pd.DataFrame({"label": [0, 0, 1, 1], "source": ["a", "a", "b", "b"]})
+    before, after = np.array([0.1, 0.6, 0.7, 0.9]), np.array([0.1, 0.6, 0.4, 0.9])
+
+    class Asked:
+        def probs(self, _, change=None):
+            return before if change is None else after
+
+    found = bench_decisions.unsure(Asked(), rows, 0.5)
+    assert (found["recall"], found["unsure"]) == (1.0, 0.25)
+    assert found["right if sure"] == pytest.approx(2 / 3) and found["right if unsure"] == 1
+    assert found["alarms"][0]["rate"] == 0.5 and found["alarms"][0]["from"] < 0.1 < 0.9 < found["alarms"][0]["to"]
 
 
 @pytest.mark.skipif(

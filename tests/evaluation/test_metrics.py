@@ -417,3 +417,10 @@ def test_auc_is_the_library_s_to_the_last_digits(rng):
         labels = rng.random(300) < 0.3
         assert rank_auc(labels, values) == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
     assert np.isnan(rank_auc(np.ones(3), np.arange(3)))
+
+
+@pytest.mark.parametrize("score", [roc_auc, lambda labels, probs: image_metrics(labels, probs, 0.5)])
+def test_logits_are_no_probabilities(score):
+    """They would all be clipped to 0 and 1, and the score be a wrong one."""
+    with pytest.raises(ValueError, match=r"from -2 to 3: probabilities lie in \[0, 1\]; are these logits\?"):
+        score(np.array([0, 1, 1]), np.array([-2.0, 3.0, np.nan]))

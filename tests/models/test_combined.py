@@ -284,3 +284,10 @@ def test_a_checkpoint_with_removed_parts_says_so_and_one_without_loads(tmp_path,
     save_checkpoint(tmp_path / "run.pth", network)
     with pytest.raises(CheckpointError, match=r"removed .*train again"):
         load_model(tmp_path / "run.pth")
+
+
+def test_8_bit_images_are_refused():
+    """Their values, up to 255 instead of 1, would give answers without sense."""
+    model = CombinedModel("A", "test_convnext")
+    with pytest.raises(TypeError, match="divide 8-bit images by 255"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
