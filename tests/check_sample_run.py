@@ -8,7 +8,7 @@ import sys
 from forensics_lib.submission.validate import validate_submission
 from forensics_lib.utils.files import home, read_json
 
-PROMISES = {"taskA_validation": ("auc", 0.85), "taskB_validation": ("iou_manipulated", 0.25)}
+PROMISES = {"taskA_validation": ("auc", 0.85), "taskB_validation": ("iou_manipulated", 0.20)}
 ARCHIVES = {"teamname_constrained_sample.zip": "A", "teamname_localization_masks_sample.zip": "B"}
 REPORT_BYTES = 5_000_000
 
