@@ -89,7 +89,7 @@ def test_loader_processes_serve_every_epoch(rows, batches_of):
 def test_loader_processes_yield_to_a_network_on_the_same_cpu(rows, on_cpu, below):
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     with closing(TrainingBatches(crops(rows), 2, on_cpu=on_cpu)) as batches:
-        next(iter(batches.epoch(0, [numbered_draws(np.arange(2))])))
+        list(batches.epoch(0, [numbered_draws(np.array([index])) for index in (0, 1)]))  # both processes have begun
         priorities = {os.getpriority(os.PRIO_PROCESS, process.pid) for process in loader_processes()}
     assert priorities == {min(usual + below, 19)}
 
