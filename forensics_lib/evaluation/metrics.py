@@ -97,7 +97,7 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
     recall, specificity = tp / max(tp + fn, 1), tn / max(tn + fp, 1)
     both = 0 < labels.sum() < len(labels)
     return {
-        "auc": roc_auc(labels, probs),
+        "auc": rank_auc(labels, probs),
         "ap": float(average_precision_score(labels, probs)) if both else math.nan,
         "f1": f1_score(labels, probs >= threshold),
         "accuracy": (tp + tn) / max(len(labels), 1),
@@ -120,6 +120,7 @@ def roc_auc(labels: np.ndarray, probs: np.ndarray) -> float:
 
 
 def _as_written(probs: np.ndarray) -> np.ndarray:
+    """``round_probs`` of probabilities; other values, which it would clip, are refused."""
     values = np.asarray(probs, np.float64)
     if ((values < 0) | (values > 1)).any():
         found = f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
