@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from forensics_lib.device import Machine
-from forensics_lib.images.crops import chosen_crops, fitted, pad_to, to_tensor
+from forensics_lib.images.crops import chosen_crops, fitted, pad_to, seen_whole, to_tensor, whole_crops
 from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
 from forensics_lib.images.masks import read_mask
@@ -32,6 +32,7 @@ PLACES, SHARES = ("region", "border", "anywhere"), (0.35, 0.35, 0.3)
 GENERATED = 0.5  # Task B: share of pasted regions that come from synthetic images, where there are any
 POLITE = 10  # by which the priority of loader processes is lowered beside a network on the same CPU
 WORTH = 24  # images from which on a loader process pays: fewer are read before it has started
+WHOLE = 0.5  # Task A: share of squares that have an image's whole shorter side, and are shrunk to a crop
 OVERVIEW = 0.5  # Task B: share of squares of large images that are up to 4 times larger, and shrunk to the others' size
 
 
@@ -95,10 +96,12 @@ class TrainingCrops(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         (_, index, _), rng = key, np.random.default_rng(key)
         row = self.rows.row(index)
+        whole = self._seen_whole(rng)
         try:
-            image, mask, _ = self._degraded(row, rng)
+            image, mask, _ = self._degraded(row, rng, whole)
         except ImageError as error:
             return {"index": index, "error": str(error)}
+        image = seen_whole(image, self.crop_size) if whole else image
         image = pad_to(image, self.crop_size, self.crop_size)
         mask = None if mask is None else pad_to(mask, self.crop_size, self.crop_size)
         place = _place(image.shape[:2], mask, self.crop_size, rng)
@@ -119,7 +122,7 @@ class TrainingCrops(Dataset):
         """
         row, rng = self.rows.row(key[1]), np.random.default_rng(key)
         try:
-            image, _, encoding = self._degraded(row, rng)
+            image, _, encoding = self._degraded(row, rng, self._seen_whole(rng))
         except ImageError:
             return {}
         height, width = (min(side, self.crop_size) for side in image.shape[:2])  # a tensor shows at most this size
@@ -132,9 +135,14 @@ class TrainingCrops(Dataset):
             size, pixels = encoding.bytes, image.shape[0] * image.shape[1]
         return facts | {"width": width, "height": height, "bytes": size * (width * height / pixels)}
 
-    def _degraded(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
-        """A native square of an image, degraded."""
-        image, mask = self._square(row, rng)
+    def _seen_whole(self, rng: np.random.Generator) -> bool:
+        return not self.masks and rng.random() < WHOLE
+
+    def _degraded(
+        self, row: dict[str, Any], rng: np.random.Generator, whole: bool
+    ) -> tuple[np.ndarray, np.ndarray | None, Encoding | None]:
+        """A native square of an image, or one with its ``whole`` shorter side, degraded."""
+        image, mask = self._square(row, rng, whole)
         if self.paste and not row["label"] and rng.random() < self.paste:
             image, mask = self._with_pasted_region(image, rng)
         if min(image.shape[:2]) > self.window:
@@ -144,14 +152,14 @@ class TrainingCrops(Dataset):
             image = recompress(image, "JPEG", int(np.clip(quality, 1, 100)), rng=rng)
         return degrade(image, mask, self.degradations, rng, equalize=self.equalize)
 
-    def _square(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    def _square(self, row: dict[str, Any], rng: np.random.Generator, whole: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """A random square of an image, and of its mask if samples have masks."""
         with open_image(row["path"]) as opened:
             rgb, mask = decoded(opened), None
             size = (rgb.height, rgb.width)
             if self.masks:
                 mask = read_mask(row["mask_path"], size) if row["label"] else np.zeros(size, bool)
-            side = self.window
+            side = min(size) if whole else self.window
             if self.masks and min(size) >= 2 * self.crop_size and rng.random() < OVERVIEW:  # inference halves these too
                 side *= np.exp(rng.uniform(0, np.log(np.clip(min(size) / side, 1, 4))))
             place = _place(size, mask, round(side), rng)
@@ -321,23 +329,30 @@ Change = Callable[[np.ndarray], np.ndarray]  # of an image, to an image
 
 
 class InferenceImages(Dataset):
-    """Images for inference: samples have the index, and an ``(H, W, 3)`` uint8 image, its chosen crops, or an error.
+    """Images for inference: samples have the index, and an ``(H, W, 3)`` uint8 image, its crops, or an error.
 
+    Crops are ``chosen_crops`` and, with ``whole``, ``whole_crops``.
     ``change`` is applied to each image first, for robustness measurements.  If the manifest has a column ``content``, its
     bytes, if any, replace the file at ``path``.
     """
 
     def __init__(
-        self, manifest: pd.DataFrame, crop_size: int | None = None, crops: int = 1, change: Change | None = None
+        self,
+        manifest: pd.DataFrame,
+        crop_size: int | None = None,
+        crops: int = 1,
+        change: Change | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.rows = Columns(manifest, ["path", "content"] if "content" in manifest else ["path"])
-        self.crop_size, self.crops, self.change = crop_size, crops, change
+        self.crop_size, self.crops, self.change, self.whole = crop_size, crops, change, whole
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The image, or with ``crop_size`` its crops ``(K, 3, crop_size, crop_size)`` uint8."""
+        """The image, or with ``crop_size`` its ``crops`` ``(K, 3, S, S)`` uint8, the first ``native`` of them not shrunk."""
         try:
             row = self.rows.row(index)
             content = row.get("content")
@@ -347,7 +362,9 @@ class InferenceImages(Dataset):
             return {"index": index, "error": str(error)}
         if self.crop_size is None:
             return {"index": index, "image": image}
-        return {"index": index, "crops": torch.stack([to_tensor(c) for c in chosen_crops(image, self.crop_size, self.crops)])}
+        native = chosen_crops(image, self.crop_size, self.crops)
+        crops = native + (whole_crops(image, self.crop_size) if self.whole else [])
+        return {"index": index, "crops": torch.stack([to_tensor(crop) for crop in crops]), "native": len(native)}
 
 
 def stream(dataset: InferenceImages, machine: Machine) -> Iterator[dict[str, Any]]:

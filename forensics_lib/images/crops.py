@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from PIL import Image
 
 from forensics_lib.images.io import STRIP
+
+WHOLE_CROPS = 3  # at most, along the longer side of an image that is seen whole
 
 
 def random_square(image: np.ndarray, side: int, rng: np.random.Generator, step: int = 1) -> np.ndarray:
@@ -55,6 +58,20 @@ def chosen_places(image: np.ndarray, size: int, count: int) -> list[tuple[int, i
         ranked = [grid[i] for i in np.argsort(-texture, kind="stable")]
         places += [place for place in ranked if place != places[0]][: count - 1]
     return places
+
+
+def seen_whole(image: np.ndarray, size: int) -> np.ndarray:
+    """The image shrunk until its shorter side has ``size`` pixels; one that is no larger as it is."""
+    scale = size / min(image.shape[:2])
+    if scale >= 1:
+        return image
+    shrunk = [max(size, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    return np.array(Image.fromarray(image).resize(shrunk, Image.Resampling.BICUBIC))
+
+
+def whole_crops(image: np.ndarray, size: int) -> list[np.ndarray]:
+    """``chosen_crops`` of the image as it is ``seen_whole``; none of an image that is not shrunk."""
+    return chosen_crops(seen_whole(image, size), size, WHOLE_CROPS) if min(image.shape[:2]) > size else []
 
 
 def _grid(length: int, size: int) -> list[int]:

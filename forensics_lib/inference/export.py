@@ -15,7 +15,7 @@ from torch import nn
 
 from forensics_lib.data.manifest import build_test_manifest
 from forensics_lib.device import choose_machine
-from forensics_lib.images.crops import centre_crop, chosen_crops, pad_to
+from forensics_lib.images.crops import centre_crop, chosen_crops, pad_to, whole_crops
 from forensics_lib.images.io import read_image
 from forensics_lib.inference.predict import predict_mask, predict_probabilities
 from forensics_lib.inference.probabilities import EDGE
@@ -125,9 +125,14 @@ def _difference(run: Run, task: str, model: CombinedModel, params: Params, path:
 
 def _of_task_a(rows: pd.DataFrame, model: CombinedModel, params: Params, path: Path) -> list[float]:
     found = predict_probabilities(model, rows, params, choose_machine(params))
-    answers = [_run(path, chosen_crops(read_image(name), params.crop_size, params.crops_per_image))[0] for name in rows["path"]]
-    means = [float(expit(logit(np.clip(probs.astype(float), EDGE, 1 - EDGE)).mean())) for probs in answers]
-    return [abs(one.prob - mean) for one, mean in zip(found, means, strict=True)]
+    differences = []
+    for one, name in zip(found, rows["path"], strict=True):
+        image = read_image(name)
+        views = [chosen_crops(image, params.crop_size, params.crops_per_image)]
+        views += [crops] if model.sees_whole and (crops := whole_crops(image, params.crop_size)) else []
+        margins = [logit(np.clip(_run(path, crops)[0].astype(float), EDGE, 1 - EDGE)).mean() for crops in views]
+        differences.append(abs(one.prob - float(expit(np.mean(margins)))))
+    return differences
 
 
 def _of_task_b(rows: pd.DataFrame, model: CombinedModel, params: Params, path: Path) -> list[float]:

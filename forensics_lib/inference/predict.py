@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -58,6 +58,7 @@ class Prediction:
     error: str | None = None
     mask: np.ndarray | None = None  # Task B: (H, W) float16 in [0, 1]
     margins: list[float] | None = None  # Task A: the logit margin of each of ``chosen_crops``
+    whole_margins: list[float] | None = None  # and of ``whole_crops``, if there are any and the model sees images whole
 
 
 def predict_probabilities(
@@ -70,7 +71,8 @@ def predict_probabilities(
 ) -> Iterator[Prediction]:
     """Task A: the probability of being synthetic, from up to ``crops_per_image`` native crops of each image.
 
-    It is the sigmoid of the mean logit margin of the crops.  Crops of several images share a batch, and all batches have
+    It is the sigmoid of the mean logit margin of the crops; of a model that was trained on images seen whole, of the mean of
+    this one and that of ``whole_crops``.  Crops of several images share a batch, and all batches have
     one size, so that the result of an image does not depend on what else is in its batch.
 
     Args:
@@ -85,19 +87,37 @@ def predict_probabilities(
         Iterator over the predictions, in row order.
     """
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
-    dataset = InferenceImages(rows, crop_size=params.crop_size, crops=params.crops_per_image, change=change)
+    crops = {"crop_size": params.crop_size, "crops": params.crops_per_image, "whole": model.sees_whole}
+    dataset = InferenceImages(rows, change=change, **crops)
     batches = _Batches(partial(_margins, model, machine), machine.images_at_once(params.crop_size**2))
-    waiting: deque[tuple[Prediction, int, list[float]]] = deque()  # images in order: prediction, crops, margins so far
+    waiting: deque[_Waiting] = deque()  # images in order
     for sample in progress(stream(dataset, machine), title, total=len(rows)):
         # copied, since each tensor of a loader process keeps a file open as long as it lives
         chosen = sample["crops"].clone() if "crops" in sample else ()
-        margins: list[float] = []
-        waiting.append((Prediction(sample["index"], float("nan"), sample.get("error")), len(chosen), margins))
+        image = _Waiting(Prediction(sample["index"], float("nan"), sample.get("error")), len(chosen), sample.get("native", 0))
+        waiting.append(image)
         for crop in chosen:
-            batches.add(crop, margins.append)
+            batches.add(crop, image.margins.append)
         yield from _complete(waiting)
     batches.flush()
     yield from _complete(waiting)
+
+
+@dataclass
+class _Waiting:
+    """An image whose crops go through the model."""
+
+    prediction: Prediction
+    crops: int
+    native: int  # of the crops, the first ones
+    margins: list[float] = field(default_factory=list)  # so far
+
+    def answer(self) -> Prediction:
+        native, whole = self.margins[: self.native], self.margins[self.native :]
+        if not native:
+            return self.prediction
+        margin = float(np.mean([np.mean(view) for view in (native, whole) if view]))
+        return replace(self.prediction, prob=sigmoid(margin), margins=native, whole_margins=whole or None)
 
 
 class _Batches:
@@ -156,11 +176,10 @@ def output_in_parts(forward: Callable[[torch.Tensor], Output], images: torch.Ten
     return Output(torch.cat(logits), None if masks[0] is None else torch.cat(masks), torch.cat(features))
 
 
-def _complete(waiting: deque[tuple[Prediction, int, list[float]]]) -> Iterator[Prediction]:
+def _complete(waiting: deque[_Waiting]) -> Iterator[Prediction]:
     """Take the first images from the queue whose crops all have their margins."""
-    while waiting and len(waiting[0][2]) == waiting[0][1]:
-        prediction, count, margins = waiting.popleft()
-        yield replace(prediction, prob=sigmoid(float(np.mean(margins))), margins=margins) if count else prediction
+    while waiting and len(waiting[0].margins) == waiting[0].crops:
+        yield waiting.popleft().answer()
 
 
 def predict_masks(

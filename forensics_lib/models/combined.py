@@ -12,10 +12,11 @@ from torch import nn
 
 from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, rounded_up, run_checkpoint, size_multiple
 from forensics_lib.models.lora import is_adapter
-from forensics_lib.models.precision import PointwiseInFp32, in_fp32, train_depthwise_in_fp32
+from forensics_lib.models.precision import LastInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
+LEVELS = 4  # the last stages, or blocks of a plain transformer, whose statistics the classifier sees
 EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
 
 
@@ -24,7 +25,7 @@ class Output(NamedTuple):
 
     logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
     mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
-    features: torch.Tensor  # (N, C): pooled features of the backbone
+    features: torch.Tensor  # (N, C): what the classifier sees of the backbone
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -76,7 +77,7 @@ class SegmentationBranch(nn.Module):
         self.smooth = nn.ModuleList(_conv(channels, channels) for _ in stage_channels)
         self.fuse = _conv(channels * len(stage_channels), channels)
         self.shallow = nn.Sequential(NoiseResidual(), _conv(RESIDUAL_CHANNELS, fine, stride=2), _conv(fine, fine))
-        before, last = _conv(channels + fine, channels // 2), PointwiseInFp32(channels // 2, 1, kernel_size=1)
+        before, last = _conv(channels + fine, channels // 2), LastInFp32(channels // 2)
         last.bias = nn.Parameter(torch.tensor([-2.0]))  # most pixels are authentic
         self.refine = nn.Sequential(before, last)
 
@@ -100,9 +101,12 @@ def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class CombinedModel(nn.Module):
     """The network of both tasks: RGB images to class logits, and for Task B to mask logits.
 
-    Task A has the classification branch alone.  Task B adds the segmentation branch, whose mask evidence (log-odds of the
-    mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask decisions agree.  All
-    inputs of the classifier are means over the image: an image that is processed in tiles is classified once.
+    The classification branch is linear in the backbone's pooled features and, with ``levels``, in the mean and the standard
+    deviation of each channel of its last stages: traces of generation live in early stages, content in late ones (after RINE,
+    Koutlis and Papadopoulos, ECCV 2024, which takes the class tokens of all blocks).  Task A has this branch alone.  Task B
+    adds the segmentation branch, whose mask evidence (log-odds of the mean and of the highest 5% of the mask) is also an input
+    of the classifier, so that image and mask decisions agree.  All inputs of the classifier are means over the image: one that
+    is processed in tiles is classified once.
 
     ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1] and returns ``Output``.  Sides that the backbone does not take are
     padded by reflection at their ends; it raises ``ValueError`` for images larger than ``image_side``, where there is one.
@@ -117,6 +121,7 @@ class CombinedModel(nn.Module):
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
         image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
+        levels: whether the classifier sees earlier stages too; False for checkpoints that were made without.
 
     Raises:
         ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
@@ -140,13 +145,15 @@ class CombinedModel(nn.Module):
         pretrained: bool = False,
         pretrained_file: str | None = None,
         image_side: int = 224,
+        levels: bool = True,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"task": task, "backbone": backbone, "frontend": frontend}
-        self.config |= {"decoder_channels": decoder_channels, "drop_path": drop_path, "dropout": dropout}
+        self.config |= {"decoder_channels": decoder_channels, "drop_path": drop_path, "dropout": dropout, "levels": levels}
         extra = RESIDUAL_CHANNELS if frontend == "srm" else 0
         self.backbone = create_backbone(backbone, drop_path, pretrained, pretrained_file, image_side)
         self.image_side: int | None = self.backbone.fixed_side
+        self.keep_statistics = False
         if self.image_side:
             self.config["image_side"] = image_side
         self.multiple, self.blocks = size_multiple(self.backbone), block_indices(self.backbone)
@@ -158,8 +165,10 @@ class CombinedModel(nn.Module):
         self.pyramid, self.segmentation = self._mask_branch(decoder_channels) if task == "B" else (None, None)
         train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
-        features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.norm = nn.LayerNorm(features)
+        pooled = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        self.norm, self.level_norms = nn.LayerNorm(pooled), self._level_norms() if levels else nn.ModuleList()
+        self.parts = [pooled, *(norm.normalized_shape[0] for norm in self.level_norms)]
+        features = sum(self.parts)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
         if evidence:  # at first the image's log-odds are half those of its highest pixels
             with torch.no_grad():
@@ -172,6 +181,16 @@ class CombinedModel(nn.Module):
             return None, SegmentationBranch([stage["num_chs"] for stage in stages if stage["reduction"] >= 4], channels)
         pyramid = Pyramid([stages[index]["num_chs"] for index in self.blocks], channels)
         return pyramid, SegmentationBranch([channels] * 4, channels)
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether a model of Task A was trained on images seen whole beside native crops, as all with ``levels`` are."""
+        return self.config["task"] == "A" and self.config["levels"]
+
+    def _level_norms(self) -> nn.ModuleList:
+        stages = list(self.backbone.feature_info)
+        chosen = stages if self.blocks is None else [stages[index] for index in self.blocks]
+        return nn.ModuleList(nn.LayerNorm(2 * stage["num_chs"]) for stage in chosen[-LEVELS:])
 
     def forward(self, images: torch.Tensor) -> Output:
         return self.decide(images, *self.encode(images))
@@ -207,6 +226,8 @@ class CombinedModel(nn.Module):
         """Both branches on the feature maps that ``encode`` returned for the same images."""
         with in_fp32(final):
             features = self.backbone.forward_head(final.float(), pre_logits=True)
+            levels = [_statistics(stage.float()) for stage in stages[-LEVELS:]] if self.level_norms else []
+            features = torch.cat([features, *levels], 1)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
         height, width = images.shape[-2:]
@@ -222,24 +243,28 @@ class CombinedModel(nn.Module):
         Always in fp32: bf16 would change probabilities by up to 0.02.
         """
         with in_fp32(features):
-            features = self.dropout(self.norm(features.float()))
+            parts = zip([self.norm, *self.level_norms], features.float().split(self.parts, 1), strict=True)
+            features = self.dropout(torch.cat([norm(part) for norm, part in parts], 1))
             return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask.float())], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
-        """As ``nn.Module.train``, but modules whose parameters are all frozen stay in evaluation mode."""
+        """As ``nn.Module.train``, but frozen modules, and batch normalization with kept statistics, stay in evaluation mode."""
         super().train(mode)
         if mode:
             for module in self.backbone.modules():
                 parameters = list(module.parameters())
-                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+                if frozen or (self.keep_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                     module.eval()
         return self
 
-    def freeze_backbone(self, trainable_stages: int | str = 0) -> None:
+    def freeze_backbone(self, trainable_stages: int | str = 0, *, keep_statistics: bool = False) -> None:
         """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); ``"all"`` freezes nothing.
 
-        Where the backbone has adapters, they alone are trained of these stages.
+        Where the backbone has adapters, they alone are trained of these stages.  With ``keep_statistics`` batch normalization
+        goes on with the means and variances that it has, those of pretraining, as it did while the head was trained.
         """
+        self.keep_statistics = keep_statistics
         groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
         layer_of = {name: int(layer) for name, layer in groups.items()}
         last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
@@ -286,6 +311,15 @@ def _widen(backbone: TimmModel, extra: int, pretrained: bool) -> str:
     return f"{name}.weight"
 
 
+def _statistics(stage: torch.Tensor) -> torch.Tensor:
+    """The mean and the standard deviation over places of a map's channels, ``(N, C, H, W)`` to ``(N, 2 C)``.
+
+    Of rows of places: in channels last the result on a CPU would depend on the number of threads.
+    """
+    variance, mean = torch.var_mean(stage.contiguous().flatten(2), 2, correction=0)
+    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)  # whose gradient is finite where nothing varies
+
+
 def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
     """``(N, 1, H, W)`` probabilities to log-odds ``(N, 2)``: of the highest 5% of the mask at stride 8, and of its mean."""
     coarse = F.avg_pool2d(mask, 8, ceil_mode=True).flatten(1)
@@ -293,8 +327,8 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
     return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
-def build_model(params: Params, task: str) -> CombinedModel:
-    """The model that a run trains for a task, with initial weights.
+def build_model(params: Params, task: str, *, levels: bool = True) -> CombinedModel:
+    """The model that a run trains for a task, with initial weights; for ``levels`` see ``CombinedModel``.
 
     Raises as ``CombinedModel`` does, and ``ValueError`` if tiles are larger than the backbone takes, or a constrained run would
     start from another run's checkpoint, whose training data are not known.
@@ -314,6 +348,7 @@ def build_model(params: Params, task: str) -> CombinedModel:
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
         image_side=params.crop_size,
+        levels=levels,
     )
     if task == "B" and model.image_side and params.tile_size > model.image_side:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -14,12 +13,18 @@ def in_fp32(x: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class PointwiseInFp32(nn.Conv2d):
-    """A 1x1 convolution as a matrix product, whose result in fp32 does not depend on the number of threads."""
+class LastInFp32(nn.Conv2d):
+    """A 1x1 convolution to one channel, in fp32.
+
+    As a sum: a matrix product's rounding depends on the number of threads, on some CPUs.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with in_fp32(x):
-            return F.linear(x.float().permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            return (x.float() * self.weight).sum(1, keepdim=True) + self.bias
 
 
 class _DepthwiseInFp32(nn.Conv2d):

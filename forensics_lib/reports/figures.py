@@ -378,14 +378,16 @@ def _crop_bars(run: Run, row: pd.Series, axis: Axes) -> float:
     model, machine = load_model(run.finetuned_model("A"), "A")[0], replace(choose_machine(run.params), workers=0)
     thresholds = stored_thresholds(run, "A")
     (found,) = predict_probabilities(model, row.to_frame().T, run.params, machine)
-    probs = calibrated(np.array([*expit(found.margins or []), found.prob]), thresholds)
-    names = [f"crop {number}" for number in range(1, len(probs))] + ["image"]
-    colours = [*(CYCLE[number % len(CYCLE)] for number in range(len(probs) - 1)), GREY]
+    native, whole = found.margins or [], found.whole_margins or []
+    probs = calibrated(np.array([*expit(native), *expit(whole), found.prob]), thresholds)
+    names = [f"crop {number + 1}" for number in range(len(native))] + [f"whole {number + 1}" for number in range(len(whole))]
+    names.append("image")
+    colours = [*(CYCLE[number % len(CYCLE)] for number in range(len(native))), *[GREY] * (len(whole) + 1)]
     axis.bar_label(axis.barh(names, probs, color=colours), fmt="%.2f", padding=2, fontsize=8)
     axis.axvline(thresholds.threshold, color="black", lw=1, label=f"threshold {thresholds.threshold:.2f}")
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])
-    axis.set_title("probabilities: the image's is of\nthe mean log-odds of its crops", fontsize=8)
+    axis.set_title("probabilities: the image's is of the mean\nlog-odds, of native crops and seen whole", fontsize=8)
     axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     return float(probs[-1])
 

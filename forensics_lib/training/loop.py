@@ -106,7 +106,8 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     saved, begun = resume.find_resumable(run, task, trained_with)
     without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
     params = run.params.model_copy(update=without_weights) if saved else run.params
-    model = build_model(params, task).to(machine.device)
+    levels = saved is None or any(name.startswith("level_norms") for name in saved.model)  # not of earlier versions
+    model = build_model(params, task, levels=levels).to(machine.device)
     val_rows = deciding_first(val_rows, decides, run.params.val_limit, run.params.seed_for())
     state = TrainingState(
         run, task, model, machine, train_rows, val_rows, equalize, donors, trained_with=trained_with, begun=begun
@@ -158,7 +159,8 @@ def _begin_step(state: TrainingState, name: str, epochs: int, saved: SavedState 
         state.model.load_state_dict(read_checkpoint(state.best_file("head"))["model"])
     if name == "finetune" and params.lora_rank:
         add_adapters(state.model.backbone, params.lora_rank)
-    state.model.freeze_backbone(0 if name == "head" else params.finetune_stages)
+    keep = params.pretrained and state.task == "A"  # Task B needs features far from those of pretraining
+    state.model.freeze_backbone(0 if name == "head" else params.finetune_stages, keep_statistics=keep)
     optimizer = make_optimizer(state.model, params.lr_head if name == "head" else params.lr_finetune, params)
     scaler = torch.amp.GradScaler(state.machine.device.type, enabled=state.machine.precision == "fp16")
     if saved:

@@ -2,9 +2,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import mid_greys, picture
 
-from forensics_lib.images.crops import chosen_crops, chosen_places, pad_to
+from forensics_lib.images.crops import chosen_crops, chosen_places, pad_to, seen_whole, whole_crops
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (40, 40)])
@@ -31,6 +31,20 @@ def test_the_textured_place_is_chosen(rng):
     centre, textured = chosen_crops(image, 32, 2)
     assert (centre == image[32:64, 32:64]).all()
     assert (textured == image[64:, 64:]).all()
+
+
+@pytest.mark.parametrize(("shape", "count"), [((32, 400), 0), ((20, 20), 0), ((33, 33), 1), ((64, 64), 1), ((100, 400), 3)])
+def test_an_image_seen_whole_keeps_its_shape_and_brightness(shape, count, rng):
+    image = mid_greys(rng, *shape)
+    shrunk, crops = seen_whole(image, 32), whole_crops(image, 32)
+    assert len(crops) == count
+    if not count:
+        assert shrunk is image
+        return
+    assert min(shrunk.shape[:2]) == 32
+    assert abs(shrunk.shape[1] - 32 * shape[1] / min(shape)) <= 1
+    assert abs(shrunk.mean() - image.mean()) < 1
+    assert all(crop.shape == (32, 32, 3) for crop in crops)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (129, 300), (700, 90)])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import TINY, picture, save
 from PIL import Image
+from scipy.special import expit
 
 from forensics_lib.device import DeviceMemoryError, Machine, choose_machine
+from forensics_lib.images.crops import chosen_crops, whole_crops
 from forensics_lib.images.masks import load_mask, save_mask
 from forensics_lib.inference import predict
 from forensics_lib.inference.predict import output_in_parts, predict_mask, predict_masks, predict_probabilities, tile_starts
@@ -22,6 +24,8 @@ MACHINE = choose_machine(PARAMS)
 
 class Constant(torch.nn.Module):
     """Answers 0.5 for every pixel and image."""
+
+    sees_whole = False
 
     def forward(self, x):
         return Output(torch.zeros(len(x), 2), torch.zeros(len(x), 1, *x.shape[-2:]), x.mean((2, 3)))
@@ -146,6 +150,27 @@ def test_probabilities_do_not_depend_on_the_other_images(files, precision, monke
     for number in (0, 1, 3, 4):
         (alone,) = predict_probabilities(model, files.iloc[[number]], PARAMS, machine)
         assert alone.prob == together[number].prob
+
+
+@pytest.mark.parametrize("sees_whole", [True, False])
+def test_an_image_seen_whole_counts_as_much_as_all_native_crops(sees_whole, tmp_path, rng):
+    class Bright(Constant):
+        def forward(self, x):
+            margins = 10 * x.mean((1, 2, 3))
+            return super().forward(x)._replace(logits=torch.stack([torch.zeros_like(margins), margins], 1))
+
+    Bright.sees_whole = sees_whole
+    image = picture(rng, 96, 64)
+    image[:, 32:] //= 8
+    rows = pd.DataFrame({"path": [str(save(tmp_path / "a.png", image)), str(save(tmp_path / "b.png", image[:32, :32]))]})
+    large, small = predict_probabilities(Bright(), rows, PARAMS.model_copy(update={"crop_size": 32}), MACHINE)
+    native = [10 * crop.mean() / 255 for crop in chosen_crops(image, 32, PARAMS.crops_per_image)]
+    whole = [10 * crop.mean() / 255 for crop in whole_crops(image, 32)]
+    assert large.margins == pytest.approx(native, abs=1e-4)
+    assert large.whole_margins == (pytest.approx(whole, abs=1e-4) if sees_whole else None)
+    expected = (np.mean(native) + np.mean(whole)) / 2 if sees_whole else np.mean(native)
+    assert large.prob == pytest.approx(expit(expected), abs=1e-4)
+    assert small.whole_margins is None, "of an image of one crop, which it sees whole already"
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")

@@ -6,6 +6,7 @@ import torch
 from conftest import model
 
 from forensics_lib.models.checkpoint import CheckpointError, add_to_checkpoint, load_model, read_checkpoint, save_checkpoint
+from forensics_lib.models.combined import CombinedModel
 
 
 def test_checkpoint_rebuilds_the_model(tmp_path: Path):
@@ -16,6 +17,21 @@ def test_checkpoint_rebuilds_the_model(tmp_path: Path):
     x = torch.rand(1, 3, 64, 64)
     assert torch.equal(network(x).mask_logits, rebuilt(x).mask_logits)
     assert content["thresholds"] == {"threshold": 0.25}
+
+
+def test_a_checkpoint_of_a_classifier_without_levels_says_what_it_said(tmp_path: Path):
+    torch.manual_seed(0)
+    before = CombinedModel("A", "test_convnext", levels=False).eval()
+    save_checkpoint(tmp_path / "m.pth", before)
+    content = read_checkpoint(tmp_path / "m.pth")
+    assert not any("level" in name for name in content["model"]), "the names of the former weights"
+    del content["config"]["levels"]  # as it was written then
+    torch.save(content, tmp_path / "m.pth")
+    after, _ = load_model(tmp_path / "m.pth", "A")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(after(images).logits, before(images).logits)
+    assert not after.sees_whole
+    assert CombinedModel("A", "test_convnext").sees_whole
 
 
 def test_checkpoint_of_another_task_is_refused(tmp_path: Path):

@@ -46,6 +46,31 @@ def test_step_one_freezes_the_backbone_with_its_norms_and_dropout():
     assert torch.equal(before, network.backbone.bn1.running_mean)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_pretrained_backbone_keeps_its_statistics_and_trains_its_weights(keep):
+    network = model("A", "resnet18")
+    network.freeze_backbone("all", keep_statistics=keep)
+    network.train()
+    before = network.backbone.bn1.running_mean.clone()
+    network(torch.rand(4, 3, 64, 64)).logits.sum().backward()
+    assert torch.equal(before, network.backbone.bn1.running_mean) == keep
+    assert network.backbone.bn1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "tf_efficientnet_lite0", "resnet18", "test_vit"])
+def test_the_classifier_sees_the_statistics_of_the_last_stages(backbone):
+    network, images = model("A", backbone).eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        features, (final, stages) = network(images).features, network.encode(images)
+        pooled, *levels = features.split(network.parts, 1)
+        assert torch.equal(pooled, network.backbone.forward_head(final, pre_logits=True))
+    assert len(levels) == min(4, len(stages))
+    for level, stage in zip(levels, stages[-4:], strict=True):
+        mean, deviation = level.chunk(2, 1)
+        torch.testing.assert_close(mean, stage.mean((2, 3)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(deviation**2, stage.var((2, 3), correction=0) + 1e-6, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("backbone", "last"), [("test_convnext", "stages.3."), ("resnet18", "layer4."), ("tf_efficientnet_lite0", "blocks.6.")]
 )
@@ -118,7 +143,7 @@ def test_a_backbone_without_a_single_first_convolution_says_so():
 def test_image_and_mask_agree_from_the_start():
     torch.manual_seed(0)
     model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
-    features, found = torch.zeros(1, model.norm.normalized_shape[0]), torch.full((1, 1, 64, 64), 0.01)
+    features, found = torch.zeros(1, sum(model.parts)), torch.full((1, 1, 64, 64), 0.01)
     with torch.no_grad():
         empty = model.classify(features, found).softmax(1)[0, 1]
         found[..., 20:40, 20:40] = 0.99
@@ -178,7 +203,7 @@ def test_the_head_gives_in_bf16_what_it_gives_in_fp32(task):
     torch.manual_seed(0)
     network = CombinedModel(task, "test_convnext", decoder_channels=16).eval()
     torch.nn.init.normal_(network.classifier.weight)
-    features = torch.randn(64, network.norm.normalized_shape[0]) * 5
+    features = torch.randn(64, sum(network.parts)) * 5
     mask = torch.rand(64, 1, 64, 64) ** 8 if task == "B" else None
     with torch.no_grad():
         exact = network.classify(features, mask)
@@ -227,7 +252,7 @@ def test_a_model_that_learned_from_residuals_in_bf16_keeps_them(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64)])
 def test_a_mask_of_any_size_gives_evidence(shape):
     model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
-    features = torch.zeros(2, model.norm.normalized_shape[0])
+    features = torch.zeros(2, sum(model.parts))
     assert torch.isfinite(model.classify(features, torch.rand(2, 1, *shape))).all()
 
 

@@ -9,7 +9,7 @@ from conftest import changed, stopping, wait_until
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
-from forensics_lib.models.checkpoint import read_checkpoint
+from forensics_lib.models.checkpoint import load_model, read_checkpoint
 from forensics_lib.run import Run
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
@@ -39,6 +39,20 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, homes, monkeypatch):
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     columns = ["step", "epoch", "train_loss", "val_auc", "lr"]
     assert metrics[columns].equals(expected[columns])
+
+
+def test_a_training_begun_without_levels_goes_on_without_them(tiny_run, monkeypatch):
+    manifest, build, loss = build_manifest(tiny_run, "A"), training.build_model, epochs.batch_loss
+    monkeypatch.setattr(training, "build_model", lambda params, task, levels: build(params, task, levels=False))
+    monkeypatch.setattr(epochs, "batch_loss", stopping(loss, lambda call: call == 4)[0])
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run, "A", manifest)
+    monkeypatch.setattr(training, "build_model", build)
+    monkeypatch.setattr(epochs, "batch_loss", loss)
+    assert len(train(tiny_run, "A", manifest)) == 2
+    model, _ = load_model(tiny_run.finetuned_model("A"), "A")
+    assert len(model.parts) == 1
+    assert not model.sees_whole
 
 
 def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
