@@ -81,7 +81,7 @@ def params_for(data: str, seed: int, name: str, settings: dict[str, Any]) -> Par
         values["data"] += [{"root": str(CORPUS / name), "layout": kind, "task": "B"} for name, kind in photographs.items()]
         values["data"][1]["split"] = "train"
         values |= {"run_type": "open", "paste": 0.5}
-    values |= {"backbone": BACKBONE, "pretrained": True}
+    values |= {"backbone": BACKBONE, "pretrained": True, "lr_finetune": 5.0e-4}
     return load_params("params/laptop.yaml", values | settings)
 
 
@@ -304,7 +304,9 @@ def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, A
         return
     print(f"=== {name}", flush=True)
     params = params_for(data, seed, name, settings)
-    run = Run(params.model_copy(update={"pretrained_file": params.pretrained_file or str(weights_file(params.backbone))}), CORPUS)
+    run = Run(
+        params.model_copy(update={"pretrained_file": params.pretrained_file or str(weights_file(params.backbone))}), CORPUS
+    )
     manifest = build_manifest(run, "B")
     if recipe == "ours":
         facts = ours(run, manifest)
@@ -509,7 +511,8 @@ now. Choices were made on the validation split alone, but three: `mask_scales`, 
 in nothing but scales from `photographs` and in `tried`; and what `donors` had over `overview`, and this over `photographs`, on
 real pairs and edits. The recipe has the donors, and shrinks squares of images of at least twice `crop_size` alone, since on
 small images the larger squares hurt; on edits `donors`, with squares of any image, is ahead of it. `former` are three seeds of
-the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. These runs
+the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. The image
+classifier of all of them saw the backbone's pooled features alone: `pooled` is the recipe but for this. These runs
 shared the machine with other work, so their seconds say little.
 """
 
