@@ -74,8 +74,7 @@ def load_model(path: Path, task: str | None = None) -> tuple[CombinedModel, dict
     parts = {"frontend": config["frontend"], "residual_branch": config.get("residual_branch", True)}
     if parts["frontend"] not in ("rgb", "srm") or not parts["residual_branch"]:
         raise CheckpointError(f"{path} has parts that version 0.2 removed ({parts}): train again, or use version 0.1 for it")
-    kept = {key: value for key, value in config.items() if key != "residual_branch"}
-    model = CombinedModel(**{"levels": False, **kept})
+    model = CombinedModel(**{key: value for key, value in config.items() if key != "residual_branch"})
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:

@@ -121,7 +121,7 @@ class CombinedModel(nn.Module):
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
         image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
-        levels: whether the classifier sees earlier stages too; False for checkpoints that were made without.
+        levels: whether the classifier sees earlier stages too, as that of a new model of Task A does.
 
     Raises:
         ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
@@ -145,7 +145,7 @@ class CombinedModel(nn.Module):
         pretrained: bool = False,
         pretrained_file: str | None = None,
         image_side: int = 224,
-        levels: bool = True,
+        levels: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"task": task, "backbone": backbone, "frontend": frontend}
@@ -185,7 +185,7 @@ class CombinedModel(nn.Module):
     @property
     def sees_whole(self) -> bool:
         """Whether a model of Task A was trained on images seen whole beside native crops, as all with ``levels`` are."""
-        return self.config["task"] == "A" and self.config["levels"]
+        return self.config["levels"]
 
     def _level_norms(self) -> nn.ModuleList:
         stages = list(self.backbone.feature_info)
@@ -328,7 +328,7 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
 
 
 def build_model(params: Params, task: str, *, levels: bool = True) -> CombinedModel:
-    """The model that a run trains for a task, with initial weights; for ``levels`` see ``CombinedModel``.
+    """The model that a run trains for a task, with initial weights; Task A's has ``levels`` unless told otherwise.
 
     Raises as ``CombinedModel`` does, and ``ValueError`` if tiles are larger than the backbone takes, or a constrained run would
     start from another run's checkpoint, whose training data are not known.
@@ -348,7 +348,7 @@ def build_model(params: Params, task: str, *, levels: bool = True) -> CombinedMo
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
         image_side=params.crop_size,
-        levels=levels,
+        levels=levels and task == "A",  # on Task B they helped on known manipulations alone
     )
     if task == "B" and model.image_side and params.tile_size > model.image_side:
         raise ValueError(

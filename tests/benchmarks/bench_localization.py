@@ -511,8 +511,8 @@ now. Choices were made on the validation split alone, but three: `mask_scales`, 
 in nothing but scales from `photographs` and in `tried`; and what `donors` had over `overview`, and this over `photographs`, on
 real pairs and edits. The recipe has the donors, and shrinks squares of images of at least twice `crop_size` alone, since on
 small images the larger squares hurt; on edits `donors`, with squares of any image, is ahead of it. `former` are three seeds of
-the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. The image
-classifier of all of them saw the backbone's pooled features alone: `pooled` is the recipe but for this. These runs
+the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. `lite2`, a
+backbone of nearly twice the size, differs from `6 epochs` by less than seeds do. These runs
 shared the machine with other work, so their seconds say little.
 """
 

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import model
+from conftest import TINY, model
 
 from forensics_lib.models.checkpoint import CheckpointError, add_to_checkpoint, load_model, read_checkpoint, save_checkpoint
-from forensics_lib.models.combined import CombinedModel
+from forensics_lib.models.combined import CombinedModel, build_model
+from forensics_lib.params import Params
 
 
 def test_checkpoint_rebuilds_the_model(tmp_path: Path):
@@ -21,7 +22,7 @@ def test_checkpoint_rebuilds_the_model(tmp_path: Path):
 
 def test_a_checkpoint_of_a_classifier_without_levels_says_what_it_said(tmp_path: Path):
     torch.manual_seed(0)
-    before = CombinedModel("A", "test_convnext", levels=False).eval()
+    before = CombinedModel("A", "test_convnext").eval()
     save_checkpoint(tmp_path / "m.pth", before)
     content = read_checkpoint(tmp_path / "m.pth")
     assert not any("level" in name for name in content["model"]), "the names of the former weights"
@@ -31,7 +32,8 @@ def test_a_checkpoint_of_a_classifier_without_levels_says_what_it_said(tmp_path:
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(after(images).logits, before(images).logits)
     assert not after.sees_whole
-    assert CombinedModel("A", "test_convnext").sees_whole
+    assert build_model(Params(**TINY), "A").sees_whole, "and a new one has them"
+    assert not build_model(Params(**TINY), "B").config["levels"]
 
 
 def test_checkpoint_of_another_task_is_refused(tmp_path: Path):

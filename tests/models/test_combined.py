@@ -59,7 +59,7 @@ def test_a_pretrained_backbone_keeps_its_statistics_and_trains_its_weights(keep)
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "tf_efficientnet_lite0", "resnet18", "test_vit"])
 def test_the_classifier_sees_the_statistics_of_the_last_stages(backbone):
-    network, images = model("A", backbone).eval(), torch.rand(2, 3, 64, 64)
+    network, images = model("A", backbone, levels=True).eval(), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         features, (final, stages) = network(images).features, network.encode(images)
         pooled, *levels = features.split(network.parts, 1)
@@ -91,7 +91,8 @@ def test_all_stages():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_threads_change_nothing_in_bf16(task):
     torch.manual_seed(0)
-    model = CombinedModel(task, "test_convnext", decoder_channels=16).eval().to(memory_format=torch.channels_last)
+    model = CombinedModel(task, "test_convnext", decoder_channels=16, levels=task == "A").eval()
+    model = model.to(memory_format=torch.channels_last)
     outputs, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -201,7 +202,7 @@ def test_noise_is_what_the_published_kernels_leave():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_the_head_gives_in_bf16_what_it_gives_in_fp32(task):
     torch.manual_seed(0)
-    network = CombinedModel(task, "test_convnext", decoder_channels=16).eval()
+    network = CombinedModel(task, "test_convnext", decoder_channels=16, levels=task == "A").eval()
     torch.nn.init.normal_(network.classifier.weight)
     features = torch.randn(64, sum(network.parts)) * 5
     mask = torch.rand(64, 1, 64, 64) ** 8 if task == "B" else None
