@@ -328,6 +328,7 @@ def answer(runs: list[dict[str, Any]]) -> str:
 def _figure(runs: list[dict[str, Any]]) -> Figure:
     """AUC by generator of the test set and by source of the modern one, of our pretrained runs."""
     tables = {key: _by(runs, key, "of").set_index("of") for key in ("test_generators", "modern_generators")}
+    lowest = 0.3
     places = [(key, of) for key, table in tables.items() for of in table.index]
     figure, axes = new_figure(1, 1, 7.5, 0.36 * len(places) + 1.2)
     axis, kinds = axes[0, 0], {"constrained": BLUE, "open": ORANGE, "modern": GREEN}
@@ -335,11 +336,12 @@ def _figure(runs: list[dict[str, Any]]) -> Figure:
         column = f"ours, {data}, pretrained"
         values = [tables[key][column][of] if column in tables[key] else np.nan for key, of in places]
         label = f"{data} data" if np.isfinite(values).any() else None
+        lowest = min([lowest, *(value - 0.03 for value in values if np.isfinite(value))])
         axis.scatter(values, np.arange(len(places)) + (number - 1) * 0.15, color=colour, label=label, s=22)
     names = [of if key == "test_generators" else f"modern: {of}" for key, of in places]
     axis.set_yticks(range(len(places)), names, fontsize=8)
     axis.axvline(0.5, color=GREY, lw=1, ls=":")
-    axis.set(xlabel="AUC (dotted: chance)", xlim=(0.3, 1.01), ylim=(len(places) - 0.5, -0.5))
+    axis.set(xlabel="AUC (dotted: chance)", xlim=(lowest, 1.01), ylim=(len(places) - 0.5, -0.5))
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
