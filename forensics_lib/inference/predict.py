@@ -87,7 +87,7 @@ def predict_probabilities(
         Iterator over the predictions, in row order.
     """
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
-    crops = {"crop_size": params.crop_size, "crops": params.crops_per_image, "whole": model.sees_whole}
+    crops: dict[str, Any] = {"crop_size": params.crop_size, "crops": params.crops_per_image, "whole": model.sees_whole}
     dataset = InferenceImages(rows, change=change, **crops)
     batches = _Batches(partial(_margins, model, machine), machine.images_at_once(params.crop_size**2))
     waiting: deque[_Waiting] = deque()  # images in order

@@ -166,8 +166,8 @@ class CombinedModel(nn.Module):
         train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         pooled = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.norm, self.level_norms = nn.LayerNorm(pooled), self._level_norms() if levels else nn.ModuleList()
-        self.parts = [pooled, *(norm.normalized_shape[0] for norm in self.level_norms)]
+        self.parts = [pooled, *(self._level_sizes() if levels else [])]
+        self.norm, self.level_norms = nn.LayerNorm(pooled), nn.ModuleList(nn.LayerNorm(size) for size in self.parts[1:])
         features = sum(self.parts)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
         if evidence:  # at first the image's log-odds are half those of its highest pixels
@@ -187,10 +187,10 @@ class CombinedModel(nn.Module):
         """Whether a model of Task A was trained on images seen whole beside native crops, as all with ``levels`` are."""
         return self.config["levels"]
 
-    def _level_norms(self) -> nn.ModuleList:
+    def _level_sizes(self) -> list[int]:
         stages = list(self.backbone.feature_info)
         chosen = stages if self.blocks is None else [stages[index] for index in self.blocks]
-        return nn.ModuleList(nn.LayerNorm(2 * stage["num_chs"]) for stage in chosen[-LEVELS:])
+        return [2 * stage["num_chs"] for stage in chosen[-LEVELS:]]
 
     def forward(self, images: torch.Tensor) -> Output:
         return self.decide(images, *self.encode(images))

@@ -19,6 +19,8 @@ class LastInFp32(nn.Conv2d):
     As a sum: a matrix product's rounding depends on the number of threads, on some CPUs.
     """
 
+    bias: torch.Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 1, 1)
 
