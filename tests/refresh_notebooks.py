@@ -71,9 +71,10 @@ def small(png: bytes) -> tuple[str, bytes]:
 
 if __name__ == "__main__":
     os.environ["FORENSICS_HEADLESS"] = "1"
-    os.environ["FORENSICS_HOME"] = str(NOTEBOOKS.parent / "build" / "notebooks")
+    home = NOTEBOOKS.parent / "build" / "notebooks"
+    os.environ["FORENSICS_HOME"] = str(home)
     if not sys.argv[1:]:  # a training of this name that is finished would be taken as it is, whatever code it was trained by
-        shutil.rmtree(NOTEBOOKS.parent / "build" / "notebooks" / "outputs", ignore_errors=True)
+        shutil.rmtree(home / "outputs", ignore_errors=True)
     for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
         if not sys.argv[1:] or path.stem in sys.argv[1:]:
             refresh(path)

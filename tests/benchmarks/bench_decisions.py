@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from bench_quality import BUILD, CORPUS, DATA, params_for, sets
-from PIL import Image
 from scipy.special import expit
 from scipy.stats import binomtest
 
 from forensics_lib.data.manifest import build_manifest
 from forensics_lib.device import Machine, choose_machine
 from forensics_lib.evaluation.metrics import best_f1_threshold, rank_auc
-from forensics_lib.images.degradations import resize
+from forensics_lib.images.crops import seen_whole
 from forensics_lib.inference.predict import predict_probabilities
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
@@ -64,12 +63,6 @@ JOINS: dict[str, tuple[int, Join]] = {  # crops asked for, and what makes one nu
 }
 
 
-def whole(image: np.ndarray, side: int) -> np.ndarray:
-    """The image shrunk until its shorter side is ``side``; smaller ones as they are."""
-    scale = side / min(image.shape[:2])
-    return image if scale >= 1 else resize(image, None, scale, Image.Resampling.LANCZOS)[0]
-
-
 class Asked:
     """A model's logit margins of images."""
 
@@ -83,13 +76,13 @@ class Asked:
         return [np.array(one.margins) for one in found]
 
     def probs(self, rows: pd.DataFrame, change: Callable | None = None) -> np.ndarray:
-        return expit([margins.mean() for margins in self.margins(rows, self.params.crops_per_image, change)])
+        return np.array([one.prob for one in predict_probabilities(self.model, rows, self.params, self.machine, change)])
 
 
 def crops_and_joins(asked: Asked, rows: pd.DataFrame) -> list[dict[str, Any]]:
     """AUC of the ways to choose and to join crops, and how many crops an image costs."""
     native = asked.margins(rows, ALL)
-    shrunk = asked.margins(rows, 3, partial(whole, side=asked.params.crop_size))
+    shrunk = asked.margins(rows, 3, partial(seen_whole, size=asked.params.crop_size))
     counts, of_shrunk = (np.array([len(margins) for margins in found]) for found in (native, shrunk))
     small = rows[["width", "height"]].max(axis=1).to_numpy() < SMALL
     labels = rows["label"].to_numpy(int)

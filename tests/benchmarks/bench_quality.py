@@ -328,7 +328,6 @@ def answer(runs: list[dict[str, Any]]) -> str:
 def _figure(runs: list[dict[str, Any]]) -> Figure:
     """AUC by generator of the test set and by source of the modern one, of our pretrained runs."""
     tables = {key: _by(runs, key, "of").set_index("of") for key in ("test_generators", "modern_generators")}
-    lowest = 0.3
     places = [(key, of) for key, table in tables.items() for of in table.index]
     figure, axes = new_figure(1, 1, 7.5, 0.36 * len(places) + 1.2)
     axis, kinds = axes[0, 0], {"constrained": BLUE, "open": ORANGE, "modern": GREEN}
@@ -336,12 +335,11 @@ def _figure(runs: list[dict[str, Any]]) -> Figure:
         column = f"ours, {data}, pretrained"
         values = [tables[key][column][of] if column in tables[key] else np.nan for key, of in places]
         label = f"{data} data" if np.isfinite(values).any() else None
-        lowest = min([lowest, *(value - 0.03 for value in values if np.isfinite(value))])
         axis.scatter(values, np.arange(len(places)) + (number - 1) * 0.15, color=colour, label=label, s=22)
     names = [of if key == "test_generators" else f"modern: {of}" for key, of in places]
     axis.set_yticks(range(len(places)), names, fontsize=8)
     axis.axvline(0.5, color=GREY, lw=1, ls=":")
-    axis.set(xlabel="AUC (dotted: chance)", xlim=(lowest, 1.01), ylim=(len(places) - 0.5, -0.5))
+    axis.set(xlabel="AUC (dotted: chance)", xlim=(min(0.3, axis.get_xlim()[0]), 1.01), ylim=(len(places) - 0.5, -0.5))
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
@@ -507,7 +505,7 @@ crop each time and which compressed a PNG with its blocks in a fixed place. AUC 
 now are **worse**, above all on the StyleGAN2 faces (12 images). Which change does this, beyond what seeds do, is not known
 yet.
 
-What the head sees and how long it learns matters more than fine-tuning. `native` runs (last table), and those whose *differs*
+What the head sees and how long it learns matters as much as fine-tuning. `native` runs (last table), and those whose *differs*
 names another rate, are of the recipe before: a classifier of pooled features of native crops alone, one epoch for the head,
 then every weight at five times the rate; AUC on val jumped between epochs. Now it sees four stages, and images whole beside
 native crops, and learns for six epochs on a frozen backbone, which alone gives {head_val} on val within minutes. Six epochs at
@@ -531,7 +529,7 @@ with 95% intervals (Wilson).
 _JOINS = """\
 The same model (official data, seed 0), which was trained on native crops alone, on val. Cost grows with the crops. What differs
 by less than about 0.02 is noise: nothing is gained by a cleverer choice than the centre and the most textured ones, and the
-mean of logit margins. A model that was trained on images seen whole gains by them.
+mean of logit margins.
 """
 _ABLATIONS = """\
 One run each, most of them shorter than the runs above; compare rows of one crop size. *Differs*: what a run had and the
