@@ -60,13 +60,17 @@ def chosen_places(image: np.ndarray, size: int, count: int) -> list[tuple[int, i
     return places
 
 
+def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image ``(H, W, 3)`` uint8 scaled by bicubic interpolation, to one pixel at least; at 1 the image itself."""
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
 def seen_whole(image: np.ndarray, size: int) -> np.ndarray:
     """The image shrunk until its shorter side has ``size`` pixels; one that is no larger as it is."""
-    scale = size / min(image.shape[:2])
-    if scale >= 1:
-        return image
-    shrunk = [max(size, round(side * scale)) for side in (image.shape[1], image.shape[0])]
-    return np.array(Image.fromarray(image).resize(shrunk, Image.Resampling.BICUBIC))
+    return at_scale(image, min(1, size / min(image.shape[:2])))
 
 
 def whole_crops(image: np.ndarray, size: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
 from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, lost_device_is_told, memory_of
-from forensics_lib.images.crops import to_tensor
+from forensics_lib.images.crops import at_scale, to_tensor
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
 from forensics_lib.models.combined import CombinedModel, Output
@@ -359,14 +359,6 @@ def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
     if params.mask_scales != "pyramid":
         return params.mask_scales
     return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
-
-
-def at_scale(image: np.ndarray, scale: float) -> np.ndarray:
-    """An image ``(H, W, 3)`` uint8 as the model sees it at one of ``used_scales``."""
-    if scale == 1:
-        return image
-    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
-    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

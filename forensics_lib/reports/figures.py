@@ -25,13 +25,13 @@ from forensics_lib.evaluation.calibration import reliability
 from forensics_lib.evaluation.evaluate import Evaluation
 from forensics_lib.evaluation.metrics import counts
 from forensics_lib.evaluation.predictions import truth_mask
-from forensics_lib.images.crops import chosen_crops, chosen_places, pad_to
+from forensics_lib.images.crops import at_scale, chosen_crops, chosen_places, pad_to
 from forensics_lib.images.degradations import degrade
 from forensics_lib.images.io import read_image
 from forensics_lib.images.masks import load_mask
 from forensics_lib.images.spectra import residual
 from forensics_lib.inference.detectors import answer, load_detector
-from forensics_lib.inference.predict import at_scale, predict_mask, predict_probabilities, tile_starts, used_scales
+from forensics_lib.inference.predict import predict_mask, predict_probabilities, tile_starts, used_scales
 from forensics_lib.inference.probabilities import calibrated
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel

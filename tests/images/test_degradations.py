@@ -6,8 +6,8 @@ from conftest import EVERYTHING, NOTHING, mid_greys, picture
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from forensics_lib.images.crops import at_scale
 from forensics_lib.images.degradations import KERNELS, add_noise, blur, degrade, recompress, resize, upload
-from forensics_lib.inference.predict import at_scale
 
 
 @pytest.mark.parametrize("codec", ["JPEG", "WEBP"])
