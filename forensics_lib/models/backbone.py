@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import suppress
 from typing import Any
@@ -148,6 +149,13 @@ def block_indices(backbone: TimmModel) -> list[int] | None:
         return None
     blocks = len(list(backbone.feature_info))
     return sorted({max(0, round((number + 1) * blocks / 4) - 1) for number in range(4)})
+
+
+def has_class_token(backbone: TimmModel) -> bool:
+    """Whether the backbone is a plain transformer with a class token that timm gives of every block."""
+    if not _is_plain(backbone) or getattr(backbone, "cls_token", None) is None:
+        return False
+    return "return_prefix_tokens" in inspect.signature(backbone.forward_intermediates).parameters
 
 
 def _check_loaded(backbone: TimmModel, fresh: TimmModel) -> None:

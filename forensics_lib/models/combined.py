@@ -10,13 +10,21 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 
-from forensics_lib.models.backbone import TimmModel, block_indices, create_backbone, rounded_up, run_checkpoint, size_multiple
+from forensics_lib.models.backbone import (
+    TimmModel,
+    block_indices,
+    create_backbone,
+    has_class_token,
+    rounded_up,
+    run_checkpoint,
+    size_multiple,
+)
 from forensics_lib.models.lora import is_adapter
 from forensics_lib.models.precision import LastInFp32, in_fp32, train_depthwise_in_fp32
 from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
-LEVELS = 4  # the last stages, or blocks of a plain transformer, whose statistics the classifier sees
+LEVELS = 4  # the last stages, or blocks of a plain transformer without class tokens, whose statistics the classifier sees
 EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
 
 
@@ -26,6 +34,14 @@ class Output(NamedTuple):
     logits: torch.Tensor  # (N, 2): authentic, synthetic or manipulated
     mask_logits: torch.Tensor | None  # (N, 1, H, W) at input resolution; None for Task A
     features: torch.Tensor  # (N, C): what the classifier sees of the backbone
+
+
+class Encoded(NamedTuple):
+    """What the backbone makes of a batch of N images."""
+
+    final: torch.Tensor  # the last features as timm gives them: a map, or tokens
+    stages: list[torch.Tensor]  # maps (N, C, H, W) of its stages, finest first, or of the chosen blocks of a plain transformer
+    tokens: list[torch.Tensor]  # class tokens (N, C) of all blocks, where the classifier sees them
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -101,12 +117,12 @@ def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class CombinedModel(nn.Module):
     """The network of both tasks: RGB images to class logits, and for Task B to mask logits.
 
-    The classification branch is linear in the backbone's pooled features and, with ``levels``, in the mean and the standard
-    deviation of each channel of its last stages: traces of generation live in early stages, content in late ones (after RINE,
-    Koutlis and Papadopoulos, ECCV 2024, which takes the class tokens of all blocks).  Task A has this branch alone.  Task B
-    adds the segmentation branch, whose mask evidence (log-odds of the mean and of the highest 5% of the mask) is also an input
-    of the classifier, so that image and mask decisions agree.  All inputs of the classifier are means over the image: one that
-    is processed in tiles is classified once.
+    The classification branch is linear in the backbone's pooled features and, with ``levels``, in what earlier levels say:
+    traces of generation live in early ones, content in late ones. Of a transformer they are the class tokens of all blocks
+    (RINE, Koutlis and Papadopoulos, ECCV 2024), of a backbone without class tokens the mean and the standard deviation of each
+    channel of its last stages. Task A has this branch alone. Task B adds the segmentation branch, whose mask evidence (log-odds
+    of the mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask decisions agree.
+    All inputs of the classifier are means over the image: one that is processed in tiles is classified once.
 
     ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1] and returns ``Output``.  Sides that the backbone does not take are
     padded by reflection at their ends; it raises ``ValueError`` for images larger than ``image_side``, where there is one.
@@ -121,7 +137,8 @@ class CombinedModel(nn.Module):
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
         image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
-        levels: whether the classifier sees earlier stages too, as that of a new model of Task A does.
+        levels: "tokens" if the classifier sees earlier levels too, as that of a new model of Task A does; True, of checkpoints
+            before class tokens, takes the stages of every backbone.
 
     Raises:
         ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
@@ -145,7 +162,7 @@ class CombinedModel(nn.Module):
         pretrained: bool = False,
         pretrained_file: str | None = None,
         image_side: int = 224,
-        levels: bool = False,
+        levels: bool | str = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"task": task, "backbone": backbone, "frontend": frontend}
@@ -157,6 +174,7 @@ class CombinedModel(nn.Module):
         if self.image_side:
             self.config["image_side"] = image_side
         self.multiple, self.blocks = size_multiple(self.backbone), block_indices(self.backbone)
+        self.sees_tokens = levels == "tokens" and has_class_token(self.backbone)
         self.first_conv = _widen(self.backbone, extra, pretrained) if extra else None
         statistics = timm.data.resolve_data_config({}, model=self.backbone)
         self.register_buffer("mean", torch.tensor(statistics["mean"][:3]).view(1, 3, 1, 1))
@@ -185,24 +203,31 @@ class CombinedModel(nn.Module):
     @property
     def sees_whole(self) -> bool:
         """Whether a model of Task A was trained on images seen whole beside native crops, as all with ``levels`` are."""
-        return self.config["levels"]
+        return bool(self.config["levels"])
 
     def _level_sizes(self) -> list[int]:
         stages = list(self.backbone.feature_info)
+        if self.sees_tokens:
+            return [block["num_chs"] for block in stages]
         chosen = stages if self.blocks is None else [stages[index] for index in self.blocks]
         return [2 * stage["num_chs"] for stage in chosen[-LEVELS:]]
 
     def forward(self, images: torch.Tensor) -> Output:
         return self.decide(images, *self.encode(images))
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The last feature map of the backbone, and those of its stages, finest first."""
+    def encode(self, images: torch.Tensor) -> Encoded:
+        """The backbone's features of images ``(N, 3, H, W)`` in [0, 1].  Raises ``TypeError`` of 8-bit images."""
         if not images.is_floating_point():
             raise TypeError(f"images of {images.dtype}: the model takes floats in [0, 1]; divide 8-bit images by 255")
         x = (images - self.mean) / self.std
         if self.residual is not None:
             x = torch.cat([x, self.residual(images)], 1)
-        return self.backbone.forward_intermediates(reflected(x, *self.padded_sides(*x.shape[-2:])), indices=self.blocks)
+        x = reflected(x, *self.padded_sides(*x.shape[-2:]))
+        if not self.sees_tokens:
+            final, stages = self.backbone.forward_intermediates(x, indices=self.blocks)
+            return Encoded(final, stages, [])
+        final, blocks = self.backbone.forward_intermediates(x, return_prefix_tokens=True)
+        return Encoded(final, [blocks[index][0] for index in self.blocks or ()], [prefix[:, 0] for _, prefix in blocks])
 
     def padded_sides(self, height: int, width: int) -> tuple[int, int]:
         """The size that images of this one are padded to.  Raises ``ValueError`` of images larger than ``image_side``."""
@@ -222,11 +247,15 @@ class CombinedModel(nn.Module):
             return final[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
         return final.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else final
 
-    def decide(self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> Output:
-        """Both branches on the feature maps that ``encode`` returned for the same images."""
+    def decide(
+        self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor], tokens: list[torch.Tensor]
+    ) -> Output:
+        """Both branches on what ``encode`` returned for the same images."""
         with in_fp32(final):
             features = self.backbone.forward_head(final.float(), pre_logits=True)
-            levels = [_statistics(stage.float()) for stage in stages[-LEVELS:]] if self.level_norms else []
+            levels = [token.float() for token in tokens]
+            if self.level_norms and not self.sees_tokens:
+                levels = [_statistics(stage.float()) for stage in stages[-LEVELS:]]
             features = torch.cat([features, *levels], 1)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
@@ -327,8 +356,8 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
     return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
-def build_model(params: Params, task: str, *, levels: bool = True) -> CombinedModel:
-    """The model that a run trains for a task, with initial weights; Task A's has ``levels`` unless told otherwise.
+def build_model(params: Params, task: str, *, levels: bool | str = "tokens") -> CombinedModel:
+    """The model that a run trains for a task, with initial weights; ``levels`` are for Task A alone.
 
     Raises as ``CombinedModel`` does, and ``ValueError`` if tiles are larger than the backbone takes, or a constrained run would
     start from another run's checkpoint, whose training data are not known.
@@ -348,7 +377,7 @@ def build_model(params: Params, task: str, *, levels: bool = True) -> CombinedMo
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
         image_side=params.crop_size,
-        levels=levels and task == "A",  # on Task B they helped on known manipulations alone
+        levels=levels if task == "A" else False,  # on Task B they helped on known manipulations alone
     )
     if task == "B" and model.image_side and params.tile_size > model.image_side:
         raise ValueError(

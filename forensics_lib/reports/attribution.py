@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from forensics_lib.device import Machine
 from forensics_lib.images.crops import centre_crop, to_tensor
-from forensics_lib.models.combined import CombinedModel
+from forensics_lib.models.combined import CombinedModel, Encoded
 
 SIDE = 512  # the centre of larger images is shown
 
@@ -24,9 +24,10 @@ def grad_cam(model: CombinedModel, image: np.ndarray, machine: Machine) -> tuple
     shown = centre_crop(image, min(SIDE, model.image_side or SIDE))
     x = machine.to_device(to_tensor(shown)[None])
     with torch.enable_grad():
-        final, stages = model.encode(x)
-        final = final.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_margin(model, x, final, [stage.detach() for stage in stages]), final)
+        with torch.no_grad():
+            final, stages, tokens = model.encode(x)
+        final.requires_grad_()
+        (gradient,) = torch.autograd.grad(_margin(model, x, Encoded(final, stages, tokens)), final)
     weights = model.as_map(gradient, stages).mean((2, 3), keepdim=True)
     heat = (weights * model.as_map(final.detach(), stages)).sum(1, keepdim=True).relu()
     if not weights.any():
@@ -36,13 +37,13 @@ def grad_cam(model: CombinedModel, image: np.ndarray, machine: Machine) -> tuple
     return shown, attribution / attribution.max() if attribution.max() > 0 else attribution
 
 
-def _margin(model: CombinedModel, x: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
-    logits = model.decide(x, final, stages).logits[0]
+def _margin(model: CombinedModel, x: torch.Tensor, encoded: Encoded) -> torch.Tensor:
+    logits = model.decide(x, *encoded).logits[0]
     return logits[1] - logits[0]
 
 
 def _gradient_times_input(model: CombinedModel, x: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_margin(model, x, *model.encode(x)), x)
+        (gradient,) = torch.autograd.grad(_margin(model, x, model.encode(x)), x)
     return F.avg_pool2d((gradient * x.detach()).sum(1, keepdim=True), model.multiple, ceil_mode=True).relu()

@@ -106,8 +106,7 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     saved, begun = resume.find_resumable(run, task, trained_with)
     without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
     params = run.params.model_copy(update=without_weights) if saved else run.params
-    levels = saved is None or any(name.startswith("level_norms") for name in saved.model)  # not of earlier versions
-    model = build_model(params, task, levels=levels).to(machine.device)
+    model = build_model(params, task, levels=_levels_of(saved) if saved else "tokens").to(machine.device)
     val_rows = deciding_first(val_rows, decides, run.params.val_limit, run.params.seed_for())
     state = TrainingState(
         run, task, model, machine, train_rows, val_rows, equalize, donors, trained_with=trained_with, begun=begun
@@ -120,6 +119,14 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
         resume.discard_begun(run, task)
     wait_for_all()
     return state, saved
+
+
+def _levels_of(saved: SavedState) -> bool | str:
+    """What a saved model's classifier sees of earlier levels: those of earlier versions had none, or stages alone."""
+    sizes = [len(weight) for name, weight in saved.model.items() if name.startswith("level_norms.") and name.endswith("weight")]
+    if set(sizes) == {len(saved.model["norm.weight"])}:
+        return "tokens"
+    return bool(sizes)
 
 
 def _data_facts(manifest: pd.DataFrame) -> dict[str, Any]:

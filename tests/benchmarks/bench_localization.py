@@ -32,8 +32,9 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from bench_quality import CORPUS, SIDE, arguments, differences, markdown, median, squeezed, verdict, weights_file
+from bench_quality import CORPUS, SIDE, arguments, differences, markdown, median, squeezed, verdict
 from PIL import Image
+from pretrained_weights import weights_file
 from scipy.ndimage import gaussian_filter, uniform_filter
 from torch import nn
 

@@ -61,14 +61,42 @@ def test_a_pretrained_backbone_keeps_its_statistics_and_trains_its_weights(keep)
 def test_the_classifier_sees_the_statistics_of_the_last_stages(backbone):
     network, images = model("A", backbone, levels=True).eval(), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        features, (final, stages) = network(images).features, network.encode(images)
+        features, (final, stages, tokens) = network(images).features, network.encode(images)
         pooled, *levels = features.split(network.parts, 1)
         assert torch.equal(pooled, network.backbone.forward_head(final, pre_logits=True))
-    assert len(levels) == min(4, len(stages))
+    assert len(levels) == min(4, len(stages)) and not tokens
     for level, stage in zip(levels, stages[-4:], strict=True):
         mean, deviation = level.chunk(2, 1)
         torch.testing.assert_close(mean, stage.mean((2, 3)), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(deviation**2, stage.var((2, 3), correction=0) + 1e-6, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_convnext"])
+def test_the_classifier_sees_the_class_tokens_of_all_blocks_where_there_are_any(backbone):
+    network, images = model("A", backbone, levels="tokens").eval(), torch.rand(2, 3, 64, 64)
+    seen, hooks = [], []
+    for block in getattr(network.backbone, "blocks", []):
+        hooks.append(block.register_forward_hook(lambda _module, _input, output: seen.append(output[:, 0])))
+    with torch.no_grad():
+        pooled, *levels = network(images).features.split(network.parts, 1)
+        final = network.encode(images).final
+        assert torch.equal(pooled, network.backbone.forward_head(final, pre_logits=True))
+    assert network.sees_whole and network.sees_tokens == bool(hooks)
+    if hooks:
+        assert len(levels) == len(hooks) and all(torch.equal(*pair) for pair in zip(levels, seen, strict=False))
+    else:
+        assert [level.shape[1] for level in levels] == [2 * stage["num_chs"] for stage in network.backbone.feature_info][-4:]
+
+
+@pytest.mark.parametrize("levels", ["tokens", True, False])
+def test_a_checkpoint_sees_the_levels_that_it_was_trained_with(levels, tmp_path: Path):
+    torch.manual_seed(0)
+    network = CombinedModel("A", "test_vit", levels=levels).eval()
+    save_checkpoint(tmp_path / "m.pth", network)
+    again, images = load_model(tmp_path / "m.pth", "A")[0], torch.rand(2, 3, 64, 64)
+    assert again.parts == network.parts and again.sees_tokens == (levels == "tokens")
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, network(images).logits)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +119,7 @@ def test_all_stages():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_threads_change_nothing_in_bf16(task):
     torch.manual_seed(0)
-    model = CombinedModel(task, "test_convnext", decoder_channels=16, levels=task == "A").eval()
+    model = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else False).eval()
     model = model.to(memory_format=torch.channels_last)
     outputs, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -202,7 +230,7 @@ def test_noise_is_what_the_published_kernels_leave():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_the_head_gives_in_bf16_what_it_gives_in_fp32(task):
     torch.manual_seed(0)
-    network = CombinedModel(task, "test_convnext", decoder_channels=16, levels=task == "A").eval()
+    network = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else False).eval()
     torch.nn.init.normal_(network.classifier.weight)
     features = torch.randn(64, sum(network.parts)) * 5
     mask = torch.rand(64, 1, 64, 64) ** 8 if task == "B" else None

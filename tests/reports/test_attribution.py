@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from forensics_lib.models.combined import Output, build_model
+from forensics_lib.models.combined import Encoded, Output, build_model
 from forensics_lib.reports.attribution import grad_cam
 from forensics_lib.training import loop as training
 
@@ -17,7 +17,7 @@ def test_grad_cam_follows_what_speaks_for_synthetic(tiny_run):
 
     maps = torch.zeros(1, 2, 3, 2)
     maps[0, 1, 2, 1] = 5.0
-    model.encode = lambda x: (maps, [])
-    model.decide = lambda x, final, stages: Output(final.mean((2, 3)), None, final.mean((2, 3)))
+    model.encode = lambda x: Encoded(maps, [], [])
+    model.decide = lambda x, final, stages, tokens: Output(final.mean((2, 3)), None, final.mean((2, 3)))
     heat = grad_cam(model, image, machine)[1]
     assert np.unravel_index(heat.argmax(), heat.shape)[0] > 64 and heat[:32].max() == 0

@@ -41,9 +41,11 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, homes, monkeypatch):
     assert metrics[columns].equals(expected[columns])
 
 
-def test_a_training_begun_without_levels_goes_on_without_them(tiny_run, monkeypatch):
+@pytest.mark.parametrize(("backbone", "levels"), [("test_convnext", False), ("test_vit", True), ("test_vit", "tokens")])
+def test_a_training_goes_on_with_the_levels_that_it_began_with(backbone, levels, tiny_run, monkeypatch):
+    tiny_run = changed(tiny_run, backbone=backbone)
     manifest, build, loss = build_manifest(tiny_run, "A"), training.build_model, epochs.batch_loss
-    monkeypatch.setattr(training, "build_model", lambda params, task, levels: build(params, task, levels=False))
+    monkeypatch.setattr(training, "build_model", lambda params, task, **_: build(params, task, levels=levels))
     monkeypatch.setattr(epochs, "batch_loss", stopping(loss, lambda call: call == 4)[0])
     with pytest.raises(KeyboardInterrupt):
         train(tiny_run, "A", manifest)
@@ -51,8 +53,8 @@ def test_a_training_begun_without_levels_goes_on_without_them(tiny_run, monkeypa
     monkeypatch.setattr(epochs, "batch_loss", loss)
     assert len(train(tiny_run, "A", manifest)) == 2
     model, _ = load_model(tiny_run.finetuned_model("A"), "A")
-    assert len(model.parts) == 1
-    assert not model.sees_whole
+    assert model.sees_whole == bool(levels)
+    assert model.sees_tokens == (levels == "tokens")
 
 
 def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
