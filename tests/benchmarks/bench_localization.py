@@ -1,6 +1,7 @@
 """How well Task B finds manipulated regions: this project's recipe against a naive one and against floors.
 
-    python tests/benchmarks/bench_localization.py run [--recipes ours naive] [--seeds 0 1 2]
+    python tests/benchmarks/bench_localization.py run [--recipes ours naive] [--data official open]
+                                                      [--start clip pretrained] [--seeds 0 1 2]
                                                       [--set key=value ...] [--name label]
     python tests/benchmarks/bench_localization.py report
 
@@ -9,7 +10,8 @@ epoch and thresholds on its validation split, and scores its testing split, ``da
 copy-move, splices) and ``test/taskB``.  Each run leaves ``build/localization/<run>.json``; ``report`` gathers them in
 ``docs/localization.json`` and writes ``docs/localization.md``.  A run that either holds is not done again.
 
-Both recipes start from the same ImageNet weights and train for the same time.  The naive one squeezes whole images to 224
+``--start clip`` has the recipe of ``params/clip_localization.yaml``; else both recipes start from the same ImageNet weights and
+train for the same time.  The naive one squeezes whole images to 224
 pixels, gives the backbone a decoder of two levels with skip connections (a small U-Net), minimises cross-entropy of image
 and pixels with Adam, scales masks back up, and decides at 0.5.  The corpus is looked for in ``FORENSICS_CORPUS``, default
 ``../shared/corpus``.
@@ -69,19 +71,22 @@ EPOCHS = {"official": 22, "open": 12}  # of step 2: 20 and 40 minutes on 2 cores
 SETS = {"simulated": "TGIF testing split", "real": "dataset_taskB/validation", "test": "test/taskB"} | {
     "edits": "dataset_taskB/edits"
 }
-DATA = ["official", "open"]
+DATA, STARTS = ["official", "open"], ["clip", "pretrained"]
+KINDS = [(recipe, data, start) for start in STARTS for recipe in ("ours", "naive") for data in DATA]  # of runs
 Predict = Callable[[pd.DataFrame], Predictions]
 
 
-def params_for(data: str, seed: int, name: str, settings: dict[str, Any]) -> Params:
+def params_for(data: str, seed: int, name: str, settings: dict[str, Any], start: str = "pretrained") -> Params:
     values: dict[str, Any] = {"run_name": name, "tasks": ["B"], "seed": seed, "data_root": str(CORPUS)}
     values["data"] = [{"root": str(CORPUS / "dataset_taskB" / "TGIF"), "layout": "tgif"}]
-    values |= {"epochs_head": 1, "epochs_finetune": EPOCHS[data]}
     if data == "open":  # and all training photographs of the corpus
         photographs = {"photos": "authentic", "dataset": "own", "dataset_open": "own", "dataset_modern": "own"}
         values["data"] += [{"root": str(CORPUS / name), "layout": kind, "task": "B"} for name, kind in photographs.items()]
         values["data"][1]["split"] = "train"
         values |= {"run_type": "open", "paste": 0.5}
+    if start == "clip":
+        return load_params("params/clip_localization.yaml", {"run_type": "constrained"} | values | settings)
+    values |= {"epochs_head": 1, "epochs_finetune": EPOCHS[data]}
     values |= {"backbone": BACKBONE, "pretrained": True, "lr_finetune": 5.0e-4}
     return load_params("params/laptop.yaml", values | settings)
 
@@ -299,12 +304,13 @@ def results(manifest: pd.DataFrame, predicted: Predict, thresholds: Thresholds) 
     return facts
 
 
-def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, Any]) -> None:
-    name = "-".join(part for part in (label, recipe, data.replace("official", ""), str(seed)) if part)
+def run_one(recipe: str, data: str, start: str, seed: int, label: str, settings: dict[str, Any]) -> None:
+    kind = (recipe, data.replace("official", ""), start.replace("pretrained", ""))
+    name = "-".join(part for part in (label, *kind, str(seed)) if part)
     if name in known_runs():
         return
     print(f"=== {name}", flush=True)
-    params = params_for(data, seed, name, settings)
+    params = params_for(data, seed, name, settings, start)
     run = Run(
         params.model_copy(update={"pretrained_file": params.pretrained_file or str(weights_file(params.backbone))}), CORPUS
     )
@@ -315,7 +321,7 @@ def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, A
         facts = naive(run, manifest, same["seconds"])
     else:
         raise SystemExit(f"{name} trains for as long as ours did: run ours for this seed first")
-    facts |= {"recipe": recipe, "data": data, "seed": seed, "label": label, "settings": settings}
+    facts |= {"recipe": recipe, "data": data, "start": start, "seed": seed, "label": label, "settings": settings}
     facts["params"] = run.params.model_dump(exclude={"data_root", "data", "pretrained_file"})
     facts |= {"machine": f"{platform.machine()}, {usable_cores()} cores", "torch": torch.__version__, "timm": timm.__version__}
     if (
@@ -323,7 +329,7 @@ def run_one(recipe: str, data: str, seed: int, label: str, settings: dict[str, A
         and not (BUILD / "floors.json").is_file()
     ):
         write_json(BUILD / "floors.json", floors(manifest))
-    if (recipe, data, seed, label) == ("ours", "open", 0, ""):
+    if (recipe, data, start, seed, label) == ("ours", "open", "clip", 0, ""):
         draw_masks(run, stored_thresholds(run, "B"))
     write_json(BUILD / f"{name}.json", facts)
     shown = {split: {k: v for k, v in facts[split].items() if not isinstance(v, dict)} for split in ("val", *SETS)}
@@ -359,18 +365,32 @@ def report() -> None:
 _APART = {"run_name", "seed", "degrade", "crops_per_image"}  # what says nothing of the recipe
 
 
-def _of(runs: list[dict[str, Any]], recipe: str, split: str, key: str, data: str = "official") -> float:
-    return median([run[split][key] for run in _members(runs, recipe, data) if run.get(split, {}).get(key) is not None])
+def _of(
+    runs: list[dict[str, Any]], recipe: str, split: str, key: str, data: str = "official", start: str = "pretrained"
+) -> float:
+    members = _members(runs, recipe, data, start)
+    return median([run[split][key] for run in members if run.get(split, {}).get(key) is not None])
 
 
-def _members(runs: list[dict[str, Any]], recipe: str, data: str) -> list[dict[str, Any]]:
-    return [run for run in runs if run["recipe"] == recipe and run.get("data", "official") == data]
+def _members(runs: list[dict[str, Any]], recipe: str, data: str, start: str) -> list[dict[str, Any]]:
+    return [run for run in runs if _kind(run) == (recipe, data, start)]
+
+
+def _kind(run: dict[str, Any]) -> tuple[str, str, str]:
+    return run["recipe"], run.get("data", "official"), run.get("start", "pretrained")
+
+
+def _title(recipe: str, data: str, start: str) -> str:
+    return f"{recipe}, {data} data{', CLIP' if start == 'clip' else ''}"
 
 
 def _answer(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> str:
     """What it finds, what it misses and how often it cries wolf, in the numbers of the open protocol."""
     keys = ("pixel_auc", "iou", "auc", "submitted_iou", "submitted_flagged_authentic")
-    words: dict[str, Any] = {f"{split}_{key}": _of(runs, "ours", split, key, "open") for split, key in product(SETS, keys)}
+    words: dict[str, Any] = {}
+    for split, key in product(SETS, keys):
+        words[f"{split}_{key}"] = _of(runs, "ours", split, key, "open", "clip")
+        words[f"small_{split}_{key}"] = _of(runs, "ours", split, key, "open")
     for split, key in product(SETS, ("pixel_auc", "iou")):
         values = {name: facts[split][key] for name, facts in of_floors.items() if facts.get(split, {}).get(key) is not None}
         best = max(values, key=lambda name: values[name], default=None)
@@ -380,7 +400,7 @@ def _answer(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> str:
 
 def _targets(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> pd.DataFrame:
     def of_open(split: str, key: str) -> float:
-        return _of(runs, "ours", split, key, "open")
+        return _of(runs, "ours", split, key, "open", "clip")
 
     best = max((facts["real"]["iou"] for facts in of_floors.values()), default=float("nan"))
     rows = [
@@ -421,11 +441,12 @@ _COLUMNS = {
 def _summary(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> pd.DataFrame:
     rows = []
     for split, title in SETS.items():
-        for recipe, data in product(("ours", "naive"), DATA):
-            members = [run for run in _members(runs, recipe, data) if split in run]
+        for kind in KINDS:
+            members = [run for run in _members(runs, *kind) if split in run]
             if members:
-                row: dict[str, Any] = {"set": title, "recipe": f"{recipe}, {data} data", "seeds": len(members)}
-                row |= {name: _of(runs, recipe, split, key, data) for key, name in _COLUMNS.items()}
+                row: dict[str, Any] = {"set": title, "recipe": _title(*kind), "seeds": len(members)}
+                recipe, data, start = kind
+                row |= {name: _of(runs, recipe, split, key, data, start) for key, name in _COLUMNS.items()}
                 for key in ("iou", "pixel_auc"):  # of one run: over photographs
                     ends = members[0][split].get("intervals", {}).get(key)
                     row[f"{_COLUMNS[key]} 95%"] = f"{ends[0]:.2f} to {ends[1]:.2f}" if ends and len(members) == 1 else ""
@@ -441,12 +462,10 @@ def _methods(runs: list[dict[str, Any]]) -> pd.DataFrame:
     for split, title in SETS.items():
         for method in sorted({name for run in runs for name in run.get(split, {}).get("by_method", {})}):
             row = {"set": title, "method": method}
-            for recipe, data in product(("ours", "naive"), DATA):
-                members = [
-                    run for run in runs if run["recipe"] == recipe and run.get("data", "official") == data and split in run
-                ]
+            for kind in KINDS:
+                members = [run for run in _members(runs, *kind) if split in run]
                 if members:
-                    row[f"{recipe}, {data} data"] = median([run[split]["by_method"][method] for run in members])
+                    row[_title(*kind)] = median([run[split]["by_method"][method] for run in members])
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -454,7 +473,7 @@ def _methods(runs: list[dict[str, Any]]) -> pd.DataFrame:
 def _ablations(runs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for run in runs:
-        now = params_for(run.get("data", "official"), 0, "now", {})
+        now = params_for(run.get("data", "official"), 0, "now", {}, run.get("start", "pretrained"))
         words = {key: value for key, value in run["settings"].items() if isinstance(value, str)}
         tried = [f"{key}: {value}" for key, value in words.items() if run["params"].get(key) != value]
         differs = tried + differences(run, now, "degrade_b", _APART)
@@ -519,14 +538,15 @@ shared the machine with other work, so their seconds say little.
 
 
 def main() -> None:
-    options = arguments(__doc__, CORPUS, BUILD, data=DATA)
+    options = arguments(__doc__, CORPUS, BUILD, data=DATA, start=STARTS)
     if options is None:
         return
     if options.command == "report":
         report()
         return
-    for seed, data, recipe in product(options.seeds, options.data, options.recipes):
-        run_one(recipe, data, seed, options.name, parse_settings(options.set))
+    for seed, start, data, recipe in product(options.seeds, options.start, options.data, options.recipes):
+        if (recipe, start) != ("naive", "clip"):  # the small U-Net needs stages
+            run_one(recipe, data, start, seed, options.name, parse_settings(options.set))
 
 
 if __name__ == "__main__":
