@@ -85,7 +85,7 @@ def params_for(data: str, seed: int, name: str, settings: dict[str, Any], start:
         values["data"][1]["split"] = "train"
         values |= {"run_type": "open", "paste": 0.5}
     if start == "clip":
-        return load_params("params/clip_localization.yaml", {"run_type": "constrained"} | values | settings)
+        return load_params("params/clip_localization.yaml", values | settings)
     values |= {"epochs_head": 1, "epochs_finetune": EPOCHS[data]}
     values |= {"backbone": BACKBONE, "pretrained": True, "lr_finetune": 5.0e-4}
     return load_params("params/laptop.yaml", values | settings)

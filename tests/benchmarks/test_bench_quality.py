@@ -119,12 +119,13 @@ def test_the_numbers_of_the_readme_are_those_that_were_measured():
     from bench_localization import DOCS, _of
 
     stored = {name: json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("quality", "localization")}
-    groups = bench_quality.Groups(list(stored["quality"]["runs"].values()), "pretrained")
+    of_start = {start: bench_quality.Groups(list(stored["quality"]["runs"].values()), start) for start in ("clip", "pretrained")}
     main_runs = [run for run in stored["localization"]["runs"].values() if not run["label"]]
     box = stored["localization"]["floors"]["centre box"]["real"]
-    measured = [groups.of(recipe, "constrained", split, "auc") for recipe in ("ours", "naive") for split in ("val", "test")]
-    measured += [groups.of("ours", "modern", "modern", "auc"), 0.5]
-    measured += [_of(main_runs, "ours", "real", key, "open") for key in ("pixel_auc", "iou")]
+    measured = [groups.of("ours", "constrained", split, "auc") for groups in of_start.values() for split in ("val", "test")]
+    measured += [groups.of("ours", "modern", "modern", "auc") for groups in of_start.values()]
+    for start in of_start:
+        measured += [_of(main_runs, "ours", "real", key, "open", start) for key in ("pixel_auc", "iou")]
     measured += [box["pixel_auc"], box["iou"]]
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith(("| Task A:", "| Task B:"))]
