@@ -308,7 +308,7 @@ def answer(runs: list[dict[str, Any]]) -> str:
         words[f"small_{data}_{split}_{key}"] = small.of("ours", data, split, key)
     for split in ("val", "test"):
         words[f"naive_{split}_auc"] = small.of("naive", "constrained", split, "auc")
-        words[f"constrained_{split}_lost"] = groups.lost(split)
+        words[f"constrained_{split}_lost"] = round(groups.lost(split), 2) + 0.0  # no minus before a zero
     return _ANSWER.format(**words)
 
 
