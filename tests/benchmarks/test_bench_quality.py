@@ -119,7 +119,9 @@ def test_the_numbers_of_the_readme_are_those_that_were_measured():
     from bench_localization import DOCS, _of
 
     stored = {name: json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("quality", "localization")}
-    of_start = {start: bench_quality.Groups(list(stored["quality"]["runs"].values()), start) for start in ("clip", "pretrained")}
+    of_start = {
+        start: bench_quality.Groups(list(stored["quality"]["runs"].values()), start) for start in ("clip", "pretrained")
+    }
     main_runs = [run for run in stored["localization"]["runs"].values() if not run["label"]]
     box = stored["localization"]["floors"]["centre box"]["real"]
     measured = [groups.of("ours", "constrained", split, "auc") for groups in of_start.values() for split in ("val", "test")]
