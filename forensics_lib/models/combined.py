@@ -118,11 +118,11 @@ class CombinedModel(nn.Module):
     """The network of both tasks: RGB images to class logits, and for Task B to mask logits.
 
     The classification branch is linear in the backbone's pooled features and, with ``levels``, in what earlier levels say:
-    traces of generation live in early ones, content in late ones. Of a transformer they are the class tokens of all blocks
+    traces of generation live in early ones, content in late ones.  Of a transformer they are the class tokens of all blocks
     (RINE, Koutlis and Papadopoulos, ECCV 2024), of a backbone without class tokens the mean and the standard deviation of each
-    channel of its last stages. Task A has this branch alone. Task B adds the segmentation branch, whose mask evidence (log-odds
-    of the mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask decisions agree.
-    All inputs of the classifier are means over the image: one that is processed in tiles is classified once.
+    channel of its last stages.  Task A has this branch alone.  Task B adds the segmentation branch, whose mask evidence
+    (log-odds of the mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask
+    decisions agree.  All inputs of the classifier are means over the image: one that is processed in tiles is classified once.
 
     ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1] and returns ``Output``.  Sides that the backbone does not take are
     padded by reflection at their ends; it raises ``ValueError`` for images larger than ``image_side``, where there is one.
