@@ -46,7 +46,7 @@ INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "r
 PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
 RULES = {
     "A": "best F1 on validation",
-    "B": f"best mean IoU, then best F1 with at most {FALSE_ALARMS:.0%} of authentic images flagged as submitted, on validation",
+    "B": f"best mean IoU, of masks and then as submitted, with at most {FALSE_ALARMS:.0%} of authentic images called, on validation",
 }
 RANKED_BY_IOU = "best mean IoU over manipulated images, then best mean IoU as submitted over all images, on validation"
 
@@ -220,12 +220,10 @@ def _quiet(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tup
         threshold, loc_threshold = quiet_thresholds(labels, probs, histograms, limit)
         found = localization_metrics(histograms, loc_threshold, probs >= threshold)
         told.append(
-            f"{found['submitted_flagged_authentic']:.0%} of authentic images flagged, mean IoU "
+            f"{(probs[labels == 0] >= threshold).mean():.0%} of authentic images called, mean IoU "
             f"{found['submitted_iou_manipulated']:.3f}, F1 {f1_score(labels, probs >= threshold):.3f}"
         )
-    print(
-        f"as submitted, at most {FALSE_ALARMS:.0%} of authentic images may be flagged: {told[1]}; without this rule: {told[0]}"
-    )
+    print(f"at most {FALSE_ALARMS:.0%} of authentic images may be called manipulated: {told[1]}; without this rule: {told[0]}")
     return threshold, loc_threshold
 
 

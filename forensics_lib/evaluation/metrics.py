@@ -24,7 +24,7 @@ THRESHOLDS = ("threshold", "loc_threshold")
 THRESHOLD_FREE = ("pixel_auc", "pixel_ap", "best_pixel_f1")  # scores of an image's pixels that need all VALUES
 _BIN_STARTS = (np.arange(BINS) / BINS).astype(np.float16).view(np.uint16)  # where among them each of the bins begins
 FLAGGED = 0.01  # an authentic image with a larger share of flagged pixels counts as flagged
-FALSE_ALARMS = 0.1  # at most this share of the authentic images that decide is flagged as submitted
+FALSE_ALARMS = 0.1  # at most this share of the authentic images that decide is called manipulated
 
 
 def best_f1_threshold(labels: np.ndarray, probs: np.ndarray) -> float:
@@ -288,8 +288,10 @@ def quiet_thresholds(
 ) -> tuple[float, float]:
     """The image and the localization threshold of Task B, with few false alarms.
 
-    The localization threshold has the best mean IoU over manipulated images.  The image threshold has the best F1 of those at
-    which at most a share ``limit`` of the authentic images is flagged as submitted, where images below it have empty masks.
+    The localization threshold has the best mean IoU over manipulated images.  The image threshold has the best mean IoU over
+    them as submitted, where images below it have empty masks, of those at which at most a share ``limit`` of the authentic
+    images is called manipulated.  So false alarms up to the limit are the price of masks that would else be empty: on kinds of
+    manipulation that validation lacks probabilities are lower, and a threshold of best F1 would leave most of them out.
 
     Args:
         labels: ``(N,)`` of 0 and 1.
@@ -303,16 +305,11 @@ def quiet_thresholds(
     Raises:
         ValueError: no label is 1.
     """
-    probs = round_probs(probs)
-    order = np.argsort(-probs, kind="stable")
-    ranked, manipulated = probs[order], np.asarray(labels)[order] == 1
-    iou, _, flagged = pixel_curves(histograms[order])
-    column = _best_bin(iou[manipulated])
-    alarms = ((flagged[:, column] > FLAGGED) & ~manipulated).cumsum() / max(1, (~manipulated).sum())
-    f1 = 2 * manipulated.cumsum() / (np.arange(1, len(ranked) + 1) + manipulated.sum())
-    f1[(alarms > limit) | np.append(ranked[1:] == ranked[:-1], False)] = 0  # or not separable: equal probabilities
-    count = int(f1.argmax())  # where none is quiet enough, no image is called
-    return _threshold_after(ranked, count + 1 if f1[count] > 0 else 0), bin_threshold(column)
+    ranked, manipulated, iou, column = _ranked(labels, probs, histograms)
+    alarms = (~manipulated).cumsum() / max(1, (~manipulated).sum())
+    gains = np.append(0, (iou * manipulated).cumsum())  # of calling the first 0, 1, ... images
+    gains[1:][alarms > limit] = -np.inf
+    return _threshold_after(ranked, _best_count(gains, ranked)), bin_threshold(column)
 
 
 def iou_thresholds(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[float, float]:
@@ -323,14 +320,25 @@ def iou_thresholds(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray
 
     Args, returned values and errors are those of ``quiet_thresholds``.
     """
+    ranked, manipulated, iou, column = _ranked(labels, probs, histograms)
+    gains = np.append(0, (iou - ~manipulated).cumsum())  # of calling the first 0, 1, ... images
+    return _threshold_after(ranked, _best_count(gains, ranked)), bin_threshold(column)
+
+
+def _ranked(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """From the highest probability on: probabilities, whether manipulated, IoU from the best bin on; and this bin."""
     probs = round_probs(probs)
     order = np.argsort(-probs, kind="stable")
-    ranked, manipulated = probs[order], np.asarray(labels)[order] == 1
+    manipulated = np.asarray(labels)[order] == 1
     iou, _, _ = pixel_curves(histograms[order])
     column = _best_bin(iou[manipulated])
-    gains = np.append(0, (iou[:, column] - ~manipulated).cumsum())  # of calling the first 0, 1, ... images
+    return probs[order], manipulated, iou[:, column], column
+
+
+def _best_count(gains: np.ndarray, ranked: np.ndarray) -> int:
+    """How many of the ``ranked`` images (N,) to call; ``gains`` (N + 1,) are of calling the first 0, 1, ... of them."""
     gains[1:-1][ranked[1:] == ranked[:-1]] = -np.inf  # no threshold separates equal probabilities
-    return _threshold_after(ranked, int(gains.argmax())), bin_threshold(column)
+    return int(gains.argmax())
 
 
 def _best_bin(iou: np.ndarray) -> int:

@@ -247,7 +247,7 @@ def _edges(stored: Stored) -> Iterator[Finding]:
     threshold, called = stored.thresholds.threshold, stored.called
     if called.all() or not called.any():
         what = f"all {len(called)}" if called.all() else f"none of {len(called)}"
-        quiet = f", or none lets at most {FALSE_ALARMS:.0%} of authentic images be flagged" if stored.task == "B" else ""
+        quiet = f", or none lets at most {FALSE_ALARMS:.0%} of authentic images be called" if stored.task == "B" else ""
         yield Finding(
             WRONG,
             f"the threshold {threshold:.6f} is at the edge of the range: {what} validation images are called {stored.positive}",

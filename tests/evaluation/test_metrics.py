@@ -130,11 +130,12 @@ def test_thresholds_with_few_false_alarms_are_the_best_of_all(seed):
     for limit in (0.0, 0.1, 0.3, 1.0):
         threshold, loc_threshold = quiet_thresholds(labels, probs, histograms, limit)
         assert localization_metrics(histograms, loc_threshold)["iou_manipulated"] == pytest.approx(max(ious))
-        tried = [
-            (f1_score(labels, probs >= at), _alarms(histograms, loc_threshold, probs >= at)) for at in np.arange(0.05, 1.1, 0.1)
+        quiet = [at for at in np.arange(0.05, 1.1, 0.1) if (probs[labels == 0] >= at).mean() <= limit]
+        submitted = [
+            localization_metrics(histograms, loc_threshold, probs >= at)["submitted_iou_manipulated"] for at in (threshold, *quiet)
         ]
-        assert _alarms(histograms, loc_threshold, probs >= threshold) <= limit
-        assert f1_score(labels, probs >= threshold) == pytest.approx(max(f1 for f1, share in tried if share <= limit))
+        assert (probs[labels == 0] >= threshold).mean() <= limit
+        assert submitted[0] == pytest.approx(max(submitted[1:]))
 
     threshold, loc_threshold = iou_thresholds(labels, probs, histograms)
     by_iou = [
@@ -145,8 +146,18 @@ def test_thresholds_with_few_false_alarms_are_the_best_of_all(seed):
     assert found == pytest.approx(max(by_iou))
 
 
-def _alarms(histograms, loc_threshold, called):
-    return localization_metrics(histograms, loc_threshold, called)["submitted_flagged_authentic"]
+def test_authentic_images_are_not_called_where_that_shows_no_more_masks():
+    truth = np.zeros((30, 8, 8), bool)
+    truth[20:, :4] = True
+    histograms = np.stack([pixel_histogram(0.9 * true.astype(float), true) for true in truth])
+    probs = np.append(np.linspace(0.1, 0.5, 20), np.linspace(0.6, 0.9, 10))
+    threshold, _ = quiet_thresholds(truth.any((1, 2)), probs, histograms, 0.5)
+    assert 0.5 < threshold < 0.6
+    probs[20] = 0.25  # below most authentic images: found if the limit allows them
+    threshold, _ = quiet_thresholds(truth.any((1, 2)), probs, histograms, 0.5)
+    assert 0.5 < threshold < 0.6
+    threshold, _ = quiet_thresholds(truth.any((1, 2)), probs, histograms, 0.7)
+    assert threshold < 0.25
 
 
 def test_where_no_threshold_is_quiet_no_image_is_called():
