@@ -355,10 +355,10 @@ class _TiledImage:
 
 
 def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
-    """The scales at which an image is looked at: of a pyramid, halves as long as the longer side has ``crop_size`` pixels."""
+    """The scales at which an image is looked at: of a pyramid, halves down to the one whose longer side is nearest to a crop's."""
     if params.mask_scales != "pyramid":
         return params.mask_scales
-    return [0.5**level for level in range(1 + max(0, int(np.log2(max(shape) / params.crop_size))))]
+    return [0.5**level for level in range(1 + max(0, round(np.log2(max(shape) / params.crop_size))))]
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -121,8 +121,9 @@ class CombinedModel(nn.Module):
     traces of generation live in early ones, content in late ones.  Of a transformer they are the class tokens of all blocks
     (RINE, Koutlis and Papadopoulos, ECCV 2024), of a backbone without class tokens the mean and the standard deviation of each
     channel of its last stages.  Task A has this branch alone.  Task B adds the segmentation branch, whose mask evidence
-    (log-odds of the mean and of the highest 5% of the mask) is also an input of the classifier, so that image and mask
-    decisions agree.  All inputs of the classifier are means over the image: one that is processed in tiles is classified once.
+    (log-odds of the mean and of the highest 5% of the mask) is all that its classifier sees, as in TruFor (Guillaro et al.,
+    CVPR 2023): what a picture shows says little of whether it was manipulated, and image and mask decisions agree.  All inputs
+    of the classifier are of the whole image: one that is processed in tiles is classified once.
 
     ``forward`` takes images ``(N, 3, H, W)`` float in [0, 1] and returns ``Output``.  Sides that the backbone does not take are
     padded by reflection at their ends; it raises ``ValueError`` for images larger than ``image_side``, where there is one.
@@ -137,8 +138,9 @@ class CombinedModel(nn.Module):
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
         image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
-        levels: "tokens" if the classifier sees earlier levels too, as that of a new model of Task A does; True, of checkpoints
-            before class tokens, takes the stages of every backbone.
+        levels: what the classifier sees of the backbone.  Of new models "tokens", earlier levels too, for Task A, and "mask",
+            nothing but the mask, for Task B.  Of earlier checkpoints True, stages of any backbone too, or False, the pooled
+            features alone.
 
     Raises:
         ValueError: unknown backbone, one without intermediate features, or ``pretrained_file`` of another model.
@@ -149,6 +151,7 @@ class CombinedModel(nn.Module):
     std: torch.Tensor
     pyramid: Pyramid | None
     segmentation: SegmentationBranch | None
+    norm: nn.LayerNorm | None  # of the pooled features, where the classifier sees them
 
     def __init__(
         self,
@@ -184,11 +187,12 @@ class CombinedModel(nn.Module):
         train_depthwise_in_fp32(self)
         evidence = 2 if task == "B" else 0
         pooled = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.parts = [pooled, *(self._level_sizes() if levels else [])]
-        self.norm, self.level_norms = nn.LayerNorm(pooled), nn.ModuleList(nn.LayerNorm(size) for size in self.parts[1:])
+        self.parts = [] if levels == "mask" else [pooled, *(self._level_sizes() if levels else [])]
+        self.norm = nn.LayerNorm(pooled) if self.parts else None
+        self.level_norms = nn.ModuleList(nn.LayerNorm(size) for size in self.parts[1:])
         features = sum(self.parts)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(features + evidence, 2)
-        if evidence:  # at first the image's log-odds are half those of its highest pixels
+        if evidence:  # at first the image's log-odds are half those of its highest 5% of pixels
             with torch.no_grad():
                 self.classifier.weight[:, features:] = torch.tensor([[-0.25, 0.0], [0.25, 0.0]])
 
@@ -251,12 +255,7 @@ class CombinedModel(nn.Module):
         self, images: torch.Tensor, final: torch.Tensor, stages: list[torch.Tensor], tokens: list[torch.Tensor]
     ) -> Output:
         """Both branches on what ``encode`` returned for the same images."""
-        with in_fp32(final):
-            features = self.backbone.forward_head(final.float(), pre_logits=True)
-            levels = [token.float() for token in tokens]
-            if self.level_norms and not self.sees_tokens:
-                levels = [_statistics(stage.float()) for stage in stages[-LEVELS:]]
-            features = torch.cat([features, *levels], 1)
+        features = self._seen(final, stages, tokens)
         if self.segmentation is None:
             return Output(self.classify(features), None, features)
         height, width = images.shape[-2:]
@@ -266,14 +265,25 @@ class CombinedModel(nn.Module):
         mask = mask_logits.detach().float().sigmoid()  # the image loss must not train masks: fully redrawn images have none
         return Output(self.classify(features, mask), mask_logits, features)
 
+    def _seen(self, final: torch.Tensor, stages: list[torch.Tensor], tokens: list[torch.Tensor]) -> torch.Tensor:
+        """What the classifier sees of the backbone's features, ``(N, C)``."""
+        if self.norm is None:
+            return final.new_zeros(len(final), 0, dtype=torch.float32)
+        with in_fp32(final):
+            levels = [token.float() for token in tokens]
+            if self.level_norms and not self.sees_tokens:
+                levels = [_statistics(stage.float()) for stage in stages[-LEVELS:]]
+            return torch.cat([self.backbone.forward_head(final.float(), pre_logits=True), *levels], 1)
+
     def classify(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``Output.features`` ``(N, C)`` and for Task B mask probabilities ``(N, 1, H, W)`` to logits ``(N, 2)``.
 
         Always in fp32: bf16 would change probabilities by up to 0.02.
         """
         with in_fp32(features):
-            parts = zip([self.norm, *self.level_norms], features.float().split(self.parts, 1), strict=True)
-            features = self.dropout(torch.cat([norm(part) for norm, part in parts], 1))
+            if self.norm is not None:
+                parts = zip([self.norm, *self.level_norms], features.float().split(self.parts, 1), strict=True)
+                features = self.dropout(torch.cat([norm(part) for norm, part in parts], 1))
             return self.classifier(features if mask is None else torch.cat([features, _mask_evidence(mask.float())], 1))
 
     def train(self, mode: bool = True) -> CombinedModel:
@@ -296,7 +306,7 @@ class CombinedModel(nn.Module):
         self.keep_statistics = keep_statistics
         groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
         layer_of = {name: int(layer) for name, layer in groups.items()}
-        last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm")))
+        last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm", "attn_pool")))
         first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
         adapters = {name for name in layer_of if is_adapter(name)}
         for name, parameter in self.backbone.named_parameters():
@@ -356,8 +366,8 @@ def _mask_evidence(mask: torch.Tensor) -> torch.Tensor:
     return torch.logit(torch.stack([top.mean(1), coarse.mean(1)], 1).clamp(*EVIDENCE))
 
 
-def build_model(params: Params, task: str, *, levels: bool | str = "tokens") -> CombinedModel:
-    """The model that a run trains for a task, with initial weights; ``levels`` are for Task A alone.
+def build_model(params: Params, task: str, *, levels: bool | str | None = None) -> CombinedModel:
+    """The model that a run trains for a task, with initial weights; its ``levels`` are those of new models unless given.
 
     Raises as ``CombinedModel`` does, and ``ValueError`` if tiles are larger than the backbone takes, or a constrained run would
     start from another run's checkpoint, whose training data are not known.
@@ -377,7 +387,7 @@ def build_model(params: Params, task: str, *, levels: bool | str = "tokens") -> 
         pretrained=params.pretrained,
         pretrained_file=params.pretrained_file,
         image_side=params.crop_size,
-        levels=levels if task == "A" else False,  # on Task B they helped on known manipulations alone
+        levels=levels if levels is not None else {"A": "tokens", "B": "mask"}[task],
     )
     if task == "B" and model.image_side and params.tile_size > model.image_side:
         raise ValueError(

@@ -106,7 +106,7 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
     saved, begun = resume.find_resumable(run, task, trained_with)
     without_weights = {"pretrained": False, "pretrained_file": None}  # saved ones will replace them
     params = run.params.model_copy(update=without_weights) if saved else run.params
-    model = build_model(params, task, levels=_levels_of(saved) if saved else "tokens").to(machine.device)
+    model = build_model(params, task, levels=_levels_of(saved) if saved else None).to(machine.device)
     val_rows = deciding_first(val_rows, decides, run.params.val_limit, run.params.seed_for())
     state = TrainingState(
         run, task, model, machine, train_rows, val_rows, equalize, donors, trained_with=trained_with, begun=begun
@@ -122,7 +122,9 @@ def _begin(run: Run, task: str, manifest: pd.DataFrame, machine: Machine) -> tup
 
 
 def _levels_of(saved: SavedState) -> bool | str:
-    """What a saved model's classifier sees of earlier levels: those of earlier versions had none, or stages alone."""
+    """What a saved model's classifier sees of its backbone: those of earlier versions saw pooled features, or stages too."""
+    if "norm.weight" not in saved.model:
+        return "mask"
     sizes = [len(weight) for name, weight in saved.model.items() if name.startswith("level_norms.") and name.endswith("weight")]
     if set(sizes) == {len(saved.model["norm.weight"])}:
         return "tokens"

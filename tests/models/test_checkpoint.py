@@ -33,7 +33,7 @@ def test_a_checkpoint_of_a_classifier_without_levels_says_what_it_said(tmp_path:
     assert torch.equal(after(images).logits, before(images).logits)
     assert not after.sees_whole
     assert build_model(Params(**TINY), "A").sees_whole, "and a new one has them"
-    assert not build_model(Params(**TINY), "B").config["levels"]
+    assert build_model(Params(**TINY), "B").config["levels"] == "mask"
 
 
 def test_checkpoint_of_another_task_is_refused(tmp_path: Path):

@@ -119,7 +119,7 @@ def test_all_stages():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_threads_change_nothing_in_bf16(task):
     torch.manual_seed(0)
-    model = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else False).eval()
+    model = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else "mask").eval()
     model = model.to(memory_format=torch.channels_last)
     outputs, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -169,9 +169,10 @@ def test_a_backbone_without_a_single_first_convolution_says_so():
         _widen(backbone, 3, pretrained=False)
 
 
-def test_image_and_mask_agree_from_the_start():
+@pytest.mark.parametrize("levels", [False, "mask"])
+def test_image_and_mask_agree_from_the_start(levels):
     torch.manual_seed(0)
-    model = CombinedModel("B", "test_convnext", decoder_channels=16).eval()
+    model = CombinedModel("B", "test_convnext", decoder_channels=16, levels=levels).eval()
     features, found = torch.zeros(1, sum(model.parts)), torch.full((1, 1, 64, 64), 0.01)
     with torch.no_grad():
         empty = model.classify(features, found).softmax(1)[0, 1]
@@ -230,7 +231,7 @@ def test_noise_is_what_the_published_kernels_leave():
 @pytest.mark.parametrize("task", ["A", "B"])
 def test_the_head_gives_in_bf16_what_it_gives_in_fp32(task):
     torch.manual_seed(0)
-    network = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else False).eval()
+    network = CombinedModel(task, "test_convnext", decoder_channels=16, levels="tokens" if task == "A" else "mask").eval()
     torch.nn.init.normal_(network.classifier.weight)
     features = torch.randn(64, sum(network.parts)) * 5
     mask = torch.rand(64, 1, 64, 64) ** 8 if task == "B" else None
@@ -276,6 +277,19 @@ def test_a_model_that_learned_from_residuals_in_bf16_keeps_them(tmp_path):
             assert old.segmentation.shallow[0](images).dtype == torch.bfloat16
         torch.testing.assert_close(old.residual(images), of_new, atol=5e-2, rtol=0)  # levels between whole ones are rounded
         save_checkpoint(tmp_path / "old.pth", old)  # and so does what is made of it
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_task_b_decides_by_its_mask_alone(mixed):
+    torch.manual_seed(0)
+    network = CombinedModel("B", "test_convnext", decoder_channels=16, levels="mask").eval()
+    images = torch.rand(3, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found = network(images)
+        again = network.classify(torch.zeros(3, 0), found.mask_logits.float().sigmoid())
+    assert found.features.shape == (3, 0) and found.features.dtype == torch.float32
+    assert torch.equal(found.logits, again)
+    assert network.norm is None and not network.level_norms
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64)])

@@ -38,7 +38,7 @@ FAMILIES = {
 
 def built(task: str, backbone: str) -> CombinedModel:
     torch.manual_seed(0)
-    return CombinedModel(task, backbone, decoder_channels=16, image_side=SIDE, levels="tokens" if task == "A" else False)
+    return CombinedModel(task, backbone, decoder_channels=16, image_side=SIDE, levels="tokens" if task == "A" else "mask")
 
 
 def table_row(family: str, model: CombinedModel) -> str:

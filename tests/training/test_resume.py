@@ -41,19 +41,28 @@ def test_a_stopped_training_ends_as_one_that_was_not(task, homes, monkeypatch):
     assert metrics[columns].equals(expected[columns])
 
 
-@pytest.mark.parametrize(("backbone", "levels"), [("test_convnext", False), ("test_vit", True), ("test_vit", "tokens")])
-def test_a_training_goes_on_with_the_levels_that_it_began_with(backbone, levels, tiny_run, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "backbone", "levels"),
+    [
+        ("A", "test_convnext", False),
+        ("A", "test_vit", True),
+        ("A", "test_vit", "tokens"),
+        ("B", "test_convnext", False),
+        ("B", "test_convnext", "mask"),
+    ],
+)
+def test_a_training_goes_on_with_the_levels_that_it_began_with(task, backbone, levels, tiny_run, monkeypatch):
     tiny_run = changed(tiny_run, backbone=backbone)
-    manifest, build, loss = build_manifest(tiny_run, "A"), training.build_model, epochs.batch_loss
+    manifest, build, loss = build_manifest(tiny_run, task), training.build_model, epochs.batch_loss
     monkeypatch.setattr(training, "build_model", lambda params, task, **_: build(params, task, levels=levels))
     monkeypatch.setattr(epochs, "batch_loss", stopping(loss, lambda call: call == 4)[0])
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_run, "A", manifest)
+        train(tiny_run, task, manifest)
     monkeypatch.setattr(training, "build_model", build)
     monkeypatch.setattr(epochs, "batch_loss", loss)
-    assert len(train(tiny_run, "A", manifest)) == 2
-    model, _ = load_model(tiny_run.finetuned_model("A"), "A")
-    assert model.sees_whole == bool(levels)
+    assert len(train(tiny_run, task, manifest)) == 2
+    model, _ = load_model(tiny_run.finetuned_model(task), task)
+    assert model.config["levels"] == levels
     assert model.sees_tokens == (levels == "tokens")
 
 
