@@ -355,7 +355,7 @@ class _TiledImage:
 
 
 def used_scales(params: Params, shape: tuple[int, int]) -> list[float]:
-    """The scales at which an image is looked at: of a pyramid, halves down to the one whose longer side is nearest to a crop's."""
+    """The scales at which an image is looked at: of a pyramid, halves down to the one nearest to a crop."""
     if params.mask_scales != "pyramid":
         return params.mask_scales
     return [0.5**level for level in range(1 + max(0, round(np.log2(max(shape) / params.crop_size))))]

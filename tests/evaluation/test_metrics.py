@@ -132,7 +132,8 @@ def test_thresholds_with_few_false_alarms_are_the_best_of_all(seed):
         assert localization_metrics(histograms, loc_threshold)["iou_manipulated"] == pytest.approx(max(ious))
         quiet = [at for at in np.arange(0.05, 1.1, 0.1) if (probs[labels == 0] >= at).mean() <= limit]
         submitted = [
-            localization_metrics(histograms, loc_threshold, probs >= at)["submitted_iou_manipulated"] for at in (threshold, *quiet)
+            localization_metrics(histograms, loc_threshold, probs >= at)["submitted_iou_manipulated"]
+            for at in (threshold, *quiet)
         ]
         assert (probs[labels == 0] >= threshold).mean() <= limit
         assert submitted[0] == pytest.approx(max(submitted[1:]))

@@ -77,7 +77,9 @@ def test_flips_and_scales_put_every_pixel_in_its_place(shape, scales):
     assert np.abs(mask - smooth[..., 0] / 255).max() < 0.05
 
 
-@pytest.mark.parametrize(("shape", "count"), [((20, 30), 1), ((40, 45), 1), ((46, 10), 2), ((64, 10), 2), ((150, 200), 4), ((513, 20), 5)])
+@pytest.mark.parametrize(
+    ("shape", "count"), [((20, 30), 1), ((40, 45), 1), ((46, 10), 2), ((64, 10), 2), ((150, 200), 4), ((513, 20), 5)]
+)
 def test_a_pyramid_halves_an_image_down_to_about_a_crop(shape, count, rng):
     seen = []
 
