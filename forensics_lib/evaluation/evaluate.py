@@ -46,7 +46,7 @@ INTERVALS = ("auc", "ap", "f1", "accuracy", "balanced_accuracy", "precision", "r
 PLATFORMS = frozenset(["facebook", "instagram", "linkedin", "pinterest", "reddit", "telegram", "tiktok", "twitter", "x"])
 RULES = {
     "A": "best F1 on validation",
-    "B": f"best mean IoU, of masks, then as submitted with at most {FALSE_ALARMS:.0%} of authentic images called, on validation",
+    "B": f"best mean IoU, then best as submitted with at most {FALSE_ALARMS:.0%} of authentic images called, on validation",
 }
 RANKED_BY_IOU = "best mean IoU over manipulated images, then best mean IoU as submitted over all images, on validation"
 
