@@ -156,7 +156,8 @@ def test_everything_is_reported_of_a_handful_of_images(tiny_run, answers, counts
         told += [captions.example_gallery(found, which) for which in plots.EXAMPLES]
         assert not any("nan" in sentence for sentence in told)
     browse_evaluated_masks(run, found)
-    assert "Limits" in build_card(run, "B").read_text() and build_report(run).is_file()
+    card = build_card(run, "B").read_text()
+    assert "Limits" in card and f"tiles of {run.params.tile_size} pixels" in card and build_report(run).is_file()
 
 
 def test_galleries_without_an_image_say_so(tiny_run):
