@@ -25,6 +25,7 @@ from forensics_lib.models.residuals import RESIDUAL_CHANNELS, NoiseResidual
 from forensics_lib.params import Params
 
 LEVELS = 4  # the last stages, or blocks of a plain transformer without class tokens, whose statistics the classifier sees
+AFTER_STAGES = ("head", "norm", "fc_norm", "attn_pool")  # parts of a timm model
 EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
 
 
@@ -298,19 +299,21 @@ class CombinedModel(nn.Module):
         return self
 
     def freeze_backbone(self, trainable_stages: int | str = 0, *, keep_statistics: bool = False) -> None:
-        """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); ``"all"`` freezes nothing.
+        """Freeze the backbone but for its last ``trainable_stages`` (timm's coarse groups); of ``"all"`` none is frozen.
 
+        What follows the stages is frozen where the classifier sees the mask alone, and nothing would reach it.
         Where the backbone has adapters, they alone are trained of these stages.  With ``keep_statistics`` batch normalization
         goes on with the means and variances that it has, those of pretraining, as it did while the head was trained.
         """
         self.keep_statistics = keep_statistics
         groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True), reverse=True)
         layer_of = {name: int(layer) for name, layer in groups.items()}
-        last = max(layer for name, layer in layer_of.items() if not name.startswith(("head", "norm", "fc_norm", "attn_pool")))
+        last = max(layer for name, layer in layer_of.items() if name.partition(".")[0] not in AFTER_STAGES)
         first = 0 if trainable_stages == "all" else last - int(trainable_stages) + 1
         adapters = {name for name in layer_of if is_adapter(name)}
         for name, parameter in self.backbone.named_parameters():
             trained = layer_of[name] >= first and (not adapters or name in adapters)
+            trained = trained and not (self.norm is None and name.partition(".")[0] in AFTER_STAGES)
             trained = trained or name == self.first_conv  # whose residual channels are untrained
             parameter.requires_grad_(trainable_stages != 0 and trained)
 

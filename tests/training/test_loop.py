@@ -467,6 +467,7 @@ def test_fp16_trains_with_scaled_losses_and_goes_on_with_its_scale(tiny_run):
 def test_parameters_without_gradients_are_looked_for_where_there_are_some(task, tiny_run):
     rows, model = usable(build_manifest(tiny_run, task), "train"), build_model(tiny_run.params, task)
     state = epochs.TrainingState(tiny_run, task, model, machine.choose_machine(tiny_run.params), rows, rows, equalize=False)
+    model.freeze_backbone("all")
     assert not epochs.some_get_no_gradient(state)
     model.spare = torch.nn.LayerNorm(4)
     assert epochs.some_get_no_gradient(state)
