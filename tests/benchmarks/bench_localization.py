@@ -527,7 +527,7 @@ _ANSWER = """- **Finds** manipulations of the kinds that it is trained on, on ot
   manipulations are submitted empty: IoU as submitted {real_submitted_iou:.2f} and {edits_submitted_iou:.2f}.
 - **Cries wolf**, as submitted, over {real_submitted_flagged_authentic:.0%} of the authentic photographs of the real pairs,
   {edits_submitted_flagged_authentic:.0%} of those of the edits and {test_submitted_flagged_authentic:.0%} of the test's:
-  they have over 1% of their pixels flagged. The limit is 10% of the validation photographs.
+  they have over 1% of their pixels flagged. Of the validation photographs at most 10% may be called manipulated.
 
 ![Image, truth, probability and decision, from the best mask to the worst](masks.png)
 
