@@ -65,7 +65,7 @@ def make_run(data: Path, options: argparse.Namespace, **changes: Any) -> Run:
         "epochs_finetune": max(2, round(options.steps / updates)),
         "lr_finetune": 3e-3 if options.small else 1e-4,
         "val_limit": 32,
-        "crop_size": 32 if options.small else 224,
+        "crop_size": 64 if options.small else 224,  # in less a mask is hardly learned
         "tile_size": 64 if options.small else 512,
         "workers": 0 if options.small else "auto",
     }

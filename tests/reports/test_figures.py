@@ -55,7 +55,7 @@ def test_the_probabilities_of_crops_are_those_that_make_the_image_s(untrained, s
 
 
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("values", [{"mask_scales": [1.0, 0.5], "tile_size": 32}, {"mask_scales": "pyramid", "crop_size": 33}])
+@pytest.mark.parametrize("values", [{"mask_scales": [1.0, 0.5], "tile_size": 32}, {"mask_scales": "pyramid", "crop_size": 50}])
 def test_the_masks_of_the_scales_are_those_that_make_the_mask(untrained, label, values):
     run = changed(untrained, **values)
     row, machine = row_of(run, "B", label), choose_machine(run.params)
