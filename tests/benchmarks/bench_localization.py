@@ -563,9 +563,9 @@ in nothing but scales from `photographs` and in `tried`; and what `donors` had o
 real pairs and edits. The recipe has the donors, and shrinks squares of images of at least twice `crop_size` alone, since on
 small images the larger squares hurt; on edits `donors`, with squares of any image, is ahead of it. `former` are three seeds of
 the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. `lite2`, a
-backbone of nearly twice the size, differs from `6 epochs` by less than seeds do. `pooled features` is CLIP's recipe before; what
-replaced it was chosen by what it did on some of the real pairs and edits. These runs shared the machine with other work, so
-their seconds say little.
+backbone of nearly twice the size, differs from `6 epochs` by less than seeds do. `pooled features` is CLIP's recipe before;
+what replaced it was chosen by what it did on some of the real pairs and edits. These runs shared the machine with other work,
+so their seconds say little.
 """
 
 

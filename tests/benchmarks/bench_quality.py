@@ -479,8 +479,8 @@ _ANSWER = """# Quality of Task A
 - **Finds in part** images of generators from 2023 to 2026: AUC {modern_modern_auc:.2f} with 88 modern images in training,
   {constrained_modern_auc:.2f} with official data (a small backbone: {small_modern_modern_auc:.2f} and
   {small_constrained_modern_auc:.2f}). Chance is 0.50.
-- **Open data** (Stable Diffusion 1.5, StyleGAN2 and photographs): AUC {open_val_auc:.2f} on val, {open_test_auc:.2f} on test and
-  {open_modern_auc:.2f} on the modern test (a small backbone: {small_open_val_auc:.2f}, {small_open_test_auc:.2f} and
+- **Open data** (Stable Diffusion 1.5, StyleGAN2 and photographs): AUC {open_val_auc:.2f} on val, {open_test_auc:.2f} on test,
+  {open_modern_auc:.2f} on the modern test (a small backbone: {small_open_val_auc:.2f}, {small_open_test_auc:.2f},
   {small_open_modern_auc:.2f}). They help with the generators that they hold.
 - **Cries wolf** over {constrained_val_fpr:.0%} of val's photographs, {constrained_test_fpr:.0%} of test's and
   {constrained_modern_fpr:.0%} of the modern test's ({modern_modern_fpr:.0%} with modern data), at the threshold of the best F1
