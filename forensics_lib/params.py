@@ -201,7 +201,7 @@ class ModelKeys(Keys):
     frontend: Literal["rgb", "srm"] = Field("rgb", description="what the network sees: RGB, or RGB and SRM noise residuals")
     decoder_channels: int = Field(128, ge=16, multiple_of=16, **ONLY_B, description="Task B decoder width, channels")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate of the backbone, probability")
-    dropout: float = Field(0.2, ge=0, lt=1, description="dropout before the classifier, probability")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout of the backbone's features in the classifier, probability")
     mask_weight: float = Field(1.0, ge=0, **ONLY_B, description="Task B loss = cross-entropy + mask_weight x mask loss")
     authentic_weight: float = Field(
         4.0, ge=0, **ONLY_B, description="how many times the pixels of authentic images count in the mask loss"

@@ -135,7 +135,7 @@ class CombinedModel(nn.Module):
         frontend: "rgb", or "srm" for noise residuals as nine more input channels of the backbone.
         decoder_channels: width of the segmentation branch.
         drop_path: stochastic depth of the backbone, a probability.
-        dropout: dropout before the classifier, a probability.
+        dropout: dropout of what the classifier sees of the backbone, a probability.
         pretrained: start the backbone from timm's pretrained weights.
         pretrained_file: file of these weights, or a run's checkpoint, instead of a download.
         image_side: side of the largest images, pixels, for backbones that take one size alone; others ignore it.
