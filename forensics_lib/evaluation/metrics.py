@@ -309,7 +309,7 @@ def quiet_thresholds(
     alarms = (~manipulated).cumsum() / max(1, (~manipulated).sum())
     gains = np.append(0, (iou * manipulated).cumsum())  # of calling the first 0, 1, ... images
     gains[1:][alarms > limit] = -np.inf
-    return _threshold_after(ranked, _best_count(gains, ranked)), bin_threshold(column)
+    return _best_threshold(ranked, gains), bin_threshold(column)
 
 
 def iou_thresholds(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[float, float]:
@@ -322,7 +322,7 @@ def iou_thresholds(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray
     """
     ranked, manipulated, iou, column = _ranked(labels, probs, histograms)
     gains = np.append(0, (iou - ~manipulated).cumsum())  # of calling the first 0, 1, ... images
-    return _threshold_after(ranked, _best_count(gains, ranked)), bin_threshold(column)
+    return _best_threshold(ranked, gains), bin_threshold(column)
 
 
 def _ranked(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -335,10 +335,10 @@ def _ranked(labels: np.ndarray, probs: np.ndarray, histograms: np.ndarray) -> tu
     return probs[order], manipulated, iou[:, column], column
 
 
-def _best_count(gains: np.ndarray, ranked: np.ndarray) -> int:
-    """How many of the ``ranked`` images (N,) to call; ``gains`` (N + 1,) are of calling the first 0, 1, ... of them."""
+def _best_threshold(ranked: np.ndarray, gains: np.ndarray) -> float:
+    """The best for probabilities ``ranked`` (N,); ``gains`` (N + 1,) are of calling the first 0, 1, ... of them."""
     gains[1:-1][ranked[1:] == ranked[:-1]] = -np.inf  # no threshold separates equal probabilities
-    return int(gains.argmax())
+    return _threshold_after(ranked, int(gains.argmax()))
 
 
 def _best_bin(iou: np.ndarray) -> int:

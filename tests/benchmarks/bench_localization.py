@@ -435,8 +435,8 @@ def _targets(runs: list[dict[str, Any]], of_floors: dict[str, Any]) -> pd.DataFr
 def _changes(runs: list[dict[str, Any]]) -> pd.DataFrame:
     """The real pairs as they are, and after each of ``CHANGES``."""
     rows = []
-    for run in runs:
-        for name, facts in ({"none": run["real"]} | run["changes"] if "changes" in run else {}).items():
+    for run in (run for run in runs if "changes" in run):
+        for name, facts in ({"none": run["real"]} | run["changes"]).items():
             row = {"recipe": _title(*_kind(run)), "change": name}
             rows.append(row | {_COLUMNS[key]: facts[key] for key in ("iou", "submitted_iou", "pixel_auc", "auc", "fpr")})
     return pd.DataFrame(rows)
