@@ -269,7 +269,7 @@ class CombinedModel(nn.Module):
     def _seen(self, final: torch.Tensor, stages: list[torch.Tensor], tokens: list[torch.Tensor]) -> torch.Tensor:
         """What the classifier sees of the backbone's features, ``(N, C)``."""
         if self.norm is None:
-            return final.new_zeros(len(final), 0, dtype=torch.float32)
+            return final.new_zeros(final.shape[0], 0, dtype=torch.float32)  # len() would fix the batch in an export
         with in_fp32(final):
             levels = [token.float() for token in tokens]
             if self.level_norms and not self.sees_tokens:
