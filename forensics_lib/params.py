@@ -256,6 +256,7 @@ class InferenceKeys(Keys):
         "pyramid", **ONLY_B, description="Task B: scales at which an image is looked at, a list, or pyramid: 1, 1/2, ..."
     )
     mask_flips: bool = Field(False, **ONLY_B, description="Task B: whether the mirrored image is looked at too")
+    copy_move: bool = Field(False, **ONLY_B, description="Task B: whether parts that an image holds twice count as manipulated")
 
 
 class MachineKeys(Keys):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from forensics_lib.device import Machine
+from forensics_lib.images.copies import copied_parts
 from forensics_lib.images.crops import chosen_crops, fitted, pad_to, seen_whole, to_tensor, whole_crops
 from forensics_lib.images.degradations import KERNELS, Encoding, degrade, recompress, resize
 from forensics_lib.images.io import ImageError, decoded, open_image, pixels_in, read_image
@@ -331,7 +332,8 @@ Change = Callable[[np.ndarray], np.ndarray]  # of an image, to an image
 class InferenceImages(Dataset):
     """Images for inference: samples have the index, and an ``(H, W, 3)`` uint8 image, its crops, or an error.
 
-    Crops are ``chosen_crops`` and, with ``whole``, ``whole_crops``.
+    Crops are ``chosen_crops`` and, with ``whole``, ``whole_crops``.  With ``copies`` an image without crops has its ``copied``
+    parts beside it, ``(H, W)`` bool.
     ``change`` is applied to each image first, for robustness measurements.  If the manifest has a column ``content``, its
     bytes, if any, replace the file at ``path``.
     """
@@ -344,9 +346,10 @@ class InferenceImages(Dataset):
         change: Change | None = None,
         *,
         whole: bool = False,
+        copies: bool = False,
     ) -> None:
         self.rows = Columns(manifest, ["path", "content"] if "content" in manifest else ["path"])
-        self.crop_size, self.crops, self.change, self.whole = crop_size, crops, change, whole
+        self.crop_size, self.crops, self.change, self.whole, self.copies = crop_size, crops, change, whole, copies
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -361,7 +364,7 @@ class InferenceImages(Dataset):
         except ImageError as error:
             return {"index": index, "error": str(error)}
         if self.crop_size is None:
-            return {"index": index, "image": image}
+            return {"index": index, "image": image} | ({"copied": copied_parts(image)} if self.copies else {})
         native = chosen_crops(image, self.crop_size, self.crops)
         crops = native + (whole_crops(image, self.crop_size) if self.whole else [])
         return {"index": index, "crops": torch.stack([to_tensor(crop) for crop in crops]), "native": len(native)}

@@ -88,7 +88,7 @@ def _params(run: Run, task: str) -> Params:
     """The parameters that the thresholds were chosen with, for a check in fp32 at one scale."""
     own = run.params.of_prediction(task)
     chosen = {key: value for key, value in trained_by(run, task)["params"].items() if key in own}
-    exact = {"device": "cpu", "precision": "fp32", "workers": 0, "mask_scales": [1.0], "mask_flips": False}
+    exact = {"device": "cpu", "precision": "fp32", "workers": 0, "mask_scales": [1.0], "mask_flips": False, "copy_move": False}
     return run.params.model_copy(update=chosen | exact)
 
 

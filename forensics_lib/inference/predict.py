@@ -16,6 +16,7 @@ from PIL import Image
 
 from forensics_lib.data.datasets import InferenceImages, stream
 from forensics_lib.device import DeviceMemoryError, Machine, choose_machine, lost_device_is_told, memory_of
+from forensics_lib.images.copies import copied_parts
 from forensics_lib.images.crops import at_scale, to_tensor
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.probabilities import sigmoid
@@ -24,6 +25,8 @@ from forensics_lib.params import Params
 from forensics_lib.utils.progress import progress
 
 BROUGHT = ("detector", "ensemble")  # parameters of runs that train no model of their own
+ADDED = {"copy_move": False}  # parameters that earlier versions had not, as they predicted
+COPIED = 0.95  # probability of parts that an image holds twice: of authentic photographs, 3 in 100 seem to
 WAITING_PIXELS = 2**25  # of images whose tiles wait for others to fill a batch, at most: their masks take four bytes each
 
 
@@ -38,7 +41,7 @@ def _settings(params: Params, task: str) -> dict[str, Any]:
 
 def other_settings(chosen: dict[str, Any], params: Params, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of inference that differ: as thresholds were ``chosen`` with, and as they are; empty where none does."""
-    there = dict.fromkeys(BROUGHT) | chosen
+    there = dict.fromkeys(BROUGHT) | ADDED | chosen
     wanted = dict.fromkeys(BROUGHT) | _settings(params, task)
     wanted |= {"tile_overlap": params.tile_overlap}  # which earlier versions could change
     here = {name: value for name, value in wanted.items() if name in there and there[name] != value}
@@ -195,7 +198,7 @@ def predict_masks(
     Args:
         model: a model of Task B.
         rows: one row per image with its ``path``, or its ``content``.
-        params: tile_size, mask_scales and mask_flips are used.
+        params: tile_size, mask_scales, mask_flips and copy_move are used.
         machine: from ``choose_machine``.
         change: applied to each image ``(H, W, 3)`` uint8 first; the mask has the size of its result.
         title: of the progress display.
@@ -206,9 +209,11 @@ def predict_masks(
     model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
     tiles = _Tiles(model, params, machine)
     waiting: deque[tuple[Prediction, _TiledImage | None]] = deque()  # images in order
-    for sample in progress(stream(InferenceImages(rows, change=change), machine), title, total=len(rows)):
+    images = InferenceImages(rows, change=change, copies=params.copy_move)
+    for sample in progress(stream(images, machine), title, total=len(rows)):
         prediction = Prediction(sample["index"], float("nan"), sample.get("error"))
-        waiting.append((prediction, None if "error" in sample else tiles.of(np.asarray(sample["image"]))))
+        copied = np.asarray(sample["copied"]) if "copied" in sample else None
+        waiting.append((prediction, None if "error" in sample else tiles.of(np.asarray(sample["image"]), copied)))
         if sum(image.pixels for _, image in waiting if image) > WAITING_PIXELS:
             tiles.flush()
         yield from _complete_masks(waiting, tiles)
@@ -234,20 +239,22 @@ def predict_mask(model: CombinedModel, image: np.ndarray, params: Params, machin
 
     An image of at most ``tile_size`` on both sides is processed whole, a larger one in overlapping tiles whose masks are
     blended with weights that fall off linearly in the overlap.  Masks of the mirrored image (``mask_flips``) and of other
-    scales (``mask_scales``) are averaged.  The classifier then gets the whole mask and the mean features of all tiles.
-    Beside the image the memory needed is two float32 masks, a smaller one for each further scale, and a batch of tiles.
+    scales (``mask_scales``) are averaged.  The classifier then gets the whole mask, and of earlier checkpoints the mean
+    features of all tiles.  With ``copy_move``, parts that the image holds twice, and the image that does, are manipulated with
+    a probability of at least ``COPIED``.  Beside the image the memory needed is two float32 masks, a smaller one for each
+    further scale, and a batch of tiles.
 
     Args:
         model: a model of Task B, on the machine's device and in evaluation mode.
         image: ``(H, W, 3)`` uint8 RGB.
-        params: tile_size, mask_scales and mask_flips are used.
+        params: tile_size, mask_scales, mask_flips and copy_move are used.
         machine: from ``choose_machine``.
 
     Returns:
         The probability of being manipulated (not calibrated), and the mask ``(H, W)`` float16 in [0, 1].
     """
     tiles = _Tiles(model, params, machine)
-    tiled = tiles.of(image)
+    tiled = tiles.of(image, copied_parts(image) if params.copy_move else None)
     tiles.flush()
     return tiles.result(tiled)
 
@@ -263,8 +270,11 @@ class _Tiles:
         self._whole = _Batches(partial(self._answers, model), machine.images_at_once(params.tile_size**2))
         self.flush = self._whole.flush
 
-    def of(self, image: np.ndarray) -> _TiledImage:
-        """Cut an image ``(H, W, 3)`` uint8 into tiles, at all scales; whole tiles wait for a full batch, or for ``flush``."""
+    def of(self, image: np.ndarray, copied: np.ndarray | None) -> _TiledImage:
+        """Cut an image ``(H, W, 3)`` uint8 into tiles, at all scales; whole tiles wait for a full batch, or for ``flush``.
+
+        ``copied`` are its ``copied_parts``, where they count.
+        """
         masks = []
         for scale in used_scales(self._params, image.shape[:2]):
             scaled = at_scale(image, scale)
@@ -279,7 +289,7 @@ class _Tiles:
             if not whole:
                 batches.flush()
             masks.append(mask)
-        return _TiledImage(image.shape[:2], masks)
+        return _TiledImage(image.shape[:2], masks, copied)
 
     @torch.inference_mode()
     def _answers(self, forward: Callable[[torch.Tensor], Output], tiles: torch.Tensor) -> list[tuple[np.ndarray, torch.Tensor]]:
@@ -309,7 +319,10 @@ class _Tiles:
         with self._machine.autocast():
             whole_mask = torch.from_numpy(total)[None, None].to(self._machine.device)
             logits = self._model.classify(features, whole_mask).float()
-        return sigmoid((logits[0, 1] - logits[0, 0]).item()), written_mask(total)
+        prob = sigmoid((logits[0, 1] - logits[0, 0]).item())
+        if image.copied is not None and image.copied.any():
+            prob, total[image.copied] = max(prob, COPIED), np.maximum(total[image.copied], COPIED)
+        return prob, written_mask(total)
 
 
 class _BlendedMask:
@@ -344,6 +357,7 @@ class _TiledImage:
 
     shape: tuple[int, int]
     masks: list[_BlendedMask]  # one for each scale
+    copied: np.ndarray | None  # (H, W) bool
 
     @property
     def complete(self) -> bool:

@@ -404,7 +404,7 @@ def tiling(run: Run, row: pd.Series) -> Figure:
     hide_axes(axes)
     for column, scale in zip(axes.T, scales, strict=False):
         _draw_tiles(column[0], at_scale(image, scale), scale, params)
-        alone = params.model_copy(update={"mask_scales": [scale]})
+        alone = params.model_copy(update={"mask_scales": [scale], "copy_move": False})
         _draw_mask(column[1], predict_mask(model, image, alone, machine)[1], "mask of these tiles")
     prob, mask = predict_mask(model, image, params, machine)
     truth, (above, below) = truth_mask(row, image.shape[:2]), axes[:, -1]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, picture, save
+from conftest import TINY, mid_greys, picture, save
 from PIL import Image
 from scipy.special import expit
 
@@ -216,6 +216,29 @@ def test_tiles_of_several_images_share_full_batches_and_change_no_result(tmp_pat
     for image, found in zip(images, together, strict=True):
         prob, mask = predict_mask(model, image, params, MACHINE)
         assert prob == found.prob and np.array_equal(mask, found.mask)
+
+
+def test_parts_that_an_image_holds_twice_count_as_manipulated(tmp_path, rng):
+    image = mid_greys(rng)
+    image[120:184, 150:214] = image[20:84, 20:84]
+    rows = pd.DataFrame({"path": [str(save(tmp_path / name, pixels)) for name, pixels in
+                                  (("copied.png", image), ("flat.png", np.full((90, 90, 3), 120, np.uint8)))]})  # fmt: skip
+    model = CombinedModel("B", "test_convnext", decoder_channels=16, levels="mask").eval()
+    params = PARAMS.model_copy(update={"copy_move": True})
+    plain, counted = (list(predict_masks(model, rows, one, MACHINE)) for one in (PARAMS, params))
+    parts = counted[0].mask > plain[0].mask
+    assert parts[30:70, 30:70].all() and parts[130:170, 160:200].all() and not parts[:, 220:].any()
+    assert (counted[0].mask[parts] == np.float16(predict.COPIED)).all() and counted[0].prob == predict.COPIED > plain[0].prob
+    assert counted[1].prob == plain[1].prob and np.array_equal(counted[1].mask, plain[1].mask), "nothing there is held twice"
+    alone = predict_mask(model, image, params, MACHINE)
+    assert alone[0] == counted[0].prob and np.array_equal(alone[1], counted[0].mask)
+
+
+def test_thresholds_of_before_copies_counted_are_of_another_prediction():
+    chosen = {"tile_size": PARAMS.tile_size}
+    now = PARAMS.model_copy(update={"copy_move": True})
+    assert predict.other_settings(chosen, now, "B") == ({"copy_move": False}, {"copy_move": True})
+    assert predict.other_settings(chosen, PARAMS, "B") == ({}, {})
 
 
 def test_images_that_wait_for_a_full_batch_are_bounded_by_their_pixels(tmp_path, rng, monkeypatch):
