@@ -91,6 +91,7 @@ class DataSet(BaseModel):
 
 
 Scales = tuple[Annotated[float, Field(gt=0, le=4)], Annotated[float, Field(gt=0, le=4)]]
+Shrinking = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Qualities = tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]]
 Sigmas = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
@@ -113,7 +114,7 @@ class Degradations(BaseModel):
     webp: float = Field(0.15, **PROBABILITY, description="probability of WebP where JPEG did not happen")
     webp_quality: Qualities = Field((55, 97), description="range of WebP's quality")
     social: float = Field(0.7, **PROBABILITY, description="probability of an upload: shrinking, then JPEG 4:2:0")
-    social_scale: Scales = Field((0.5, 1.0), description="range of an upload's scale")
+    social_scale: Shrinking = Field((0.5, 1.0), description="range of an upload's scale")
     social_quality: Qualities = Field((60, 92), description="range of an upload's JPEG quality")
 
     @field_validator("*")
@@ -279,6 +280,8 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
     def _file_name(cls, value: str) -> str:
         if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith((".", "-")):
             raise ValueError("must be a file name part: letters, digits, '-', '_' and '.', not starting with '.' or '-'")
+        if value.endswith("_taskB"):
+            raise ValueError("must not end with _taskB, as the files of Task B of another run do")
         return value
 
     @field_validator("mask_scales", mode="before")
@@ -313,6 +316,8 @@ class Params(MachineKeys, InferenceKeys, TrainingKeys, ModelKeys, DataKeys, RunK
             raise ValueError("aligned twins are for open runs: set run_type: open, or aligned: null")
         if self.forgeries and self.official_only("B"):
             raise ValueError("forgeries are for open runs and edition 2026: set run_type: open, or forgeries: null")
+        if self.lora_rank and self.finetune_stages == 0:
+            raise ValueError("lora_rank adapts the last finetune_stages, and there are none: set lora_rank: 0, or more stages")
         if self.epochs_head + self.epochs_finetune == 0:
             raise ValueError("epochs_head and epochs_finetune are both 0: nothing would be trained")
         return self

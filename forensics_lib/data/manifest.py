@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from forensics_lib.data.layouts import mask_names, masks_alike, read_test
 from forensics_lib.data.official import refuse_misuse, refuse_validation_rows
 from forensics_lib.data.readers import of_itw_sm, own_task, read_data_set, recognised, task_of
 from forensics_lib.data.rows import DONOR, LayoutError, Rows
+from forensics_lib.images.parquet import file_of
 from forensics_lib.params import DataSet
 from forensics_lib.run import Run, task_b_training_folders
 from forensics_lib.utils.files import from_home, home
+from forensics_lib.utils.progress import progress
 
 FEWEST = 10  # images of each class that validation images need to decide, if others have as many
 _CLASSES = {0: "authentic", 1: "synthetic or manipulated"}
@@ -302,6 +305,17 @@ def data_fingerprint(manifest: pd.DataFrame) -> str:
     """A hash of the images' paths, sizes in bytes, labels, masks and splits."""
     facts = manifest[["path", "label", "mask_path", "split", "bytes"]].to_csv(index=False)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def masks_fingerprint(manifest: pd.DataFrame) -> str:
+    """A hash of the contents of all mask files; of files that hold many masks, of their sizes."""
+    digest = hashlib.sha256()
+    paths = manifest["mask_path"].dropna().drop_duplicates().tolist()
+    for path in progress(paths, "reading masks", total=len(paths)):
+        with suppress(OSError):  # reading the mask will report it
+            inside = "#" in path
+            digest.update(str(Path(file_of(path)).stat().st_size).encode() if inside else Path(path).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def problems(manifest: pd.DataFrame, repeats: bool = True) -> pd.DataFrame:

@@ -98,7 +98,8 @@ class Evaluation:
 
     def surest(self, count: int = 8) -> pd.DataFrame:
         """The images whose probability is furthest on the right side of the threshold, half of each class."""
-        ranked = self.table.sort_values("prob", ascending=False, kind="stable")
+        right = (self.table["prob"] >= self.thresholds.threshold) == (self.table["label"] == 1)
+        ranked = self.table[right].sort_values("prob", ascending=False, kind="stable")
         positive, authentic = ranked[ranked["label"] == 1], ranked[ranked["label"] == 0]
         return pd.concat([authentic.tail(count // 2)[::-1], positive.head(count // 2)])
 

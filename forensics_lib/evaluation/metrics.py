@@ -86,8 +86,8 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
         threshold: images with at least this probability are called positive.
 
     Returns:
-        auc, ap, eer and tpr_at_5_fpr (NaN where one class is missing); f1, accuracy, balanced_accuracy, precision, recall
-        and fpr at the threshold; threshold.
+        auc, ap, eer and tpr_at_5_fpr; f1, accuracy, balanced_accuracy, precision, recall and fpr at the threshold; threshold.
+        NaN where the images of a class that a figure is of are missing.
 
     Raises:
         ValueError: values outside [0, 1].
@@ -101,9 +101,9 @@ def image_metrics(labels: np.ndarray, probs: np.ndarray, threshold: float) -> di
         "ap": float(average_precision_score(labels, probs)) if both else math.nan,
         "f1": f1_score(labels, probs >= threshold),
         "accuracy": (tp + tn) / max(len(labels), 1),
-        "balanced_accuracy": (recall + specificity) / 2,
+        "balanced_accuracy": (recall + specificity) / 2 if both else math.nan,
         "precision": tp / max(tp + fp, 1),
-        "recall": recall,
+        "recall": recall if tp + fn else math.nan,
         "fpr": 1 - specificity if tn + fp else math.nan,
         "eer": equal_error_rate(labels, probs) if both else math.nan,
         "tpr_at_5_fpr": recall_at_fpr(labels, probs, 0.05) if both else math.nan,

@@ -204,6 +204,8 @@ def as_file(image: Image.Image | np.ndarray) -> bytes:
     """
     try:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if isinstance(image, TiffImageFile) and image.fp is not None and image.tile:  # not loaded yet
+            _prepare_tiff(image)
         image.load()
         file = io.BytesIO()
         to_rgb(image).save(file, "PPM")
@@ -237,5 +239,7 @@ def grey_values(image: Image.Image) -> tuple[np.ndarray, int]:
         if not (low >= 0 and high <= 1):  # also where they are not finite
             raise UnusableImage(f"floats from {low:g} to {high:g} have no known white; they must lie in [0, 1]")
         return values, 1
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise UnusableImage(f"integers from {values.min()} to {values.max()} have no known white; they must have 16 bits")
     twelve = isinstance(image, TiffImageFile) and max(image.tag_v2.get(258, (16,))) == 12
     return values, 4095 if twelve else 65535

@@ -16,7 +16,7 @@ from forensics_lib.device import Machine, compile_where_it_pays
 from forensics_lib.images.io import ImageError
 from forensics_lib.images.masks import written_mask
 from forensics_lib.inference.predict import Prediction, predict_mask, predict_masks, predict_probabilities
-from forensics_lib.inference.probabilities import calibrated
+from forensics_lib.inference.probabilities import EDGE, calibrated
 from forensics_lib.models.checkpoint import load_model
 from forensics_lib.models.combined import CombinedModel
 from forensics_lib.params import Params
@@ -44,14 +44,16 @@ class FunctionDetector:
     def predict(self, rows: pd.DataFrame, machine: Machine, change: Change | None, title: str) -> Iterator[Prediction]:
         """The predictions for ``rows`` in order; an image that the function fails on has the reason as its error.
 
-        Raises ``DetectorError`` where it fails on each of them.
+        Raises ``DetectorError`` where it fails on each of them that can be read.
         """
         errors: list[str] = []
+        readable = 0
         for sample in progress(stream(InferenceImages(rows, change=change), machine), title, total=len(rows)):
             found = self._prediction(sample, rows)
-            errors += [found.error] if found.error else []
-            if len(errors) == len(rows):
-                raise DetectorError(f"no answer for any of {len(rows)} images; the first: {errors[0]}")
+            readable += "error" not in sample
+            errors += [found.error] if found.error and "error" not in sample else []
+            if sample["index"] == len(rows) - 1 and 0 < readable == len(errors):
+                raise DetectorError(f"no answer for any of {readable} images; the first: {errors[0]}")
             yield found
 
     def _prediction(self, sample: dict[str, Any], rows: pd.DataFrame) -> Prediction:
@@ -129,7 +131,8 @@ class Ensemble:
 
     def _mean(self, found: Sequence[tuple[float, np.ndarray | None]]) -> tuple[float, np.ndarray | None]:
         pairs = zip(found, self.members, strict=True)
-        odds = [logit(calibrated(np.array(prob), thresholds)) for (prob, _), (_, _, thresholds) in pairs]
+        sure = [calibrated(np.array(prob), thresholds) for (prob, _), (_, _, thresholds) in pairs]
+        odds = logit(np.clip(sure, EDGE, 1 - EDGE))  # finite: no member outvotes all others
         masks = [mask.astype(np.float32) for _, mask in found if mask is not None]
         return float(expit(np.mean(odds))), written_mask(np.mean(masks, axis=0)) if masks else None
 

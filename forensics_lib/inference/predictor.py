@@ -21,7 +21,7 @@ from forensics_lib.inference.detectors import predictions
 from forensics_lib.inference.predict import Prediction
 from forensics_lib.inference.probabilities import calibrated, check_finite, round_probs
 from forensics_lib.models.checkpoint import CheckpointError, load_model
-from forensics_lib.params import Params
+from forensics_lib.params import make_params, without_removed
 from forensics_lib.run import Thresholds
 from forensics_lib.utils.files import shown
 
@@ -101,7 +101,8 @@ class Predictor:
         self.task: str = content["config"]["task"]
         self.sample = bool(content.get("sample"))  # whether it knows the built-in sample alone
         self.thresholds = Thresholds.of(content["thresholds"])
-        self.params = Params(**content["inference"], backbone=content["config"]["backbone"], pretrained=False, device=device)
+        values = {"backbone": content["config"]["backbone"], "pretrained": False, "device": device}
+        self.params = make_params(without_removed(content["inference"]) | values, str(checkpoint))
         self._machine = choose_machine(self.params)
 
     def answers(

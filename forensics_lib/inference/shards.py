@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forensics_lib.data.headers import look
 from forensics_lib.data.layouts import mask_names
 from forensics_lib.data.manifest import build_test_manifest, data_fingerprint
 from forensics_lib.device import Machine, choose_machine
@@ -156,6 +157,7 @@ def _key(run: Run, task: str, model: Detector, rows: pd.DataFrame) -> str:
     identify(model, digest)
     digest.update(repr([run.params.of_prediction(task), run.params.precision]).encode())
     digest.update(data_fingerprint(rows).encode())
+    digest.update(look(rows["path"].tolist())[:, 1].tobytes())  # when they were written: others may have the same size
     return digest.hexdigest()[:16]
 
 

@@ -26,6 +26,7 @@ from forensics_lib.params import Params
 
 LEVELS = 4  # the last stages, or blocks of a plain transformer without class tokens, whose statistics the classifier sees
 AFTER_STAGES = ("head", "norm", "fc_norm", "attn_pool")  # parts of a timm model
+UNSEEN = (*AFTER_STAGES, "conv_head", "bn2")  # which no feature map of a stage comes from
 EVIDENCE = (0.002, 0.998)  # mask probabilities are clamped to these before their log-odds are taken
 
 
@@ -313,7 +314,7 @@ class CombinedModel(nn.Module):
         adapters = {name for name in layer_of if is_adapter(name)}
         for name, parameter in self.backbone.named_parameters():
             trained = layer_of[name] >= first and (not adapters or name in adapters)
-            trained = trained and not (self.norm is None and name.partition(".")[0] in AFTER_STAGES)
+            trained = trained and not (self.norm is None and name.partition(".")[0] in UNSEEN)
             trained = trained or name == self.first_conv  # whose residual channels are untrained
             parameter.requires_grad_(trainable_stages != 0 and trained)
 

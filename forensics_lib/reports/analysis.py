@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
@@ -271,7 +272,10 @@ def _training(data: list[list[dict[str, Any]]], runs: tuple[str, str]) -> pd.Dat
     columns: dict[str, dict[tuple[str, str], int]] = {}
     for run, rows in zip(runs, data, strict=True):
         for kind in ("authentic", "positive"):
-            train = {(row["data_set"].rpartition("/")[2], row["source"]): row[kind] for row in rows if row["split"] == "train"}
-            columns[f"{run}, {kind}"] = train
+            counts = Counter[tuple[str, str]]()
+            for row in rows:
+                if row["split"] == "train":
+                    counts[row["data_set"].rpartition("/")[2], row["source"]] += row[kind]
+            columns[f"{run}, {kind}"] = dict(counts)
     table = pd.DataFrame(columns).fillna(0).astype(int)
     return table.rename_axis(["data set", "source"]).reset_index() if len(table) else pd.DataFrame()

@@ -123,7 +123,7 @@ def _paired(both: pd.DataFrame, thresholds: list[float]) -> dict[str, tuple[floa
 def _parameters(facts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """The parameters in which the runs differ."""
     table = pd.DataFrame({run: pd.Series(parameters_in_force(paths_of(run)), dtype=object) for run in facts})
-    told = table.drop("run_name", errors="ignore").astype(str)
+    told = table.drop("run_name", errors="ignore").map(str)  # astype(str) would leave None as it is, unlike itself
     return told[told.ne(told.iloc[:, 0], axis=0).any(axis=1)]
 
 

@@ -46,9 +46,11 @@ def score_archive(archive: Path, truth: Path) -> pd.DataFrame:
             table = pd.read_csv(io.BytesIO(opened.read(SCORES)), dtype={"image_id": str}, keep_default_na=False)
             if list(table.columns) != HEADERS["B"]:
                 raise ScoreError(f"{archive.name}: {SCORES} has the columns {list(table.columns)}: validate it first")
+            if twice := table.loc[table["image_id"].duplicated(), "image_id"].tolist():
+                raise ScoreError(f"{archive.name}: {SCORES} lists {twice[0]} more than once: validate it first")
             masks = _true_masks(truth, table["image_id"].tolist())
             table["manipulated"], table["iou"] = zip(*_scored(opened, table, masks), strict=True)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ScoreError(f"{archive} is no complete Task B archive ({error}): validate it first") from None
     return table[["image_id", "manipulated", "label", "iou"]]
 
@@ -58,11 +60,22 @@ def _scored(opened: zipfile.ZipFile, table: pd.DataFrame, masks: dict[str, Path 
     found = []
     for row in progress(table.itertuples(index=False), "scoring masks", total=len(table)):
         content = opened.read(f"{Path(row.image_id).stem}.npz")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            mask = arrays[arrays.files[0]]
+        mask = _archived_mask(content, row.image_id)
         truth = _truth(masks[row.image_id], mask.shape)
         found.append((bool(truth.any()), strict_iou(mask, truth, row.loc_threshold)))
     return found
+
+
+def _archived_mask(content: bytes, image: str) -> np.ndarray:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            mask = arrays[arrays.files[0]]
+    except (ValueError, EOFError, IndexError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ScoreError(f"the mask of {image} cannot be read ({type(error).__name__}): validate the archive first") from None
+    if mask.ndim != 2 or mask.dtype.kind not in "fiub" or not np.isfinite(mask).all():
+        wanted = "wanted are finite numbers (H, W)"
+        raise ScoreError(f"the mask of {image} is {mask.dtype} {mask.shape}; {wanted}: validate the archive first")
+    return mask
 
 
 def strict_iou(mask: np.ndarray, truth: np.ndarray, threshold: float) -> float:
@@ -90,7 +103,11 @@ def _true_masks(truth: Path, images: list[str]) -> dict[str, Path | None]:
         return _listed_masks(truth, images)
     if not truth.is_dir():
         raise ScoreError(f"no folder or table of true masks {truth}")
-    files = {path.stem: path for path in sorted(truth.iterdir()) if path.suffix.lower() in SUFFIXES}
+    paths = [path for path in sorted(truth.iterdir()) if path.suffix.lower() in SUFFIXES]
+    files = {path.stem: path for path in paths}
+    if len(files) < len(paths):
+        twice = next(path for path in paths if files[path.stem] != path)
+        raise ScoreError(f"{truth} has two masks of one image: {twice.name} and {files[twice.stem].name}")
     found = {name: next((files.pop(stem) for stem in _mask_stems(name) if stem in files), None) for name in images}
     if files:
         raise ScoreError(f"{len(files)} of the masks in {truth} belong to no image of the archive, such as {min(files)}")

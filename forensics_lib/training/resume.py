@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from forensics_lib.data.manifest import data_fingerprint
+from forensics_lib.data.manifest import data_fingerprint, masks_fingerprint
 from forensics_lib.models.checkpoint import CheckpointError, derive_checkpoint, read_checkpoint
 from forensics_lib.params import REMOVED, Params
 from forensics_lib.run import OF_TRAINING, Run
@@ -47,8 +47,9 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def training_inputs(params: Params, task: str, rows: pd.DataFrame) -> dict[str, Any]:
-    """Every parameter that the training depends on, and the fingerprint of its ``rows``."""
-    return params.of_training(task) | {"data": data_fingerprint(rows)}
+    """Every parameter that the training depends on, and the fingerprints of its ``rows`` and for Task B of their masks."""
+    masks = {"masks": masks_fingerprint(rows)} if task == "B" else {}
+    return params.of_training(task) | {"data": data_fingerprint(rows)} | masks
 
 
 def find_resumable(run: Run, task: str, wanted: dict[str, Any]) -> tuple[SavedState | None, bool]:
@@ -89,9 +90,12 @@ def _difference(run: Run, task: str, state: dict[str, Any], wanted: dict[str, An
     before = state["trained_with"]
     wanted = {key: value for key, (value, _) in REMOVED.items() if key in before} | wanted
     before = {key: value for key, value in Params().of_training(task).items() if key in ADDED} | before
+    before = {key: wanted[key] for key in ("masks",) if key in wanted} | before  # which was not recorded either
     changed = [key for key in before | wanted if before.get(key) != wanted.get(key)]
     words = [
-        key if key == "data" or isinstance(wanted.get(key), dict) else f"{key} ({before.get(key)}, now {wanted.get(key)})"
+        key
+        if key in ("data", "masks") or isinstance(wanted.get(key), dict)
+        else f"{key} ({before.get(key)}, now {wanted.get(key)})"
         for key in changed
     ]
     return f"parameters or data changed: {', '.join(words)}" if words else None
