@@ -41,11 +41,11 @@ def _written(names: list[str], name: str, tasks: list[str], trained: list[dict[s
     params = make_params(values | {"run_type": "open" if open_data else "constrained"}, f"run.json of {names[0]}")
     if params.sample and "sample" not in name:
         params = params.model_copy(update={"run_name": f"{name}_sample"})
-    if params.run_name in _members(names):
-        raise EnsembleError(f"{params.run_name} is among the runs that it would average: choose another name")
     earlier = (read_json(_folder(params.run_name) / "run.json").get("params") or {}).get("ensemble")
     if (_folder(params.run_name) / "run.json").is_file() and not earlier:
         raise EnsembleError(f"{_folder(params.run_name)} is a run that averages none: choose another name")
+    if params.run_name in _members(names):
+        raise EnsembleError(f"{params.run_name} is among the runs that it would average: choose another name")
     return Run(params, home()).write_params()
 
 

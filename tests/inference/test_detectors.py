@@ -15,14 +15,14 @@ from forensics_lib.device import choose_machine
 from forensics_lib.evaluation.ensemble import EnsembleError, make_ensemble
 from forensics_lib.evaluation.evaluate import evaluate, evaluate_robustness
 from forensics_lib.images.masks import load_mask
-from forensics_lib.inference.detectors import DetectorError, FunctionDetector, common_rows, predictions
+from forensics_lib.inference.detectors import DetectorError, Ensemble, FunctionDetector, common_rows, predictions
 from forensics_lib.inference.shards import InferenceError, infer
 from forensics_lib.reports import figures
 from forensics_lib.reports.browser import browse_evaluated_images, browse_evaluated_masks
 from forensics_lib.reports.compare import compare
 from forensics_lib.reports.model_card import build_card
 from forensics_lib.reports.report import build_report
-from forensics_lib.run import open_run, stored_thresholds
+from forensics_lib.run import Thresholds, open_run, stored_thresholds
 from forensics_lib.submission.build import archive_path, build_submission
 from forensics_lib.training.loop import train
 from forensics_lib.utils.files import home, read_json, update_json
@@ -98,6 +98,22 @@ def test_a_detector_that_fails_on_an_image_is_told_and_the_rest_goes_on(tiny_run
         list(predictions(FunctionDetector("my:own", task, bad), task, rows, tiny_run.params, machine))
 
 
+def test_files_that_cannot_be_read_are_no_failure_of_a_detector(tiny_run, tmp_path):
+    """What is left of a stopped inference may be the unreadable images alone."""
+    path = tmp_path / "no.png"
+    path.write_bytes(b"corrupt")
+    detector, machine = FunctionDetector("my:own", "A", lambda image: 0.5), choose_machine(tiny_run.params)
+    (found,) = predictions(detector, "A", pd.DataFrame({"path": [str(path)]}), tiny_run.params, machine)
+    assert "no.png" in found.error
+
+
+def test_no_member_of_an_ensemble_outvotes_the_others_by_being_too_sure():
+    sharp = Thresholds(threshold=0.5, temperature=0.48)
+    ensemble = Ensemble("A", [(None, None, sharp), (None, None, sharp)])
+    assert ensemble._mean([(1 - 1e-9, None), (1e-9, None)])[0] == pytest.approx(0.5, abs=1e-4)
+    assert ensemble._mean([(1 - 1e-9, None), (0.001, None)])[0] < 0.9
+
+
 @pytest.fixture
 def pair(trained):
     """Two runs of both tasks with other calibrations, and the manifests."""
@@ -133,6 +149,15 @@ def test_an_ensemble_averages_calibrated_log_odds_and_masks_and_submits(pair, ca
     )
     found = evaluate(run, "B", build_manifest(run, "B"))
     assert figures.mask_examples(run, found, "best", 1) and found.thresholds == own
+
+
+def test_an_ensemble_is_no_member_of_itself(pair):
+    make_ensemble(["tiny", "other"], "both")
+    shutil.copytree(home() / "outputs" / "other", home() / "outputs" / "both", dirs_exist_ok=True)
+    update_json(home() / "outputs" / "both" / "run.json", params={"ensemble": ["tiny", "other"]})
+    for names in (["both", "tiny"], ["tiny", "both"]):
+        with pytest.raises(EnsembleError, match="among the runs that it would average"):
+            make_ensemble(names, "both")
 
 
 def test_an_ensemble_is_constrained_and_validates_where_its_members_do(pair, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import beside, changed, picture, save, wait_until
 from filelock import FileLock
+from PIL import Image
 from scipy.special import logit
 
 from forensics_lib.data.manifest import build_manifest
@@ -27,7 +28,7 @@ from forensics_lib.utils.files import WriteError, read_json, update_json
 
 OTHERS = {  # other values than the tiny run's, of what a task's predictions depend on
     "A": {"crop_size": 64, "crops_per_image": 1},
-    "B": {"crop_size": 64, "tile_size": 96, "mask_scales": [1.0, 0.5], "mask_flips": True},
+    "B": {"crop_size": 64, "tile_size": 96, "mask_scales": [1.0, 0.5], "mask_flips": True, "copy_move": True},
 }
 
 
@@ -70,6 +71,20 @@ def test_other_images_or_parameters_begin_anew(trained_run):
     evaluate(other, task, build_manifest(other, task))
     infer(other, task)
     assert not set(shards(run)) & set(before)
+
+
+def test_an_image_that_another_of_the_same_size_replaced_is_predicted_anew(trained_run):
+    run, task = trained_run
+    path = next(iter(sorted(run.test_folder(task).iterdir())))
+    image = Image.open(path).convert("RGB")
+    path.unlink()
+    other = path.with_suffix(".bmp")
+    image.save(other)
+    infer(run, task)
+    Image.eval(image, lambda value: 255 - value).save(other)
+    before = set(shards(run))
+    infer(run, task)
+    assert not before & set(shards(run))
 
 
 def test_thresholds_hold_for_the_settings_that_they_were_chosen_with(trained_run, capsys):

@@ -1,5 +1,6 @@
 """Archives are scored as the authors of TGIF score localization."""
 
+import io
 import zipfile
 
 import numpy as np
@@ -90,3 +91,29 @@ def test_truth_that_does_not_fit_is_told(archive, submittable, tmp_path):
     save_mask(tmp_path / "x.npz", np.zeros((2, 2)))
     with pytest.raises(ScoreError, match="no complete Task B archive"):
         score_archive(tmp_path / "x.npz", tmp_path / "truth")
+
+
+def test_archives_that_no_validator_would_pass_are_told(archive, tmp_path):
+    truth = tmp_path / "truth"
+    save(truth / "a.png", square_mask(*SIZES["a.jpg"]))
+    with zipfile.ZipFile(archive) as opened:
+        good = {name: opened.read(name) for name in opened.namelist()}
+    table = good["scores.csv"].decode()
+    nothing, unknown = io.BytesIO(), io.BytesIO()
+    np.savez(nothing)
+    np.savez(unknown, np.full(SIZES["a.jpg"], np.nan))
+    for name, content, told in (
+        ("scores.csv", (table + table.splitlines()[1] + "\n").encode(), "more than once"),
+        ("scores.csv", b"", "no complete Task B archive"),
+        ("a.npz", b"", "mask of a.jpg cannot be read"),
+        ("a.npz", nothing.getvalue(), "mask of a.jpg cannot be read"),
+        ("a.npz", unknown.getvalue(), "wanted are finite numbers"),
+    ):
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
+            for entry, kept in (good | {name: content}).items():
+                bad.writestr(entry, kept)
+        with pytest.raises(ScoreError, match=told):
+            score_archive(tmp_path / "bad.zip", truth)
+    save(truth / "a.jpg", square_mask(*SIZES["a.jpg"]))
+    with pytest.raises(ScoreError, match=r"two masks of one image: a\.jpg and a\.png"):
+        score_archive(archive, truth)

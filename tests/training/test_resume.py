@@ -3,9 +3,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import changed, stopping, wait_until
+from PIL import Image
 
 from forensics_lib.__main__ import main
 from forensics_lib.data.manifest import build_manifest
@@ -14,7 +16,7 @@ from forensics_lib.run import Run
 from forensics_lib.training import epoch as epochs
 from forensics_lib.training import loop as training
 from forensics_lib.training.loop import train
-from forensics_lib.training.resume import read_history
+from forensics_lib.training.resume import _difference, read_history, training_inputs
 from forensics_lib.utils.files import project_root
 
 
@@ -64,6 +66,19 @@ def test_a_training_goes_on_with_the_levels_that_it_began_with(task, backbone, l
     model, _ = load_model(tiny_run.finetuned_model(task), task)
     assert model.config["levels"] == levels
     assert model.sees_tokens == (levels == "tokens")
+
+
+def test_corrected_masks_are_trained_on(tiny_run, capsys):
+    manifest = build_manifest(tiny_run, "B")
+    train(tiny_run, "B", manifest)
+    before = training_inputs(tiny_run.params, "B", manifest)
+    Image.fromarray(255 - np.asarray(Image.open(path := manifest["mask_path"].dropna().iloc[0]))).save(path)
+    now = training_inputs(tiny_run.params, "B", manifest)
+    assert {key for key in now if now[key] != before[key]} == {"masks"}
+    state = {"trained_with": before}
+    assert "masks" in _difference(tiny_run, "B", state, now)
+    del before["masks"]
+    assert _difference(tiny_run, "B", state, now) is None, "earlier versions did not record them"
 
 
 def test_a_request_during_the_last_validation_is_heard(tiny_run, monkeypatch):
