@@ -170,7 +170,7 @@ class RunKeys(Keys):
         None, min_length=2, description="runs whose models are averaged instead of training one; null: none"
     )
     team: str = Field("teamname", description="team name, first part of the archive names")
-    edition: Literal[2025, 2026] = Field(2025, description="challenge year; 2026: Task A as plain CSV, Task B of fr images alone")
+    edition: Literal[2025, 2026] = Field(2025, description="challenge year; 2026: Task A as plain CSV, Task B of fr alone")
     seed: int = Field(0, ge=0, lt=2**64, description="seed of every random choice")
 
 

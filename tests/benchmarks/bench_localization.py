@@ -531,8 +531,7 @@ _ANSWER = """- **Finds** manipulations of the kinds that it is trained on, on ot
 
 ![Image, truth, probability and decision, from the best mask to the worst](masks.png)
 
-*Masks of the open run on manipulated photographs of the built-in sample, which it has not seen. Pasted and removed content is
-found; a copy of texture onto the same texture is not.*
+*Masks of the open run on CLIP's ViT-B/16, on forgeries of the built-in sample's photographs, which it has not seen.*
 """
 _HEAD = """Made by `make bench-quality`; every run behind it is in [localization.json](localization.json). Machines: {machines}.
 
@@ -544,9 +543,11 @@ holds real inpainting, copy-move and splices, `dataset_taskB/edits` composites, 
 models; training has nothing of either.
 
 *CLIP* is the recipe of `params/clip_localization.yaml`: CLIP's ViT-B/16 stays as it was pretrained, and the branches on it
-learn for two epochs; the better one was chosen on 60 of the validation images. Its weights are those that
-[quality.md](quality.md) tells of. All other runs fine-tune `tf_efficientnet_lite0` or what the ablation names. The *naive*
-recipe squeezes whole images to 224 pixels and trains a small U-Net on the same backbone for the same time.
+learn for two epochs; the better one was chosen on 60 of the validation images (`val_limit: 60`). Its weights are those that
+[quality.md](quality.md) tells of. Beside the network it counts parts that an image holds twice (`copy_move`): what is a copy
+was settled on training photographs, with squares copied within them. All other runs fine-tune `tf_efficientnet_lite0` or what
+the ablation names. The *naive* recipe squeezes whole images to 224 pixels and trains a small U-Net on the same backbone for
+the same time.
 
 IoU: mean over manipulated images at the stored threshold (*all*: over all images, empty against empty is 1). *Submitted*:
 images called authentic have empty masks, as in the archive; the other figures are of the masks alone. *Flagged*: authentic
@@ -564,8 +565,9 @@ real pairs and edits. The recipe has the donors, and shrinks squares of images o
 small images the larger squares hurt; on edits `donors`, with squares of any image, is ahead of it. `former` are three seeds of
 the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. `lite2`, a
 backbone of nearly twice the size, differs from `6 epochs` by less than seeds do. `pooled features` is CLIP's recipe before;
-what replaced it was chosen by what it did on some of the real pairs and edits. These runs shared the machine with other work,
-so their seconds say little.
+what replaced it was chosen by what it did on some of the real pairs and edits. `without copies` are the masks of the same
+network, seed 0, where copies do not count. `lora` goes on from its head: adapters of rank 8 in all blocks, for two epochs,
+which gain less than seeds differ. These runs shared the machine with other work, so their seconds say little.
 """
 
 

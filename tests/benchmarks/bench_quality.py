@@ -329,7 +329,7 @@ def _figure(runs: list[dict[str, Any]]) -> Figure:
     axis.set_yticks(range(len(places)), names, fontsize=8)
     axis.axvline(0.5, color=GREY, lw=1, ls=":")
     axis.set(xlabel="AUC (dotted: chance)", xlim=(min(0.3, axis.get_xlim()[0]), 1.01), ylim=(len(places) - 0.5, -0.5))
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -526,8 +526,8 @@ epochs at the lower rate follow.
 sources equally often. Neither its generators nor its sources are in the modern test set. What the small backbone learns of 88
 images does not reach other generators; what CLIP's learns does in part.
 
-The threshold is the one with the best F1 on val, since F1 ranks runs. Seconds are those of the clock, and some runs shared the
-machine with other work, which slowed them.
+The threshold is the one with the best F1 on val, since the challenge ranks runs by F1. Seconds are those of the clock, and some
+runs shared the machine with other work, which slowed them.
 """
 _MODERN = """Generators from 2023 on, most of which their sources do not name, and cameras and phones; 57 images of each class.
 """
