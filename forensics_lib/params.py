@@ -231,7 +231,7 @@ class TrainingKeys(Keys):
         0.4,
         **PROBABILITY,
         **ONLY_B,
-        description="Task B: share of authentic crops that get a region of elsewhere, and count as spliced",
+        description="Task B: share of authentic crops that get a region from elsewhere, and count as spliced",
     )
     degrade: Degradations = Field(
         Degradations(), **ONLY_A, description="Task A: what happens to training crops: JPEG, scaling, ..."

@@ -337,9 +337,9 @@ def parameters_in_force(run: Run) -> dict[str, Any]:
 
 
 def require_same_kind(run: Run, task: str) -> None:
-    """Raise ``ValueError`` if a task was trained as another type of run, or on other data, than the parameters say.
+    """Raise ``ValueError`` if a task was trained as another type of run, on other data or for another edition than wanted.
 
-    Otherwise an archive's name would not describe the training behind it.
+    Otherwise an archive's name would not describe the training behind it, nor its thresholds follow the edition's rules.
     """
     trained = trained_by(run, task)["params"]
     for key in ("run_type", "sample"):
@@ -349,6 +349,13 @@ def require_same_kind(run: Run, task: str) -> None:
                 f"Task {task} of run {run.name} was trained with {key}: {then}, and this command says {key}: {now}. Give the "
                 f"parameters that it was trained with ({key}={str(then).lower()}), or another run_name"
             )
+    edition = read_json(run.thresholds).get(task, {}).get("edition", run.params.edition)
+    if task == "B" and edition != run.params.edition:
+        raise ValueError(
+            f"the Task B thresholds of run {run.name} were chosen by the rules of edition {edition}, and this command says "
+            f"edition: {run.params.edition}. Give edition={edition}, or run 03_train_taskB for this edition first (under "
+            "another run_name to keep both)"
+        )
 
 
 def require_trained(run: Run, task: str) -> None:

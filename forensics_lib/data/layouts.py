@@ -222,10 +222,10 @@ def read_test(folder: Path) -> Rows:
             f"{folder}: {len(odd)} test image(s) cannot be named in a submission, which is UTF-8. They are "
             f"{joined(odd)}; of each: {NOT_UTF8}"
         )
-    if odd := [Path(path).name for path in rows.paths if set("\\\r\n") & set(Path(path).name)]:
+    if odd := [Path(path).name for path in rows.paths if set("\\\r") & set(Path(path).name)]:
         raise LayoutError(
-            f"{folder}: {len(odd)} test image(s) with a backslash or line break in their names, which no submission can hold: "
-            f"{joined([repr(name) for name in odd])}; rename them"
+            f"{folder}: {len(odd)} test image(s) with a backslash or carriage return in their names, which no submission can "
+            f"hold: {joined([repr(name) for name in odd])}; rename them"
         )
     if deeper:
         print(f"{folder}: the images in {joined(deeper)} are ignored: test images must be in the folder itself")

@@ -381,7 +381,7 @@ def _threshold_facts(run: Run, task: str, evaluation: Evaluation) -> dict[str, A
         "f1": evaluation.metrics["f1"],
         "images": len(evaluation.judged),
     }
-    facts["chosen_on"] = evaluation.chosen_on
+    facts |= {"chosen_on": evaluation.chosen_on, "edition": run.params.edition}
     known = ("threshold", "f1") if task == "A" else ("threshold", "f1", "loc_threshold", "iou_manipulated")
     facts |= {f"{key}_interval": list(evaluation.intervals[key]) for key in known}
     return facts

@@ -77,11 +77,11 @@ def file_distributions(manifest: pd.DataFrame, task: str) -> str:
     share, medians = max(higher[name], 1 - higher[name]), facts[name].groupby(labels).median()
     if share <= SHORTCUT_LIMIT:
         most = f"even in {name} only in {_percent(share)} of all pairs of both classes"
-        return f"No file fact is clearly higher in one class than in the other, {most}."
+        return f"No file fact alone is clearly higher in one class than in the other, {most}."
     return (
-        f"The classes differ most in {name}, with a median of {medians[0]:.3g} for {authentic} and {medians[1]:.3g} for "
-        f"{positive} images: in {_percent(share)} of all pairs of both classes the {positive} image has the "
-        f"{'higher' if higher[name] > 0.5 else 'lower'} value."
+        f"Of single facts the classes differ most in {name}, with a median of {medians[0]:.3g} for {authentic} "
+        f"and {medians[1]:.3g} for {positive} images: in {_percent(share)} of all pairs of both classes the {positive} image "
+        f"has the {'higher' if higher[name] > 0.5 else 'lower'} value."
     )
 
 

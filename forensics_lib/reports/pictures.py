@@ -57,7 +57,7 @@ class Verdict:
         return Path(self.answer.path).name
 
     def sentence(self, predictor: Predictor) -> str:
-        """The answer in words; "unsure" where a change turns the decision."""
+        """The answer in words; "unsure" where a change of the picture changes the decision."""
         answer, names = self.answer, CLASS_NAMES[predictor.task]
         if answer.label is None:
             return f"Not read. {answer.error}"

@@ -535,12 +535,12 @@ _ANSWER = """- **Finds** manipulations of the kinds that it is trained on, on ot
 """
 _HEAD = """Made by `make bench-quality`; every run behind it is in [localization.json](localization.json). Machines: {machines}.
 
-*Official* data is the training split of the corpus' `dataset_taskB/TGIF`, 70 photographs whose contents are simulated: a
-region's new content went through TAEF2, ClearReality4x or Real-ESRGAN (SP), or the whole image through TAEF2 (FR). *Open* data
-adds 1,037 photographs as they are, into which training pastes regions, half of them from 677 synthetic images. Epoch and
-thresholds are chosen on TGIF's validation split, in the open protocol with 226 more photographs. `dataset_taskB/validation`
-holds real inpainting, copy-move and splices, `dataset_taskB/edits` composites, Photoshop edits and inpainting by diffusion
-models; training has nothing of either.
+Measured on the corpus that [quality.md](quality.md) tells of. *Official* data is the training split of its
+`dataset_taskB/TGIF`, 70 photographs whose contents are simulated: a region's new content went through TAEF2, ClearReality4x or
+Real-ESRGAN (SP), or the whole image through TAEF2 (FR). *Open* data adds 1,037 photographs as they are, into which training
+pastes regions, half of them from 677 synthetic images. Epoch and thresholds are chosen on TGIF's validation split, in the open
+protocol with 226 more photographs. `dataset_taskB/validation` holds real inpainting, copy-move and splices,
+`dataset_taskB/edits` composites, Photoshop edits and inpainting by diffusion models; training has nothing of either.
 
 *CLIP* is the recipe of `params/clip_localization.yaml`: CLIP's ViT-B/16 stays as it was pretrained, and the branches on it
 learn for two epochs; the better one was chosen on 60 of the validation images (`val_limit: 60`). Its weights are those that

