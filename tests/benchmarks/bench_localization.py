@@ -565,9 +565,8 @@ real pairs and edits. The recipe has the donors, and shrinks squares of images o
 small images the larger squares hurt; on edits `donors`, with squares of any image, is ahead of it. `former` are three seeds of
 the recipe before an image that an epoch draws several times gave other crops each time and blur no longer darkened. `lite2`, a
 backbone of nearly twice the size, differs from `6 epochs` by less than seeds do. `pooled features` is CLIP's recipe before;
-what replaced it was chosen by what it did on some of the real pairs and edits. `without copies` are the masks of the same
-network, seed 0, where copies do not count. `lora` goes on from its head: adapters of rank 8 in all blocks, for two epochs,
-which gain less than seeds differ. These runs shared the machine with other work, so their seconds say little.
+what replaced it was chosen by what it did on some of the real pairs and edits. `without copies` is the same recipe, seed 0,
+where copies do not count. These runs shared the machine with other work, so their seconds say little.
 """
 
 
