@@ -17,6 +17,7 @@ NEAR = 40  # shorter displacements are not looked for, pixels: texture resembles
 TEXTURED = 1.0  # standard deviation of detail from which a window can be compared, grey levels; half of it beside a keypoint
 CORNERED = 0.1  # ratio of the structure tensor's eigenvalues: below, a window slides along a line and stays the same
 ALIKE, SAME = 0.9, 0.97  # correlations of windows that may be a copy, and of which some must be in it
+SHADED = 0.4  # difference of the mean brightness, grey levels, from which two parts were lit, so not copied
 PERIODIC = 0.3  # correlation with what lies as far on the other side, from which a pattern repeats by itself
 LEAST_VOTES, LEAST_SAME = 3, 50  # keypoints, and pixels of ``SAME`` correlation, that a copy has at least
 MOST_KEYPOINTS, MOST_DISPLACEMENTS = 8000, 40
@@ -29,13 +30,14 @@ def copied_parts(image: np.ndarray) -> np.ndarray:
     small = Image.fromarray(image).convert("L")
     while small.width * small.height > LARGEST:
         small = small.reduce(2)
-    detail = _detail(np.asarray(small, np.float32))
+    grey = np.asarray(small, np.float32)
+    detail = _detail(grey)
     found = np.zeros(detail.shape, bool)
     if min(detail.shape) > 2 * WINDOW:
         comparable = _comparable(detail)
         points = _keypoints(detail, comparable)
         for displacement, members in _voted(points, _matched(detail, points)):
-            _mark(found, detail, comparable, displacement, points[members])
+            _mark(found, grey, detail, comparable, displacement, points[members])
     return found if found.shape == (height, width) else np.asarray(Image.fromarray(found).resize((width, height)))
 
 
@@ -87,10 +89,18 @@ def _voted(points: np.ndarray, pairs: np.ndarray) -> list[tuple[np.ndarray, np.n
     return [(displacements[number], pairs[of_pair.ravel() == number, 0]) for number in chosen]
 
 
-def _mark(found: np.ndarray, detail: np.ndarray, comparable: np.ndarray, displacement: np.ndarray, points: np.ndarray) -> None:
+def _mark(
+    found: np.ndarray,
+    grey: np.ndarray,
+    detail: np.ndarray,
+    comparable: np.ndarray,
+    displacement: np.ndarray,
+    points: np.ndarray,
+) -> None:
     """Mark in ``found`` the parts around ``points`` that are the same as what lies a ``displacement`` away, and that too.
 
-    A part that repeats by itself is no longer ``comparable``: a pattern is also the same at multiples of its period.
+    What was printed or built twice lies in another light (``SHADED``).  A part that repeats by itself is no longer
+    ``comparable``: a pattern is also the same at multiples of its period.
     """
     here, there = _overlap(detail.shape, displacement)
     alike = _correlation(detail[here], detail[there])
@@ -100,6 +110,8 @@ def _mark(found: np.ndarray, detail: np.ndarray, comparable: np.ndarray, displac
     for part in np.flatnonzero(votes >= LEAST_VOTES):
         marked = parts == part
         if part == 0 or (alike[marked] > SAME).sum() < LEAST_SAME:
+            continue
+        if abs((grey[here] - grey[there])[marked].mean()) > SHADED:
             continue
         repeats = _repeats(detail, np.argwhere(marked) + np.array([here[0].start, here[1].start]), displacement)
         marked = binary_dilation(marked, iterations=WINDOW // 4)

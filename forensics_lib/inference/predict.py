@@ -26,7 +26,7 @@ from forensics_lib.utils.progress import progress
 
 BROUGHT = ("detector", "ensemble")  # parameters of runs that train no model of their own
 ADDED = {"copy_move": False}  # parameters that earlier versions had not, as they predicted
-COPIED = 0.95  # probability of parts that an image holds twice: of authentic photographs, 2 in 100 seem to
+COPIED = 0.95  # probability of parts that an image holds twice: of authentic photographs, 1 in 200 seems to
 WAITING_PIXELS = 2**25  # of images whose tiles wait for others to fill a batch, at most: their masks take four bytes each
 
 

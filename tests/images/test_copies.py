@@ -47,6 +47,13 @@ def test_a_pattern_is_no_copy(rng):
     assert not copied_parts(np.tile(tile, (4, 4, 1))).any()
 
 
+@pytest.mark.parametrize(("lighter", "found"), [(0, True), (2, False), (-2, False)])
+def test_what_stands_twice_in_another_light_is_no_copy(rng, lighter, found):
+    image, truth = copied(mid_greys(rng), (20, 20), (120, 130))
+    image[120 : 120 + SIDE, 130 : 130 + SIDE] += np.array(lighter, np.int8).view(np.uint8)
+    assert copied_parts(recompress(image, "JPEG", 90)).any() == found
+
+
 def test_an_edge_is_no_copy():
     ramp = np.abs(np.arange(240) - 120).clip(0, 100).astype(np.uint8) // 20 * 40
     assert not copied_parts(np.broadcast_to(ramp[None, :, None], (200, 240, 3)).copy()).any()
