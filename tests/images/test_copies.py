@@ -49,7 +49,7 @@ def test_a_pattern_is_no_copy(rng):
 
 @pytest.mark.parametrize(("lighter", "found"), [(0, True), (2, False), (-2, False)])
 def test_what_stands_twice_in_another_light_is_no_copy(rng, lighter, found):
-    image, truth = copied(mid_greys(rng), (20, 20), (120, 130))
+    image, _ = copied(mid_greys(rng), (20, 20), (120, 130))
     image[120 : 120 + SIDE, 130 : 130 + SIDE] += np.array(lighter, np.int8).view(np.uint8)
     assert copied_parts(recompress(image, "JPEG", 90)).any() == found
 
