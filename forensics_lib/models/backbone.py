@@ -76,14 +76,14 @@ def _seeded_backbone(name: str, options: dict[str, Any], drop_path: float, side:
     """A timm model; the state of torch's generator determines its initial weights and is not advanced."""
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
-        for size in ({"dynamic_img_size": True}, {}, {"img_size": side}):
+        for size, fixed in (({"dynamic_img_size": True}, None), ({}, None), ({"img_size": side}, side), ({}, side)):
             torch.set_rng_state(state)
             backbone = _created(name, options | size, drop_path)
             if backbone is None:  # its constructor has no such argument
                 continue
             if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "group_matcher"):
                 raise ValueError(f"backbone: timm's {name} has no intermediate features; choose another, such as convnext_base")
-            backbone.fixed_side = side if "img_size" in size else None
+            backbone.fixed_side = fixed
             if all(_takes(backbone, *shape) for shape in ([(side, side)] if backbone.fixed_side else PROBES)):
                 return backbone
     fits = _next_side(name, options, side)
@@ -120,11 +120,13 @@ def _takes(backbone: TimmModel, height: int, width: int) -> bool:
     image = torch.zeros(1, 3, rounded_up(height, multiple), rounded_up(width, multiple))
     learning = backbone.training
     try:
-        backbone.eval().forward_intermediates(image)
+        final, _ = backbone.eval().forward_intermediates(image)
     except (RuntimeError, AssertionError, IndexError, ValueError):
         return False
     finally:
         backbone.train(learning)
+    if not isinstance(final, torch.Tensor):
+        raise ValueError("backbone: its features are those of several branches; choose another, such as convnext_base")
     return True
 
 

@@ -105,6 +105,26 @@ def test_tiles_that_are_too_large_for_a_backbone_of_one_size_are_refused_before_
         build_model(params, "B")
 
 
+@pytest.mark.parametrize(("name", "side"), [("ghostnetv2_100", 224), ("inception_v3", 299)])
+@pytest.mark.parametrize("task", ["A", "B"])
+def test_a_backbone_that_does_not_take_small_images_sees_them_padded_to_a_crop(task, name, side):
+    model = CombinedModel(task, name, decoder_channels=16, image_side=side).eval()
+    with torch.inference_mode():
+        output = model(torch.rand(1, 3, 64, 96))
+    assert output.logits.shape == (1, 2) and (task == "A" or output.mask_logits.shape == (1, 1, 64, 96))
+    with pytest.raises(ValueError, match=f"at most {side} x {side}"):
+        model(torch.rand(1, 3, 64, side + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("crossvit_9_240", "features are those of several branches"), ("poolformer_s12", "no intermediate features")],
+)
+def test_a_backbone_without_features_that_can_be_used_is_refused(name, said):
+    with pytest.raises(ValueError, match=f"{said}; choose another"):
+        CombinedModel("A", name, image_side=240)
+
+
 def test_a_size_that_no_form_of_a_backbone_takes_says_so():
     with pytest.raises(ValueError, match="takes no images of 100 x 100 pixels; set crop_size: 128, the next that it takes"):
         CombinedModel("A", "maxvit_nano_rw_256", image_side=100)
